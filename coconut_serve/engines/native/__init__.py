@@ -1,0 +1,1 @@
+"""The default engine: torch + transformers over a paged KV cache."""

@@ -1,0 +1,236 @@
+"""A transformers model, unmodified, run over a paged cache; checked against itself at load."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from coconut_serve.engines.native import attention
+from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
+from coconut_serve.engines.native.linear import pack_linears
+from coconut_serve.errors import StartupError
+
+_TEST_LENGTH = 24  # positions of the self-test's prompt
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores for each position."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_position(self, dtype: torch.dtype) -> int:
+        """Size of one position's keys and values."""
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class _ShapeProbe(Plan):
+    """Stands in for a step's plan and notes the shapes that each layer would store."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(self, layer: int, attend: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Note shapes and return zeros."""
+        self.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
+        return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
+
+
+class PagedModel:
+    """A decoder whose attention reads and writes a paged cache.
+
+    The modelling code is transformers' own; only its attention function is replaced, through
+    transformers' attention interface, and on CPU its linear layers are packed. Caches are made
+    by `make_caches` and passed in by plan.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._model = model
+        self._decoder = _decoder(model)
+        self._head = model.get_output_embeddings()
+        self._finish_logits = _logit_transform(model.config.get_text_config())
+        self.device = device
+        self.dtype = model.dtype
+        self.embed_tokens: Callable[[Tensor], Tensor] = model.get_input_embeddings()
+        config = model.config.get_text_config()
+        self.config = config
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.max_model_len: int | None = _max_positions(config)
+        self.layers = self._probe_layers()
+
+    @classmethod
+    def load(
+        cls, directory: Path, *, dtype: torch.dtype, device: torch.device, is_packed: bool = True
+    ) -> Self:
+        """Load a Hugging Face directory and check the paged forward pass against the plain one.
+
+        Args:
+            directory: config.json and safetensors.
+            dtype: Of weights and cache.
+            device: Where to run.
+            is_packed: Pack linear layers on CPU.
+
+        Raises:
+            StartupError: The directory cannot be loaded, or the model's attention does more than
+                the paged function knows (ALiBi, attention sinks, ...), so its logits differ.
+        """
+        attention.register()
+        model = _load_plain(directory, dtype)
+        token_ids = torch.arange(_TEST_LENGTH) * 7 % model.config.get_text_config().vocab_size
+        with torch.inference_mode():
+            model = model.to(device)
+            expected = model(token_ids.unsqueeze(0).to(device), use_cache=False).logits[0]
+            if device.type == "cpu" and is_packed:
+                pack_linears(model, dtype)
+            try:
+                model.set_attn_implementation(attention.IMPLEMENTATION)
+                paged = cls(model, device)
+                paged._check(token_ids.to(device), expected.float())
+            except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError) as error:
+                raise _unsupported(directory, str(error)) from error
+        return paged
+
+    def forward(self, inputs: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+        """Run the decoder.
+
+        Args:
+            inputs: [num_rows, hidden_size] embeddings.
+            positions: [num_rows] int64.
+            plan: Where the rows read and write.
+
+        Returns:
+            [num_rows, hidden_size], after the final norm.
+        """
+        output = self._decoder(
+            inputs_embeds=inputs.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            plan=plan,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def project_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits, scaled and capped as the model does; [n, hidden] -> [n, vocab]."""
+        return self._finish_logits(self._head(hidden))
+
+    def make_caches(self, num_slots: int) -> list[tuple[Tensor, Tensor]]:
+        """Create zeroed keys and values [num_slots, kv_heads, dim] for each layer."""
+
+        def zeros(layer: LayerShape, dim: int) -> Tensor:
+            shape = (num_slots, layer.num_kv_heads, dim)
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(zeros(x, x.key_dim), zeros(x, x.value_dim)) for x in self.layers]
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Cache memory of one position: keys, values and the input vector kept for replay."""
+        layers = sum(layer.bytes_per_position(self.dtype) for layer in self.layers)
+        vector: int = self.hidden_size * self.dtype.itemsize
+        return layers + vector
+
+    def _probe_layers(self) -> list[LayerShape]:
+        """Run one position and note what each layer would store."""
+        probe = _ShapeProbe()
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._decoder(
+            inputs_embeds=self.embed_tokens(zero).unsqueeze(0),
+            position_ids=zero.unsqueeze(0),
+            use_cache=False,
+            plan=probe,
+        )
+        if sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
+            raise ValueError("its layers do not all go through the attention interface")
+        return [probe.shapes[layer] for layer in sorted(probe.shapes)]
+
+    def _check(self, token_ids: Tensor, expected: Tensor) -> None:
+        """Compare prefill in two chunks plus decode rows with the plain logits."""
+        caches = self.make_caches(2 * _TEST_LENGTH)
+        slots = torch.arange(_TEST_LENGTH, 2 * _TEST_LENGTH, device=self.device)
+        cuts = [0, _TEST_LENGTH // 3, _TEST_LENGTH - 2, _TEST_LENGTH - 1, _TEST_LENGTH]
+        hidden = []
+        for start, end in itertools.pairwise(cuts):
+            positions = torch.arange(start, end, device=self.device)
+            is_decode = end - start == 1
+            plan = AttentionPlan(
+                write_slots=slots[start:end],
+                num_decode=int(is_decode),
+                decode_slots=slots[None, :end],
+                decode_lengths=torch.tensor([end], device=self.device),
+                chunks=[] if is_decode else [Chunk(0, end - start, end, slots[:end])],
+                caches=caches,
+            )
+            hidden.append(self.forward(self.embed_tokens(token_ids[start:end]), positions, plan))
+        logits = self.project_logits(torch.cat(hidden)).float()
+        scale = expected.abs().max().clamp_min(1e-6)
+        error = float((logits - expected).abs().max() / scale)
+        limit = 1e-3 if self.dtype == torch.float32 else 0.1
+        if not error <= limit:  # also refuses NaN
+            raise ValueError(
+                f"paged logits differ from the plain model's by {error:.2g} of their range "
+                f"(allowed {limit:g})"
+            )
+
+
+def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load with transformers; errors name the directory."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise StartupError(f"cannot load {directory}: {error}", param="MODEL") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def _unsupported(directory: Path, reason: str) -> StartupError:
+    return StartupError(
+        f"the native engine cannot run {directory}: {reason}. "
+        "Models whose attention goes beyond causal softmax attention (ALiBi, sinks) are refused.",
+        param="MODEL",
+    )
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module whose last_hidden_state is what the output head reads."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model:
+        decoder = model.base_model
+    assert isinstance(decoder, nn.Module)
+    return decoder
+
+
+def _logit_transform(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    """What some families do after the head: a scale (Cohere, Granite), a soft-cap (Gemma 2)."""
+    scale: Any = getattr(config, "logit_scale", None)
+    divisor: Any = getattr(config, "logits_scaling", None)
+    cap: Any = getattr(config, "final_logit_softcapping", None)
+
+    def transform(logits: Tensor) -> Tensor:
+        if scale is not None:
+            logits = logits * scale
+        if divisor is not None:
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+def _max_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence the model was made for, None if it does not say."""
+    for name in ("max_position_embeddings", "n_positions"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None

@@ -1,0 +1,134 @@
+"""Runs one step on the device: save, copy, admit, forward, decide."""
+
+import torch
+from torch import Tensor
+
+from coconut_serve.engines.native.batch import BatchBuilder, StepBatch
+from coconut_serve.engines.native.model import PagedModel
+from coconut_serve.engines.native.scheduler import Preemption, Schedule
+from coconut_serve.engines.native.sequence import SavedState, Sequence
+from coconut_serve.reasoning.slots import Slots
+from coconut_serve.reasoning.step import ReasoningStep, RowResult, plan_row
+
+
+class Runner:
+    """Owns everything on the device but the weights; a new one is a fresh start.
+
+    Beside keys and values each cache slot keeps the input vector of its position, so that
+    preemption can replay fed vectors exactly.
+
+    Args:
+        model: The loaded model.
+        mode_names: Modes to support.
+        num_slots: Sequences that run at once.
+        num_blocks: Blocks of the cache, the null block included.
+        block_size: Positions of a block.
+        max_model_len: Positions of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        mode_names: tuple[str, ...],
+        *,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._block_size = block_size
+        num_cache_slots = num_blocks * block_size
+        self._caches = model.make_caches(num_cache_slots)
+        self._inputs = torch.zeros(
+            num_cache_slots, model.hidden_size, dtype=model.dtype, device=model.device
+        )
+        self._slots = Slots(num_slots, model.hidden_size, dtype=model.dtype, device=model.device)
+        self._step = ReasoningStep(
+            self._slots,
+            mode_names,
+            vocab_size=model.vocab_size,
+            embed_tokens=model.embed_tokens,
+            project_logits=model.project_logits,
+        )
+        self._builder = BatchBuilder(
+            num_slots=num_slots,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            caches=self._caches,
+            device=model.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, schedule: Schedule) -> list[RowResult]:
+        """Execute a schedule; one result for each deciding row, in order."""
+        for preemption in schedule.preemptions:
+            preemption.sequence.saved = self._save(preemption)
+        if schedule.block_copies:
+            self._copy_blocks(schedule.block_copies)
+        for sequence in schedule.admissions:
+            self._admit(sequence)
+        if not schedule.rows:
+            return []
+        batch = self._builder.build(schedule)
+        inputs = self._embed(batch)
+        self._inputs.index_copy_(0, batch.plan.write_slots, inputs)
+        hidden = self._model.forward(inputs, batch.positions, batch.plan)
+        return self._decide(batch, inputs, hidden)
+
+    def _embed(self, batch: StepBatch) -> Tensor:
+        """Build the inputs of all rows: ids, replayed vectors, slots; [num_rows, hidden_size]."""
+        pending = self._slots.embed(self._model.embed_tokens, batch.pending_slots)
+        if batch.is_pure_decode:
+            return pending
+        inputs = self._model.embed_tokens(batch.token_ids)
+        if batch.replay_rows is not None and batch.replay_vectors is not None:
+            inputs = inputs.index_copy(0, batch.replay_rows, batch.replay_vectors)
+        return inputs.index_copy(0, batch.pending_rows, pending)
+
+    def _decide(self, batch: StepBatch, inputs: Tensor, hidden: Tensor) -> list[RowResult]:
+        if not batch.deciding:
+            return []
+        rows = []
+        for sequence in batch.deciding:
+            assert sequence.slot is not None
+            rows.append(plan_row(sequence.request, sequence.slot, sequence.progress))
+        if not batch.is_pure_decode:
+            hidden, inputs = hidden[batch.pending_rows], inputs[batch.pending_rows]
+        return self._step.run(rows, hidden, inputs)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Set up a slot, from what preemption saved if there is such."""
+        assert sequence.slot is not None
+        saved, sequence.saved = sequence.saved, None
+        sequence.replay = saved.vectors if saved else None
+        snapshot = saved.snapshot if saved else None
+        self._step.admit(sequence.slot, sequence.request, snapshot)
+        self._builder.admit(sequence.slot)
+
+    def _save(self, preemption: Preemption) -> SavedState:
+        """Copy what rebuilds a sequence: its slot and the vectors fed so far."""
+        sequence = preemption.sequence
+        positions = [p for p, token in enumerate(sequence.inputs[:-1]) if token is None]
+        computed = [p for p in positions if p < preemption.num_computed]
+        size = self._block_size
+        at = [preemption.blocks[p // size] * size + p % size for p in computed]
+        vectors = self._inputs[torch.tensor(at, dtype=torch.int64, device=self._inputs.device)]
+        if len(computed) < len(positions):  # preempted again while it was being rebuilt
+            assert sequence.replay is not None
+            vectors = torch.cat([vectors, sequence.replay[len(computed) :]])
+        sequence.replay = None
+        return SavedState(self._slots.save(preemption.slot), vectors)
+
+    def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks: keys, values and inputs."""
+        size = self._block_size
+        for source, target in copies:
+            a, b = (
+                slice(source * size, (source + 1) * size),
+                slice(target * size, (target + 1) * size),
+            )
+            for keys, values in self._caches:
+                keys[b] = keys[a]
+                values[b] = values[a]
+            self._inputs[b] = self._inputs[a]

@@ -1,0 +1,320 @@
+"""Which sequences advance in a step, by how many positions, in which blocks.
+
+There are no phases here: each sequence has known and computed positions, and a step closes some of
+the gap. The scheduler never looks at a tensor.
+"""
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from coconut_serve.engines.native.block_pool import BlockPool
+from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
+from coconut_serve.reasoning.step import RowResult
+from coconut_serve.types import FinishReason, HaltReason, Phase, RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """Positions [start, end) of one sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def is_deciding(self) -> bool:
+        """Whether the pending position is among them, so that a decision follows."""
+        return self.end == self.sequence.num_known
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is just the pending position."""
+        return self.is_deciding and self.end - self.start == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """A sequence that lost its slot and blocks; the runner saves it before anything is reused."""
+
+    sequence: Sequence
+    slot: int
+    blocks: tuple[int, ...]
+    num_computed: int
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step. The runner does the parts in this order: save, copy, admit, forward."""
+
+    preemptions: list[Preemption] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
+    admissions: list[Sequence] = field(default_factory=list)
+    rows: list[ScheduledRow] = field(default_factory=list)  # decode rows first
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix cache, forks and preemption.
+
+    Running sequences come before waiting ones and decode rows before chunks; when blocks run out
+    the newest sequence is preempted. A sequence alone always fits: the engine's max_model_len is
+    at most what the pool holds.
+
+    Args:
+        pool: The KV blocks.
+        max_num_seqs: Slots.
+        max_num_batched_tokens: Positions a step computes at most.
+        max_model_len: Positions a sequence may have.
+    """
+
+    def __init__(
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+    ) -> None:
+        self.pool = pool
+        self._budget = max(max_num_batched_tokens, max_num_seqs)
+        self._max_model_len = max_model_len
+        self._free_slots = deque(range(max_num_seqs))
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self._by_id: dict[str, Sequence] = {}
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self._by_id[sequence.request.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a sequence, wherever it is; False if it has ended already."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return False
+        if sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        self._retire(sequence)
+        return True
+
+    def has_work(self) -> bool:
+        """Whether some sequence has not ended."""
+        return bool(self._by_id)
+
+    def schedule(self) -> Schedule:
+        """Plan the next step."""
+        plan = Schedule()
+        rows: dict[Sequence, ScheduledRow] = {}
+        budget = self._budget
+        decoding = [s for s in self.running if s.is_decoding]
+        prefilling = [s for s in self.running if not s.is_decoding]
+        for sequence in decoding + prefilling:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted by an older one just now
+            end = sequence.num_computed + min(sequence.num_to_compute, budget)
+            if end > sequence.num_computed and self._grow(sequence, end, plan, rows):
+                rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
+                budget = self._budget - sum(row.end - row.start for row in rows.values())
+        if not plan.preemptions:
+            self._admit_waiting(plan, rows, budget)
+        plan.rows = sorted(rows.values(), key=lambda row: not row.is_decode)
+        return plan
+
+    def _grow(
+        self, sequence: Sequence, end: int, plan: Schedule, rows: dict[Sequence, ScheduledRow]
+    ) -> bool:
+        """Get blocks up to `end`, preempting newer sequences; False if it had to go itself."""
+        while True:
+            blocks = self.pool.allocate(self._num_missing_blocks(sequence, end))
+            if blocks is not None:
+                sequence.blocks += blocks
+                return True
+            victim = self.running[-1]
+            rows.pop(victim, None)
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+
+    def _num_missing_blocks(self, sequence: Sequence, end: int) -> int:
+        return max(0, -(-end // self.pool.block_size) - len(sequence.blocks))
+
+    def _preempt(self, sequence: Sequence, plan: Schedule) -> None:
+        """Take slot and blocks away; all inputs stay known, so it can be rebuilt (invariant 4)."""
+        assert sequence.slot is not None
+        plan.preemptions.append(
+            Preemption(sequence, sequence.slot, tuple(sequence.blocks), sequence.num_computed)
+        )
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _admit_waiting(
+        self, plan: Schedule, rows: dict[Sequence, ScheduledRow], budget: int
+    ) -> None:
+        """Give slots and blocks to waiting sequences, first come first served."""
+        for sequence in list(self.waiting):
+            if not self._free_slots or budget == 0:
+                return
+            leader = self._leader(sequence)
+            if leader is not None and leader.num_computed < sequence.num_prompt_tokens - 1:
+                continue  # its prompt is being computed by a member of its group
+            if not self._take_prefix(sequence, leader, plan):
+                return
+            end = sequence.num_computed + min(sequence.num_to_compute, budget)
+            blocks = self.pool.allocate(self._num_missing_blocks(sequence, end))
+            assert blocks is not None, "_take_prefix checked that they are there"
+            sequence.blocks += blocks
+            self._start(sequence, plan)
+            rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
+            budget -= end - sequence.num_computed
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """A running sequence with the same prompt whose blocks a fresh one may share."""
+        group = sequence.request.group_id
+        if group is None or sequence.saved is not None:
+            return None
+        return next((s for s in self.running if s.request.group_id == group), None)
+
+    def _take_prefix(self, sequence: Sequence, leader: Sequence | None, plan: Schedule) -> bool:
+        """Share computed blocks of the prompt; False if the rest does not fit now.
+
+        A fork shares the full blocks below the last prompt position and copies the partial one:
+        the member computes that last position itself and decides on its own.
+        """
+        size = self.pool.block_size
+        num_shared = sequence.num_prompt_tokens - 1 if leader else 0
+        if leader is not None:
+            shared = leader.blocks[: num_shared // size]
+        else:
+            shared = self.pool.match(sequence.request.prompt_token_ids)
+            num_shared = len(shared) * size
+        self.pool.share(shared)
+        num_missing = -(-sequence.num_known // size) - len(shared)
+        # Room for one more block each keeps a new sequence from preempting itself at once.
+        reserve = len(self.running)
+        if self.pool.num_available < num_missing + reserve and (self.running or plan.rows):
+            self.pool.release(shared)
+            return False
+        sequence.blocks = list(shared)
+        sequence.num_computed = num_shared
+        if leader is None:
+            sequence.num_cached = num_shared if sequence.num_preemptions == 0 else 0
+            self.pool.num_queries += sequence.num_prompt_tokens
+            self.pool.num_hits += num_shared
+        elif num_shared % size:
+            tail = self.pool.allocate(1)
+            assert tail is not None, "counted in num_missing"
+            sequence.blocks += tail
+            plan.block_copies.append((leader.blocks[num_shared // size], tail[0]))
+        return True
+
+    def _start(self, sequence: Sequence, plan: Schedule) -> None:
+        self.waiting.remove(sequence)
+        sequence.slot = self._free_slots.popleft()
+        sequence.status = SequenceStatus.RUNNING
+        if sequence.first_step_seconds is None:
+            sequence.first_step_seconds = time.monotonic()
+        self.running.append(sequence)
+        plan.admissions.append(sequence)
+
+    def update(self, plan: Schedule, results: list[RowResult]) -> list[RequestOutput]:
+        """Follow a computed step.
+
+        Args:
+            plan: What was scheduled.
+            results: One for each deciding row, in order.
+
+        Returns:
+            What each of those rows adds for its client.
+        """
+        outputs = []
+        remaining = iter(results)
+        for row in plan.rows:
+            sequence = row.sequence
+            is_deciding = row.is_deciding
+            sequence.num_computed = row.end
+            sequence.num_forward_passes += 1
+            self._publish(sequence, row)
+            if is_deciding:
+                outputs.append(self._follow(sequence, next(remaining)))
+        return outputs
+
+    def _publish(self, sequence: Sequence, row: ScheduledRow) -> None:
+        """Offer full blocks of prompt ids to the prefix cache (invariant 3)."""
+        size, num_prompt = self.pool.block_size, sequence.num_prompt_tokens
+        before, after = min(row.start, num_prompt) // size, min(row.end, num_prompt) // size
+        if after > before:
+            token_ids = sequence.request.prompt_token_ids[: after * size]
+            self.pool.publish(sequence.blocks, token_ids)
+
+    def _follow(self, sequence: Sequence, result: RowResult) -> RequestOutput:
+        """Note one decision and end the sequence if it is the last."""
+        token_id: int | None = result.token_id
+        finish_reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        is_stop = (
+            result.phase is not Phase.BOUNDARY
+            and token_id in sequence.request.sampling.stop_token_ids
+        )
+        if result.halt_reason is HaltReason.NUMERICAL:
+            finish_reason, stop_reason, token_id = FinishReason.STOP, "numerical", None
+        elif is_stop:
+            finish_reason, stop_reason, token_id = FinishReason.STOP, token_id, None
+        else:
+            sequence.note(result)
+            is_full = sequence.num_known > self._max_model_len
+            has_all = sequence.progress.num_output_tokens >= sequence.request.sampling.max_tokens
+            finish_reason = FinishReason.LENGTH if is_full or has_all else None
+        halt = result.halt_reason
+        if halt is HaltReason.CAP and sequence.request.reasoning.is_fixed:
+            halt = HaltReason.FIXED
+        assert sequence.first_step_seconds is not None
+        output = RequestOutput(
+            request_id=sequence.request.request_id,
+            phase=result.phase,
+            token_id=token_id,
+            is_vector=result.is_vector and stop_reason is None,
+            logprobs=result.logprobs if token_id is not None else None,
+            trace=result.trace,
+            halt_reason=halt,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            counts=sequence.counts(),
+            queue_seconds=sequence.first_step_seconds - sequence.arrival_seconds,
+        )
+        if finish_reason is not None:
+            self._retire(sequence)
+        return output
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Free everything a sequence holds."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.saved = sequence.replay = None
+        del self._by_id[sequence.request.request_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.running.remove(sequence)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+
+    def count_by_mode(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Count running and waiting sequences by mode."""
+        running = Counter(s.request.reasoning.mode for s in self.running)
+        waiting = Counter(s.request.reasoning.mode for s in self.waiting)
+        return dict(running), dict(waiting)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if blocks, slots or records do not add up (invariant 2)."""
+        held = Counter(block for s in self.running for block in s.blocks)
+        self.pool.check_integrity(dict(held))
+        slots = [s.slot for s in self.running]
+        assert None not in slots, "a running sequence has no slot"
+        taken = {*slots, *self._free_slots}
+        assert len(taken) == len(slots) + len(self._free_slots), "a slot is taken twice"
+        live = {s.request.request_id for s in (*self.running, *self.waiting)}
+        assert live == set(self._by_id), "a sequence is neither running nor waiting"

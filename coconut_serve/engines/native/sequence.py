@@ -1,0 +1,99 @@
+"""One sequence being generated: the engine's only mutable record."""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from torch import Tensor
+
+from coconut_serve.reasoning.slots import SlotSnapshot
+from coconut_serve.reasoning.step import Progress, RowResult
+from coconut_serve.types import Phase, Request, SequenceCounts
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()  # no slot, no blocks; may hold what preemption saved
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What a preempted sequence needs to be rebuilt exactly."""
+
+    snapshot: SlotSnapshot  # holds the pending input, which was not computed yet
+    vectors: Tensor  # [num_vector_positions, hidden_size], the fed vectors in order
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Counters, block table and status.
+
+    Positions [0, num_known) have a known input. All but the last of them are replayable from
+    `inputs`: a token id, or None for a fed vector. The input of the last one is in the slot: the
+    reasoning step writes it there and the host may never have seen it.
+    """
+
+    request: Request
+    arrival_seconds: float = field(default_factory=time.monotonic)
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0  # positions whose keys and values are in the blocks
+    inputs: list[int | None] = field(default_factory=list)  # by position, the last one pending
+    saved: SavedState | None = None
+    replay: Tensor | None = None  # [num_vector_positions, hidden_size] while rebuilding
+    progress: Progress = field(init=False)
+    num_vector_steps: int = 0
+    num_forced_tokens: int = 0
+    num_forward_passes: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    first_step_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Start with the prompt as the known inputs."""
+        self.inputs = list(self.request.prompt_token_ids)
+        self.progress = Progress.start(self.request.reasoning)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt in positions."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Positions whose input is known, the pending one included."""
+        return len(self.inputs)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Known positions that are not in the cache yet; at least 1 while running."""
+        return self.num_known - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the pending position is left to compute."""
+        return self.num_to_compute == 1
+
+    def note(self, result: RowResult) -> None:
+        """Follow one decision: its input is the new pending one."""
+        self.progress.note(result)
+        self.num_vector_steps += result.is_vector
+        self.num_forced_tokens += result.phase is Phase.BOUNDARY
+        self.inputs.append(None if result.is_vector else result.token_id)
+
+    def counts(self) -> SequenceCounts:
+        """Freeze the totals for an output."""
+        progress = self.progress
+        return SequenceCounts(
+            num_output_tokens=progress.num_output_tokens,
+            num_reasoning_steps=self.request.reasoning.steps - progress.num_steps_left,
+            num_vector_steps=self.num_vector_steps,
+            num_forced_tokens=self.num_forced_tokens,
+            num_forward_passes=self.num_forward_passes,
+            num_cached_tokens=self.num_cached,
+            num_preemptions=self.num_preemptions,
+        )

@@ -1,0 +1,203 @@
+"""A deterministic engine without tensors: settable speed and failures, for tests of all the rest.
+
+Answers repeat the prompt, id by id; thinking steps of `latent` have no text, those of
+`distribution` have the text of the prompt's ids.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from coconut_serve.config import StubConfig
+from coconut_serve.engines.base import EngineInfo, OnStep
+from coconut_serve.errors import EngineDeadError, GenerationError
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.types import (
+    FinishReason,
+    HaltReason,
+    Phase,
+    ReasoningTrace,
+    Request,
+    RequestOutput,
+    SequenceCounts,
+    StepStats,
+    TokenLogprobs,
+    require,
+)
+
+_VECTOR_MODES = frozenset({"latent", "distribution"})
+_NUM_BLOCKS = 4096
+_BLOCK_SIZE = 16
+
+
+class StubEngine:
+    """Generates by rule; one asyncio task a request, so requests run side by side.
+
+    Args:
+        config: Speed and scripted failures.
+        vocab_size: Ids below this are valid.
+        max_model_len: Positions a sequence may have.
+        max_num_seqs: Sequences that run at once; others wait.
+        on_step: Called for each position of each sequence.
+    """
+
+    def __init__(
+        self,
+        config: StubConfig,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        on_step: OnStep,
+    ) -> None:
+        self._config = config
+        self._on_step = on_step
+        self._slots = asyncio.Semaphore(max_num_seqs)
+        self._running: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._num_used_blocks = 0
+        self._num_requests = 0
+        self._death: EngineDeadError | None = EngineDeadError("the engine is not running")
+        self.info = EngineInfo(
+            engine="stub",
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            kv_cache_positions=_NUM_BLOCKS * _BLOCK_SIZE,
+            block_size=_BLOCK_SIZE,
+            modes=mode_names(),
+        )
+        self.num_restarts = 0
+
+    async def start(self) -> None:
+        """Be ready at once."""
+        self._death = None
+
+    async def stop(self) -> None:
+        """Refuse all that comes and end what runs."""
+        self._death = EngineDeadError("the engine is shutting down")
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError after a scripted failure or `stop`."""
+        if self._death is not None:
+            raise EngineDeadError(self._death.message)
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the steps of one request."""
+        await self.check_health()
+        limit = self.info.max_model_len
+        require(0 < len(request.prompt_token_ids) < limit, "prompt", f"must have 1..{limit} ids")
+        arrival = time.monotonic()
+        mode = request.reasoning.mode
+        self._waiting[mode] += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting[mode] -= 1
+        self._running[mode] += 1
+        blocks = -(-request.max_num_positions // _BLOCK_SIZE)
+        self._num_used_blocks += blocks
+        try:
+            self._count_request()
+            queue_seconds = time.monotonic() - arrival
+            await asyncio.sleep(self._config.ttft_seconds)
+            async for output in self._steps(request):
+                yield replace(output, queue_seconds=queue_seconds)
+        finally:
+            self._running[mode] -= 1
+            self._num_used_blocks -= blocks
+            self._slots.release()
+            self._report({})
+
+    def _count_request(self) -> None:
+        """Die if the script says so."""
+        self._num_requests += 1
+        allowed = self._config.fail_after_requests
+        if allowed is not None and self._num_requests > allowed:
+            self._death = EngineDeadError("scripted failure")
+            raise self._death
+
+    async def _steps(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """The positions of a request: thinking, boundary, answer."""
+        params, ids = request.reasoning, request.prompt_token_ids
+        is_vector = params.mode in _VECTOR_MODES
+        counts = SequenceCounts()
+        kinds = (
+            [Phase.THINK] * params.steps
+            + [Phase.BOUNDARY] * len(params.end_token_ids)
+            + [Phase.ANSWER] * request.sampling.max_tokens
+        )
+        num_done = 0
+        for position, phase in enumerate(kinds):
+            await self._pace(position)
+            thinks = phase is Phase.THINK
+            counts = replace(
+                counts,
+                num_forward_passes=position + 1,
+                num_reasoning_steps=counts.num_reasoning_steps + thinks,
+                num_vector_steps=counts.num_vector_steps + (thinks and is_vector),
+                num_forced_tokens=counts.num_forced_tokens + (phase is Phase.BOUNDARY),
+                num_output_tokens=counts.num_output_tokens + (phase is Phase.ANSWER),
+            )
+            num_done = num_done + 1 if phase is kinds[position - 1] else 1
+            output = self._output(request, phase, ids[(num_done - 1) % len(ids)], counts)
+            if position == params.steps and params.steps:
+                halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP
+                output = replace(output, halt_reason=halt)
+            if position == len(kinds) - 1:
+                output = replace(output, finish_reason=FinishReason.LENGTH)
+            self._report({(params.mode, "decode" if not thinks else params.mode): 1})
+            yield output
+
+    def _output(
+        self, request: Request, phase: Phase, token_id: int, counts: SequenceCounts
+    ) -> RequestOutput:
+        params, sampling = request.reasoning, request.sampling
+        thinks = phase is Phase.THINK
+        trace = None
+        if thinks and params.trace != "none":
+            trace = ReasoningTrace(
+                entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0
+            )
+        logprobs = None
+        if sampling.num_logprobs is not None and phase is Phase.ANSWER:
+            top = ((token_id, 0.0),) if sampling.num_logprobs else ()
+            logprobs = TokenLogprobs(logprob=0.0, top=top)
+        has_text = not (thinks and params.mode == "latent")
+        return RequestOutput(
+            request_id=request.request_id,
+            phase=phase,
+            token_id=token_id if has_text else None,
+            is_vector=thinks and params.mode in _VECTOR_MODES,
+            logprobs=logprobs,
+            trace=trace,
+            counts=counts,
+        )
+
+    async def _pace(self, position: int) -> None:
+        """Take the time of one position; fail where the script says."""
+        if self._death is not None:
+            raise EngineDeadError(self._death.message)
+        if position == self._config.fail_at_token:
+            raise GenerationError("scripted failure of this request")
+        speed = self._config.tokens_per_second
+        await asyncio.sleep(1.0 / speed if speed and position else 0.0)
+
+    def _report(self, rows: dict[tuple[str, str], int]) -> None:
+        speed = self._config.tokens_per_second
+        self._on_step(
+            StepStats(
+                seconds=1.0 / speed if speed else 0.0,
+                num_rows={k: v for k, v in rows.items() if k[1] != "none"},
+                num_prefill_positions=0,
+                num_running=dict(self._running),
+                num_waiting=dict(self._waiting),
+                num_preemptions=0,
+                num_free_blocks=_NUM_BLOCKS - self._num_used_blocks,
+                num_cached_blocks=0,
+                num_used_blocks=self._num_used_blocks,
+                num_prefix_queries=0,
+                num_prefix_hits=0,
+            )
+        )

@@ -1,0 +1,178 @@
+"""Every Prometheus name, label and bucket. The registry is an argument.
+
+Prefix coconut_, base units, _total for counters; labels are the model, the engine, the mode and
+closed sets of reasons, all declared at start so that rate() works from the first event. Never a
+request id.
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from coconut_serve.types import HaltReason, StepStats
+
+# Time to the first of anything: vLLM's buckets.
+_TTFT = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+    80, 160, 640, 2560,
+)  # fmt: skip
+# Between tokens: vLLM's, with a finer low end because small models beat 10 ms.
+_ITL = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
+    5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+_REQUEST = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480,
+    960, 1920, 7680,
+)  # fmt: skip
+_STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_NUM_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+_NUM_PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
+
+OUTCOMES = ("stop", "length", "cancelled", "rejected", "error")
+ENDPOINTS = ("chat", "completions")
+REJECTIONS = ("queue_full", "draining", "too_long", "invalid")
+STAGES = ("queued", "thinking", "decode")
+PHASES = ("prefill", "latent", "distribution", "decode")
+STEP_KINDS = ("pure_decode", "pure_latent", "pure_distribution", "mixed", "prefill")
+HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.NONE)
+
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
+_Labels = dict[str, tuple[str, ...] | None]  # name -> its values; None: open, not declared
+
+
+class Metrics:
+    """All metrics of one served model.
+
+    Args:
+        registry: Where they are registered; a fresh one in tests.
+        model_name: Label.
+        engine: Label.
+        modes: Label values to declare.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, *, model_name: str, engine: str, modes: Iterable[str]
+    ) -> None:
+        self.registry = registry
+        self._base = {"model_name": model_name, "engine": engine}
+        self._modes = tuple(modes)
+        mode: _Labels = {"reasoning_mode": self._modes}
+
+        def counter(name: str, text: str, **labels: tuple[str, ...] | None) -> Counter:
+            names = (*self._base, *labels)
+            return self._declare(Counter(f"coconut_{name}", text, names, registry=registry), labels)
+
+        def gauge(name: str, text: str, **labels: tuple[str, ...] | None) -> Gauge:
+            names = (*self._base, *labels)
+            return self._declare(Gauge(f"coconut_{name}", text, names, registry=registry), labels)
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...], **labels: tuple[str, ...] | None
+        ) -> Histogram:
+            metric = Histogram(
+                f"coconut_{name}", text, (*self._base, *labels), buckets=buckets, registry=registry
+            )
+            return self._declare(metric, labels)
+
+        # fmt: off
+        self.requests = counter("requests", "Sequences ended.", **mode, endpoint=ENDPOINTS, outcome=OUTCOMES)
+        self.errors = counter("request_errors", "Error responses.", endpoint=None, code=None, status=None)
+        self.rejections = counter("admission_rejections", "Requests not taken.", reason=REJECTIONS)
+        self.ignored_params = counter("ignored_params", "Unknown request fields that were ignored.")
+        self.running = gauge("requests_running", "Sequences holding a slot.", **mode)
+        self.waiting = gauge("requests_waiting", "Sequences waiting for one.", **mode)
+
+        self.batch = gauge("batch_sequences", "Rows of the last step.", **mode, phase=PHASES)
+        self.batch_per_step = histogram("batch_sequences_per_step", "Rows of a step.", _BATCH)
+        self.mixed_steps = counter("mixed_steps", "Steps by whether they hold several kinds of row.", kind=("pure", "mixed"))
+        self.step_seconds = histogram("engine_step_seconds", "Duration of a step.", _STEP, phase=STEP_KINDS)
+        self.latent_step_seconds = histogram("latent_step_seconds", "Duration of a step that fed a vector, per sequence.", _STEP, **mode)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", **mode)
+        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", **mode)
+        self.generation_tokens = counter("generation_tokens", "Answer tokens.", **mode)
+        self.reasoning_tokens = counter("reasoning_tokens", "Thinking positions of any kind.", **mode)
+        self.latent_steps = counter("latent_steps", "Positions fed as a vector.", **mode)
+        self.wasted_tokens = counter("wasted_tokens", "Positions computed for sequences that were cancelled.", **mode)
+        self.halts = counter("latent_halts", "Thinking phases ended.", **mode, reason=HALTS)
+        self.cancelled = counter("cancelled", "Sequences cancelled by the client.", **mode, stage=STAGES)
+        self.latent_steps_per_request = histogram("latent_steps_per_request", "Positions fed as a vector.", _NUM_STEPS, **mode)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, **mode)
+        self.request_output_tokens = histogram("request_output_tokens", "Answer tokens of a sequence.", _TOKENS, **mode)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first step's result.", _TTFT, **mode)
+        self.ttfot = histogram("time_to_first_output_token_seconds", "Arrival to the first answer token.", _TTFT, **mode)
+        self.itl = histogram("inter_token_latency_seconds", "Between answer tokens.", _ITL, **mode)
+        self.tpot = histogram("time_per_output_token_seconds", "Mean gap of a sequence.", _ITL, **mode)
+        self.duration = histogram("request_duration_seconds", "Arrival to the end.", _REQUEST, **mode)
+        self.queue = histogram("request_queue_seconds", "Arrival to first step.", _TTFT, **mode)
+        self.prefill = histogram("request_prefill_seconds", "First step to its first result.", _TTFT, **mode)
+        self.latent_phase = histogram("latent_phase_seconds", "Prefill to the end of thinking.", _TTFT, **mode)
+        self.decode = histogram("request_decode_seconds", "First answer token to the end.", _REQUEST, **mode)
+
+        self.kv_blocks = gauge("kv_blocks", "Blocks of the KV cache.", state=("used", "cached", "free"))
+        self.kv_usage = gauge("kv_cache_usage_ratio", "Blocks in use, 0 to 1.")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found.")
+        self.preemptions = counter("preemptions", "Sequences preempted.")
+        self.sequence_preemptions = histogram("sequence_preemptions", "Preemptions of a sequence.", _NUM_PREEMPTIONS, **mode)
+        self.engine_up = gauge("engine_up", "1 while the engine works.")
+        self.engine_restarts = gauge("engine_restarts", "Recoveries from a failed step since the start.")
+        self.ready = gauge("ready", "1 while new work is accepted.")
+        self.load_seconds = gauge("model_load_seconds", "Time to load the model.")
+        self.build_info = gauge("build_info", "Always 1.", version=None)
+        # fmt: on
+
+    def _declare(self, metric: MetricT, labels: _Labels) -> MetricT:
+        """Create every child, so that its series is there from the start."""
+        options = [values for values in labels.values() if values is not None]
+        if len(options) == len(labels):
+            for combination in itertools.product(*options):
+                metric.labels(*self._base.values(), *combination)
+        return metric
+
+    def observe(self, metric: Histogram, value: float, *labels: str) -> None:
+        """Add an observation; labels beyond model and engine."""
+        metric.labels(*self._base.values(), *labels).observe(value)
+
+    def add(self, metric: Counter, count: float, *labels: str) -> None:
+        """Add to a counter."""
+        metric.labels(*self._base.values(), *labels).inc(count)
+
+    def set(self, metric: Gauge, value: float, *labels: str) -> None:
+        """Set a gauge."""
+        metric.labels(*self._base.values(), *labels).set(value)
+
+    def observe_step(self, stats: StepStats) -> None:
+        """Record one engine step; called from the engine's thread."""
+        for mode in self._modes:
+            self.set(self.running, stats.num_running.get(mode, 0), mode)
+            self.set(self.waiting, stats.num_waiting.get(mode, 0), mode)
+            for phase in PHASES:
+                self.set(self.batch, stats.num_rows.get((mode, phase), 0), mode, phase)
+        self._observe_blocks(stats)
+        if not stats.num_rows:
+            return
+        kinds = {phase for _, phase in stats.num_rows}
+        self.observe(self.batch_per_step, sum(stats.num_rows.values()))
+        self.add(self.mixed_steps, 1, "pure" if len(kinds) == 1 else "mixed")
+        phase = f"pure_{next(iter(kinds))}" if len(kinds) == 1 else "mixed"
+        self.observe(self.step_seconds, stats.seconds, "prefill" if "prefill" in kinds else phase)
+        for (mode, row_phase), count in stats.num_rows.items():
+            if row_phase in ("latent", "distribution"):
+                for _ in range(count):
+                    self.observe(self.latent_step_seconds, stats.seconds, mode)
+
+    def _observe_blocks(self, stats: StepStats) -> None:
+        used, cached, free = stats.num_used_blocks, stats.num_cached_blocks, stats.num_free_blocks
+        for state, count in (("used", used), ("cached", cached), ("free", free)):
+            self.set(self.kv_blocks, count, state)
+        self.set(self.kv_usage, used / max(1, used + cached + free))
+        self.add(self.preemptions, stats.num_preemptions)
+        self.add(self.prefix_queries, stats.num_prefix_queries)
+        self.add(self.prefix_hits, stats.num_prefix_hits)

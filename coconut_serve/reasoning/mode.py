@@ -1,0 +1,75 @@
+"""What a reasoning mode is: it decides the next input of its thinking rows, all at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.slots import EmbedTokens, Slots
+from coconut_serve.types import ReasoningParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What a mode sees: the rows of one step that are in its mode.
+
+    Rows whose thinking is over may be among them; the step ignores what is decided for those.
+    """
+
+    slots: Slots
+    row_slots: Tensor  # [num_rows] int64
+    host_slots: tuple[int, ...]  # the same, for branches on what `admit` noted on the host
+    hidden: Tensor  # [num_rows, hidden_size], after the final norm
+    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
+    sampled: Tensor | None  # [num_rows] int64, drawn by the row's ordinary sampling settings
+    embed_tokens: EmbedTokens
+
+    def uniform(self, stream: int, width: int) -> Tensor:
+        """Draw [num_rows, width] numbers in (0, 1) that depend on each row's seed alone."""
+        slots, rows = self.slots, self.row_slots
+        return noise.uniform(slots.seed[rows], slots.num_decisions[rows], stream, width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDecision:
+    """What a mode decides for each of its rows.
+
+    A halting row feeds its end tokens instead, or answers at once when it has none.
+    """
+
+    token: Tensor  # [num_rows] int64: the text of the step, -1 for none
+    vector: Tensor | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
+    is_vector: Tensor | None = None  # [num_rows] bool; None: all rows if `vector` is given
+    halt: Tensor | None = None  # [num_rows] int64, a HaltReason; None: nobody halts
+    retained_mass: Tensor | None = None  # [num_rows] float32; None: 1
+
+
+class ReasoningMode(ABC):
+    """One way of thinking. It never sees requests, blocks, positions, HTTP or vLLM.
+
+    `admit` sets every slot buffer the mode owns (slots are reused); buffers come from
+    `Slots.register`, so preemption keeps them. `decide` runs once a step for all rows of the mode
+    and must not wait for the device: no .item(), no .cpu(), no Python branch on a tensor.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for docs and /v1/models
+    needs_logits: ClassVar[bool] = True  # False: rows skip the output head while thinking
+    needs_sampled: ClassVar[bool] = False  # True: thinking rows draw a token as answers do
+    feeds_vectors: ClassVar[bool] = False
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:  # noqa: B027 (optional hook)
+        """Set up the mode's own buffers for a new sequence."""
+
+    @abstractmethod
+    def decide(self, ctx: StepContext) -> StepDecision:
+        """Decide the next input of each row."""
+
+
+ProjectLogits = Callable[[Tensor], Tensor]  # [n, hidden_size] -> [n, vocab_size]

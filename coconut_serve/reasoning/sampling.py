@@ -1,0 +1,216 @@
+"""Batched sampling in which each row's result depends on that row alone.
+
+Every operation works along the vocabulary, so a row's token is the same in any batch; its noise
+comes from its own seed (noise.py).
+"""
+
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.slots import Slots
+from coconut_serve.types import SamplingParams
+
+_NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
+
+
+class Sampler:
+    """Per-slot sampling settings and the token counts that penalties need.
+
+    The host keeps each slot's settings too, so a step runs only what some row asks for.
+    """
+
+    def __init__(self, slots: Slots, vocab_size: int) -> None:
+        self._slots = slots
+        self._vocab_size = vocab_size
+        self._params: list[SamplingParams] = [SamplingParams()] * slots.num_slots
+        self._temperature = slots.register("temperature", torch.float32)  # [num_slots]
+        self._top_p = slots.register("top_p", torch.float32)
+        self._top_k = slots.register("top_k", torch.int64)
+        self._min_p = slots.register("min_p", torch.float32)
+        self._repetition = slots.register("repetition_penalty", torch.float32)
+        self._presence = slots.register("presence_penalty", torch.float32)
+        self._frequency = slots.register("frequency_penalty", torch.float32)
+        # Made when the first request with penalties comes: they are as large as the logits.
+        self._counts: Tensor | None = None  # [num_slots, vocab_size] int16, emitted tokens
+        self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
+
+    def admit(self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
+        """Set the slot up for a new sequence."""
+        self._params[slot] = params
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._top_k[slot] = params.top_k
+        self._min_p[slot] = params.min_p
+        if params.has_penalties:
+            self._admit_penalties(slot, params, prompt_token_ids)
+
+    def _admit_penalties(
+        self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...]
+    ) -> None:
+        self._repetition[slot] = params.repetition_penalty
+        self._presence[slot] = params.presence_penalty
+        self._frequency[slot] = params.frequency_penalty
+        if self._counts is None or self._is_in_prompt is None:
+            size = self._vocab_size
+            self._counts = self._slots.register("token_counts", torch.int16, size)
+            self._is_in_prompt = self._slots.register("is_in_prompt", torch.bool, size)
+        self._counts[slot] = 0
+        self._is_in_prompt[slot] = False
+        ids = torch.tensor(prompt_token_ids, device=self._counts.device)
+        self._is_in_prompt[slot, ids] = True
+
+    def adjust(
+        self,
+        logits: Tensor,
+        row_slots: Tensor,
+        host_slots: tuple[int, ...],
+        num_output_tokens: tuple[int, ...],
+    ) -> Tensor:
+        """Apply penalties, logit bias, banned ids and min_tokens.
+
+        Args:
+            logits: [num_rows, vocab_size] float32; not modified.
+            row_slots: [num_rows] int64.
+            host_slots: The same on the host.
+            num_output_tokens: Answer tokens each row has, on the host.
+
+        Returns:
+            [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
+        """
+        params = [self._params[slot] for slot in host_slots]
+        if any(p.has_penalties for p in params):
+            logits = self._penalise(logits, row_slots, [p.has_penalties for p in params])
+        rows: list[int] = []
+        ids: list[int] = []
+        values: list[float] = []
+        for row, (p, num_tokens) in enumerate(zip(params, num_output_tokens, strict=True)):
+            changes = list(p.logit_bias) + [(i, -torch.inf) for i in p.banned_token_ids]
+            if num_tokens < p.min_tokens:
+                changes += [(i, -torch.inf) for i in p.stop_token_ids]
+            rows += [row] * len(changes)
+            ids += [token_id for token_id, _ in changes]
+            values += [value for _, value in changes]
+        if not rows:
+            return logits
+        at = torch.tensor([rows, ids], device=logits.device)  # [2, num_changes]
+        added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        return logits.index_put((at[0], at[1]), added, accumulate=True)
+
+    def _penalise(self, logits: Tensor, row_slots: Tensor, has_penalties: list[bool]) -> Tensor:
+        """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""
+        assert self._counts is not None
+        assert self._is_in_prompt is not None
+        counts = self._counts[row_slots]  # [num_rows, vocab_size]
+        is_seen = (counts > 0) | self._is_in_prompt[row_slots]
+        factor = self._repetition[row_slots].unsqueeze(1)
+        scaled = torch.where(logits > 0, logits / factor, logits * factor)
+        changed = torch.where(is_seen, scaled, logits)
+        changed = changed - counts * self._frequency[row_slots].unsqueeze(1)
+        changed = changed - (counts > 0) * self._presence[row_slots].unsqueeze(1)
+        is_on = torch.tensor(has_penalties, device=logits.device).unsqueeze(1)
+        return torch.where(is_on, changed, logits)
+
+    def sample(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
+        """Draw one token a row.
+
+        Args:
+            logits: [num_rows, vocab_size] float32, adjusted.
+            row_slots: [num_rows] int64.
+            host_slots: The same on the host.
+
+        Returns:
+            [num_rows] int64.
+        """
+        params = [self._params[slot] for slot in host_slots]
+        drawn = logits.argmax(-1)
+        random = [i for i, p in enumerate(params) if not p.is_greedy and not p.has_filters]
+        filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
+        for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
+            if indices:
+                rows = torch.tensor(indices, device=logits.device)
+                drawn[rows] = draw(logits[rows], row_slots[rows])
+        return drawn
+
+    def _probs(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        return (logits / self._temperature[row_slots].unsqueeze(1)).softmax(-1)
+
+    def _uniform(self, row_slots: Tensor) -> Tensor:
+        """One number in (0, 1) a row; [num_rows, 1]."""
+        slots = self._slots
+        counter = slots.num_decisions[row_slots]
+        return noise.uniform(slots.seed[row_slots], counter, noise.SAMPLE_STREAM, 1)
+
+    def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        """Invert the cumulative distribution over the whole vocabulary."""
+        cumulative = self._probs(logits, row_slots).double().cumsum(-1)
+        return _invert(cumulative, self._uniform(row_slots))
+
+    def _draw_filtered(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        """The same over the tokens that top-k, then top-p, then min-p leave."""
+        probs = self._probs(logits, row_slots)
+        if probs.is_cuda or probs.shape[1] <= _NUM_CANDIDATES:
+            p, ids = probs.sort(dim=-1, descending=True, stable=True)
+            return self._draw_sorted(p, ids, row_slots)
+        # On the CPU a partial sort is many times cheaper, and looking at it waits for nothing.
+        # Each row chooses for itself, so batch mates do not change how its ties are ordered.
+        p, ids = probs.topk(_NUM_CANDIDATES, dim=-1)
+        top_k, top_p = self._top_k[row_slots], self._top_p[row_slots]
+        is_enough = ((top_k > 0) & (top_k <= _NUM_CANDIDATES)) | (
+            (top_k == 0) & (p.sum(-1) >= top_p + 1e-4)
+        )
+        drawn = self._draw_sorted(p, ids, row_slots)
+        rest = (~is_enough).nonzero().squeeze(1)
+        if rest.numel():
+            p, ids = probs[rest].sort(dim=-1, descending=True, stable=True)
+            drawn[rest] = self._draw_sorted(p, ids, row_slots[rest])
+        return drawn
+
+    def _draw_sorted(self, p: Tensor, ids: Tensor, row_slots: Tensor) -> Tensor:
+        """Filter and draw from probabilities [num_rows, width] in falling order."""
+        top_k, top_p = self._top_k[row_slots].unsqueeze(1), self._top_p[row_slots].unsqueeze(1)
+        rank = torch.arange(p.shape[1], device=p.device)
+        p = torch.where((top_k > 0) & (rank >= top_k), 0.0, p)
+        mass = torch.where(top_k > 0, p.sum(-1, keepdim=True), 1.0)
+        is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
+        is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
+        cumulative = torch.where(is_kept, p, 0.0).double().cumsum(-1)
+        picked = _invert(cumulative, self._uniform(row_slots))
+        return ids.gather(1, picked.unsqueeze(1)).squeeze(1)
+
+    def count(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
+        """Note emitted tokens for the penalties.
+
+        Args:
+            row_slots: [num_rows] int64.
+            host_slots: The same on the host.
+            tokens: [num_rows] int64, -1 for rows that emitted none.
+        """
+        if self._counts is None or not any(self._params[s].has_penalties for s in host_slots):
+            return
+        one = (tokens >= 0).to(torch.int16)
+        self._counts.index_put_((row_slots, tokens.clamp_min(0)), one, accumulate=True)
+
+
+def _invert(cumulative: Tensor, u: Tensor) -> Tensor:
+    """Find the first column whose cumulative weight exceeds u of the total; -> [num_rows]."""
+    target = u.double() * cumulative[:, -1:]
+    return (cumulative <= target).sum(-1).clamp_max(cumulative.shape[1] - 1)
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+    """Read log-probabilities off raw logits.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, before bias and penalties.
+        tokens: [num_rows] int64; -1 reads as token 0 and is to be ignored.
+        num_top: Likeliest tokens wanted.
+
+    Returns:
+        Token ids [num_rows, 1 + num_top] and log-probabilities of the same shape; the first
+        column is `tokens`.
+    """
+    log_probs = logits.log_softmax(-1)
+    values, ids = log_probs.topk(num_top, dim=-1)
+    chosen = tokens.clamp_min(0).unsqueeze(1)
+    return torch.cat([chosen, ids], 1), torch.cat([log_probs.gather(1, chosen), values], 1)

@@ -1,0 +1,91 @@
+"""Device buffers with one row per running sequence: what the next forward pass reads.
+
+The reasoning step writes a slot, the next forward reads it; the host never sees the input in
+between. Slots are reused: `admit` of the step, the sampler and each mode set everything.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coconut_serve.types import MAX_FORCED_TOKENS, ReasoningParams
+
+EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSnapshot:
+    """Everything a sequence needs to go on in another slot after preemption."""
+
+    rows: dict[str, Tensor]  # buffer name -> that slot's row
+
+
+class Slots:
+    """Per-slot state of the reasoning step, on the device.
+
+    Buffers made by `register` survive preemption: `save` copies a slot's rows, `restore` writes
+    them into another slot.
+    """
+
+    def __init__(
+        self, num_slots: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_slots = num_slots
+        self.hidden_size = hidden_size
+        self.device = device
+        self._buffers: dict[str, Tensor] = {}
+        self.token = self.register("token", torch.int64)  # [num_slots]
+        self.vector = self.register("vector", dtype, hidden_size)  # [num_slots, hidden_size]
+        self.is_vector = self.register("is_vector", torch.bool)  # [num_slots]
+        self.is_thinking = self.register("is_thinking", torch.bool)  # [num_slots]
+        self.steps_left = self.register("steps_left", torch.int64)  # [num_slots]
+        self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
+        self.seed = self.register("seed", torch.int64)  # [num_slots]
+        self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS)  # queue, as a ring
+        self.forced_left = self.register("forced_left", torch.int64)  # [num_slots]
+
+    def register(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Create a buffer [num_slots, *shape] of zeros that survives preemption."""
+        if name in self._buffers:
+            raise ValueError(f"slot buffer {name!r} exists")
+        buffer = torch.zeros(self.num_slots, *shape, dtype=dtype, device=self.device)
+        self._buffers[name] = buffer
+        return buffer
+
+    def admit(self, slot: int, params: ReasoningParams, seed: int, next_token_id: int) -> None:
+        """Set the slot up for a new sequence whose next input is `next_token_id`."""
+        self.token[slot] = next_token_id
+        self.is_vector[slot] = False
+        self.is_thinking[slot] = params.steps > 0
+        self.steps_left[slot] = params.steps
+        self.num_decisions[slot] = 0
+        self.seed[slot] = seed
+        end = params.end_token_ids
+        # The queue is read from the front by rolling it, so no read position is kept.
+        self.forced[slot] = torch.tensor(end + (0,) * (MAX_FORCED_TOKENS - len(end)))
+        self.forced_left[slot] = len(end) if params.mode != "none" else 0
+
+    def embed(self, embed_tokens: EmbedTokens, row_slots: Tensor) -> Tensor:
+        """Build the next inputs.
+
+        Args:
+            embed_tokens: The model's own embedding call (it may scale, as Gemma does).
+            row_slots: [num_rows] int64.
+
+        Returns:
+            [num_rows, hidden_size] in the model's dtype.
+        """
+        tokens = embed_tokens(self.token[row_slots])  # [num_rows, hidden_size]
+        is_vector = self.is_vector[row_slots].unsqueeze(1)  # [num_rows, 1]
+        return torch.where(is_vector, self.vector[row_slots].to(tokens.dtype), tokens)
+
+    def save(self, slot: int) -> SlotSnapshot:
+        """Copy the slot's state; the slot may be reused afterwards."""
+        return SlotSnapshot({name: buffer[slot].clone() for name, buffer in self._buffers.items()})
+
+    def restore(self, slot: int, snapshot: SlotSnapshot) -> None:
+        """Write a saved state into a slot."""
+        for name, row in snapshot.rows.items():
+            self._buffers[name][slot] = row

@@ -1,0 +1,77 @@
+"""The application: routes, errors, and a model that loads while /health already answers."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+import coconut_serve
+from coconut_serve.config import ServeConfig
+from coconut_serve.errors import CoconutError
+from coconut_serve.metrics import Metrics
+from coconut_serve.server import chat, completions, ops
+from coconut_serve.server.errors import handle_coconut, handle_http, handle_unexpected
+from coconut_serve.server.middleware import RequestMiddleware
+from coconut_serve.server.state import Service
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[Metrics], Awaitable[Service]]
+OnLoaded = Callable[[Service | Exception], None]
+
+
+def create_app(
+    config: ServeConfig, *, load: Load, metrics: Metrics, on_loaded: OnLoaded = lambda _: None
+) -> FastAPI:
+    """Build the application.
+
+    Args:
+        config: The HTTP side's settings.
+        load: Starts an engine and builds the service; runs once, in the background.
+        metrics: Where everything is recorded.
+        on_loaded: Called with the service, or with the exception that kept it from loading.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(app))
+        yield
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        service: Service | None = app.state.service
+        if service is not None:
+            await service.engine.stop()
+
+    async def _load(app: FastAPI) -> None:
+        started = time.monotonic()
+        try:
+            app.state.service = await load(metrics)
+        except Exception as error:
+            logger.debug("loading failed", exc_info=error)
+            on_loaded(error)
+            return
+        metrics.set(metrics.load_seconds, time.monotonic() - started)
+        on_loaded(app.state.service)
+
+    app = FastAPI(
+        title="coconut-serve",
+        version=coconut_serve.__version__,
+        summary="OpenAI-compatible inference server for latent reasoning",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from a CDN; /openapi.json is the reference
+        redoc_url=None,
+    )
+    app.state.service = None
+    app.state.metrics = metrics
+    metrics.set(metrics.build_info, 1, coconut_serve.__version__)
+    for module in (chat, completions, ops):
+        app.include_router(module.router)
+    app.add_exception_handler(CoconutError, handle_coconut)
+    app.add_exception_handler(HTTPException, handle_http)
+    app.add_exception_handler(Exception, handle_unexpected)
+    app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
+    return app

@@ -1,0 +1,120 @@
+"""POST /v1/chat/completions."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.server import usage as costs
+from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.parse import read_body
+from coconut_serve.server.schemas import ChatRequest, openapi_body
+from coconut_serve.server.state import get_service
+from coconut_serve.service.generation import Delta
+
+router = APIRouter()
+
+_ROLES = ("developer", "system", "user", "assistant", "tool")
+
+
+@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a chat, whole or streamed."""
+    service = get_service(request)
+    body, ignored = await read_body(request, ChatRequest, service.config)
+    if body.response_format is not None and body.response_format.type != "text":
+        raise InvalidRequestError(
+            f"response_format {body.response_format.type!r} is not supported",
+            param="response_format",
+            code="unsupported_parameter",
+        )
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    ask = read_ask(
+        request,
+        body,
+        service,
+        request_id=f"chatcmpl-{body.request_id or request.state.request_id}",
+        endpoint="chat",
+        messages=[clean_message(m, i) for i, m in enumerate(body.messages)],
+        chat_template_options=body.chat_template_kwargs or {},
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return await respond(request, _ChatAnswer(service, await service.generate(ask), body), ignored)
+
+
+def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:
+    """Check a message and join its text parts.
+
+    Raises:
+        InvalidRequestError: The role is unknown or the content is no text.
+    """
+    where = f"messages.{index}"
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        roles = ", ".join(_ROLES)
+        raise InvalidRequestError(f"{where}.role must be one of {roles}", param=f"{where}.role")
+    if isinstance(content, list):
+        is_text = all(isinstance(p, dict) and p.get("type") == "text" for p in content)
+        texts = [p.get("text") for p in content] if is_text else [None]
+        content = "".join(map(str, texts)) if all(isinstance(t, str) for t in texts) else None
+    elif content is None and role == "assistant":
+        content = ""
+    if not isinstance(content, str):
+        raise InvalidRequestError(
+            f"{where}.content must be a string or text parts", param=f"{where}.content"
+        )
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+class _ChatAnswer(Answer):
+    """chat.completion and chat.completion.chunk objects."""
+
+    def openings(self) -> list[Any]:
+        """The role of each choice."""
+        opening = ChoiceDelta(role="assistant", content="")
+        choices = []
+        for index in range(len(self.generation.choices)):
+            choice = ChunkChoice(index=index, delta=opening, finish_reason=None)
+            if self.body.return_token_ids:
+                choice.prompt_token_ids = self.prompt_ids(index)  # type: ignore[attr-defined]  # extra field
+            choices.append(choice)
+        return choices
+
+    def choice(self, delta: Delta, extra: dict[str, Any], *, is_whole: bool) -> Any:
+        """A message, or what a chunk adds to one."""
+        reason: Any = delta.finish_reason.value if delta.finish_reason else None
+        text: dict[str, Any] = self.thinking(delta.reasoning)
+        if is_whole:
+            message = ChatCompletionMessage(role="assistant", content=delta.content, **text)
+            return Choice(index=delta.index, message=message, finish_reason=reason, **extra)
+        if delta.content:
+            text["content"] = delta.content
+        return ChunkChoice(
+            index=delta.index, delta=ChoiceDelta(**text), finish_reason=reason, **extra
+        )
+
+    def reply(self, choices: list[Any], extra: dict[str, Any], *, is_whole: bool) -> Reply:
+        """The response, or a chunk of it."""
+        if not is_whole:
+            return ChatCompletionChunk(
+                object="chat.completion.chunk", choices=choices, **self.common(), **extra
+            )
+        if self.body.return_token_ids:
+            extra = {**extra, "prompt_token_ids": self.prompt_ids(0)}
+        return ChatCompletion(object="chat.completion", choices=choices, **self.common(), **extra)
+
+    def logprobs(self, delta: Delta) -> Any:
+        """Log-probabilities by token."""
+        tokenizer = self.service.tokenizer
+        items = [costs.chat_logprob(token, tokenizer) for token in delta.tokens]
+        kind = ChoiceLogprobs if delta.is_merged else ChunkLogprobs
+        return kind(content=items, refusal=None)

@@ -1,0 +1,122 @@
+"""POST /v1/completions: text or token-id prompts, one or many."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from openai.types import Completion
+from openai.types.completion_choice import CompletionChoice, Logprobs
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.server import usage as costs
+from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.parse import read_body
+from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest, openapi_body
+from coconut_serve.server.state import Service, get_service
+from coconut_serve.service.generation import Delta, Generation
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
+async def create_completion(request: Request) -> Response:
+    """Continue prompts, whole or streamed."""
+    service = get_service(request)
+    body, ignored = await read_body(request, CompletionRequest, service.config)
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequestError(
+            "logprobs of the prompt (echo with logprobs) are not yet supported",
+            param="logprobs",
+            code="not_yet_supported",
+        )
+    ask = read_ask(
+        request,
+        body,
+        service,
+        request_id=f"cmpl-{body.request_id or request.state.request_id}",
+        endpoint="completions",
+        prompts=_prompts(body.prompt),
+        max_tokens=body.max_tokens,
+        num_logprobs=body.logprobs,
+        has_default_max_tokens=True,
+    )
+    generation = await service.generate(ask)
+    return await respond(request, _TextAnswer(service, generation, body), ignored)
+
+
+def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
+    """Sort out the four forms of `prompt`: text, texts, ids, lists of ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise InvalidRequestError("prompt must not be empty", param="prompt")
+    if isinstance(prompt[0], int):
+        return [tuple(prompt)]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequestError(f"prompt takes at most {MAX_PROMPTS}", param="prompt")
+    return [p if isinstance(p, str) else tuple(p) for p in prompt]
+
+
+class _TextAnswer(Answer):
+    """text_completion objects."""
+
+    def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
+        super().__init__(service, generation, body)
+        self._is_echoing = body.echo
+        self._offsets = [0] * len(generation.choices)
+
+    def openings(self) -> list[Any]:
+        """The prompts, if they are to be repeated."""
+        if not self._is_echoing:
+            return []
+        deltas = [Delta(index=index) for index in range(len(self.generation.choices))]
+        return [self._make(delta, self._echoed(delta.index), {}) for delta in deltas]
+
+    def _echoed(self, index: int) -> str:
+        ask, tokenizer = self.generation.prepared.ask, self.service.tokenizer
+        if not self._is_echoing or tokenizer is None:
+            return ""
+        prompt = ask.prompts[index // ask.n]
+        return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+    def _make(self, delta: Delta, text: str, extra: dict[str, Any]) -> CompletionChoice:
+        reason = delta.finish_reason.value if delta.finish_reason else None
+        # finish_reason is null until the end, which openai's class does not allow for.
+        extra = {"logprobs": None, **extra}
+        return CompletionChoice.model_construct(
+            index=delta.index, text=text, finish_reason=reason, **extra
+        )
+
+    def choice(self, delta: Delta, extra: dict[str, Any], *, is_whole: bool) -> Any:
+        """A text, or what a chunk adds to one."""
+        extra = {**self.thinking(delta.reasoning), **extra}
+        if is_whole and self.body.return_token_ids:
+            extra["prompt_token_ids"] = self.prompt_ids(delta.index)
+        text = self._echoed(delta.index) + delta.content if is_whole else delta.content
+        return self._make(delta, text, extra)
+
+    def reply(self, choices: list[Any], extra: dict[str, Any], *, is_whole: bool) -> Reply:
+        """The response; chunks look the same."""
+        del is_whole
+        reply = Completion(object="text_completion", choices=[], **self.common(), **extra)
+        reply.choices = choices
+        return reply
+
+    def logprobs(self, delta: Delta) -> Any:
+        """The legacy object; offsets count characters of the answer."""
+        tokenizer = self.service.tokenizer
+        texts = [costs.token_text(token.token_id, tokenizer) for token in delta.tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offsets[delta.index])
+            self._offsets[delta.index] += len(text)
+        known = [token.logprobs for token in delta.tokens if token.logprobs is not None]
+        return Logprobs(
+            tokens=texts,
+            token_logprobs=[p.logprob for p in known],
+            top_logprobs=[
+                {costs.token_text(i, tokenizer): value for i, value in p.top} for p in known
+            ],
+            text_offset=offsets,
+        )

@@ -1,0 +1,95 @@
+"""Every error leaves as OpenAI's error body; one place decides how."""
+
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from coconut_serve.errors import CoconutError, InvalidRequestError
+from coconut_serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_MAX_MESSAGE = 1000  # characters; an error never repeats a large body
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+
+
+def error_body(error: CoconutError) -> dict[str, Any]:
+    """OpenAI's ErrorObject."""
+    return {
+        "error": {
+            "message": error.message[:_MAX_MESSAGE],
+            "type": error.error_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: CoconutError) -> JSONResponse:
+    """The error as a response, with Retry-After where coming back helps."""
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def from_validation(error: ValidationError) -> InvalidRequestError:
+    """Turn pydantic's first complaint into ours; its others would only repeat it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # Union members and list indices are no names that a client knows.
+    names = [str(part) for part in first["loc"] if isinstance(part, str)]
+    names = [name for name in names if name.isidentifier() and name not in ("str", "int", "bool")]
+    param = ".".join(names) or None
+    message = first["msg"].removeprefix("Value error, ")
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    return InvalidRequestError(f"{param or 'body'}: {message}", param=param, code=code)
+
+
+async def handle_coconut(request: Request, error: Exception) -> Response:
+    """Handler of our own errors."""
+    assert isinstance(error, CoconutError)
+    count_error(request, error)
+    return error_response(error)
+
+
+async def handle_http(request: Request, error: Exception) -> Response:
+    """Handler of the router's errors: unknown route, wrong method."""
+    assert isinstance(error, HTTPException)
+    ours = CoconutError(
+        f"{request.method} {request.url.path}: {error.detail}",
+        code=_HTTP_CODES.get(error.status_code, "http_error"),
+    )
+    ours.status, ours.error_type = error.status_code, "invalid_request_error"
+    count_error(request, ours)
+    response = error_response(ours)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def handle_unexpected(request: Request, error: Exception) -> Response:
+    """Handler of bugs: logged in full, told in short."""
+    logger.error("unhandled error on %s", request.url.path, exc_info=error)
+    ours = CoconutError("internal error; the server's log has the details")
+    count_error(request, ours)
+    return error_response(ours)
+
+
+def count_error(request: Request, error: CoconutError) -> None:
+    """Record an error response, if the model's metrics exist already."""
+    metrics: Metrics | None = getattr(request.app.state, "metrics", None)
+    if metrics is None:
+        return
+    endpoint = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}.get(
+        request.url.path, "other"
+    )
+    metrics.add(metrics.errors, 1, endpoint, error.code, str(error.status))
+    reason = {"queue_full": "queue_full", "not_ready": "draining"}.get(error.code)
+    reason = "too_long" if error.code == "context_length_exceeded" else reason
+    if endpoint != "other" and (reason or error.status == 400):
+        metrics.add(metrics.rejections, 1, reason or "invalid")

@@ -1,0 +1,82 @@
+"""Around every request: its id, who may pass, how long it took.
+
+Plain ASGI, so that a client that goes away is seen by the route itself.
+"""
+
+import hashlib
+import hmac
+import logging
+import time
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from coconut_serve.errors import AuthenticationError
+from coconut_serve.server.errors import count_error, error_response
+from coconut_serve.server.parse import request_id
+
+logger = logging.getLogger("coconut_serve.access")
+
+_OPEN_PATHS = frozenset({"/health", "/ready"})  # probes carry no key
+_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+
+
+class RequestMiddleware:
+    """Sets x-request-id and openai-processing-ms, checks the key, logs one line.
+
+    Keys are compared as hashes in constant time, all of them, whichever matches.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = [_digest(key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        started = time.perf_counter()
+        request.state.request_id = request_id(request)
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request.state.request_id
+                elapsed_ms = (time.perf_counter() - started) * 1e3
+                headers["openai-processing-ms"] = str(round(elapsed_ms))
+            await send(message)
+
+        try:
+            if self._keys and scope["path"] not in _OPEN_PATHS and not self._knows(request):
+                error = AuthenticationError("missing or wrong API key (Authorization: Bearer ...)")
+                count_error(request, error)
+                await error_response(error)(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
+        finally:
+            level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+            logger.log(
+                level,
+                "%s %s %d %.3fs request_id=%s",
+                scope["method"],
+                scope["path"],
+                status,
+                time.perf_counter() - started,
+                request.state.request_id,
+            )
+
+    def _knows(self, request: Request) -> bool:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip().encode())
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

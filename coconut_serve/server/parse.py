@@ -1,0 +1,184 @@
+"""From an HTTP request to a GenerationAsk: body, model name, reasoning mode, unknown fields."""
+
+import json
+import re
+import uuid
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from coconut_serve.config import ServeConfig
+from coconut_serve.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server.errors import from_validation
+from coconut_serve.server.schemas import (
+    SAMPLING_FIELDS,
+    GenerationBody,
+    NamedBody,
+    check_effort,
+    check_mode_name,
+    flatten_reasoning,
+    unknown_fields,
+)
+from coconut_serve.service.prompt import SamplingAsk
+
+BodyT = TypeVar("BodyT", bound=NamedBody)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningAsk:
+    """What a request says of reasoning, from wherever it said it."""
+
+    mode: str | None
+    effort: str | None
+    settings: dict[str, Any]
+
+
+def request_id(request: Request) -> str:
+    """The client's X-Request-Id if it is well formed, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+async def read_body(
+    request: Request, kind: type[BodyT], config: ServeConfig
+) -> tuple[BodyT, list[str]]:
+    """Read and check a JSON body and the model it names.
+
+    Returns:
+        The body, and the names of unknown fields that were ignored.
+
+    Raises:
+        PayloadTooLargeError: It is larger than `max_bytes`.
+        InvalidRequestError: It is no JSON object, or a field is wrong.
+        NotFoundError: The model is not served here.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if not media_type.endswith("json"):
+        error = InvalidRequestError(
+            f"Content-Type {media_type!r}: send application/json", code="unsupported_media_type"
+        )
+        error.status = 415
+        raise error
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > config.max_body_bytes:
+            raise PayloadTooLargeError(f"the body is larger than {config.max_body_bytes} bytes")
+    try:
+        data = json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    try:
+        body = kind.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error) from None
+    check_model(body.model, config)
+    return body, _check_unknown(body, config)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) -> ReasoningAsk:
+    """Find the reasoning mode and its settings.
+
+    A mode may come from the body, `reasoning.mode`, the X-Reasoning-Mode header or a suffix of the
+    model name. Saying it twice differently is an error, never a guess.
+
+    Raises:
+        InvalidRequestError: A value is wrong, or two places disagree.
+    """
+    settings = flatten_reasoning(body.reasoning)
+    efforts = {
+        "reasoning_effort": body.reasoning_effort,
+        "reasoning.effort": settings.pop("effort", None),
+    }
+    settings.pop("summary", None)
+    places = {
+        "reasoning_mode": body.reasoning_mode,
+        "reasoning.mode": settings.pop("mode", None),
+        "X-Reasoning-Mode": request.headers.get("x-reasoning-mode"),
+        "model": split_model(body.model, config)[1],
+    }
+    effort: str | None = None
+    for param, value in efforts.items():
+        effort = check_effort(value, param) or effort
+    if effort == "none":
+        places["reasoning_effort"], effort = "none", None
+    said = {param: check_mode_name(v, param) for param, v in places.items() if v is not None}
+    if len(set(said.values())) > 1:
+        detail = ", ".join(f"{param}={value!r}" for param, value in said.items())
+        raise InvalidRequestError(
+            f"two different reasoning modes: {detail}",
+            param=next(iter(said)),
+            code="reasoning_mode_conflict",
+        )
+    mode = next(iter(said.values()), config.default_reasoning_mode)
+    return ReasoningAsk(mode=mode, effort=effort, settings=settings)
+
+
+def split_model(model: str | None, config: ServeConfig) -> tuple[str, str | None]:
+    """Split "name:mode"; the exact served name wins, since names may hold a colon."""
+    name = config.served_model_name
+    if model is None or model == name:
+        return name, None
+    base, _, suffix = model.rpartition(":")
+    if base == name and suffix in mode_names():
+        return name, suffix
+    return model, None
+
+
+def check_model(model: str | None, config: ServeConfig) -> None:
+    """Refuse a model that is not served here.
+
+    Raises:
+        NotFoundError: With code model_not_found.
+    """
+    if split_model(model, config)[0] != config.served_model_name:
+        raise NotFoundError(
+            f"the model {model!r} does not exist; served here: {config.served_model_name}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
+    """Name ignored unknown fields; with --strict-params they are errors.
+
+    Raises:
+        InvalidRequestError: A field is rejected, misspelt reasoning, or unknown in strict mode.
+    """
+    unknown = unknown_fields(body)
+    if unknown and config.strict_params:
+        raise InvalidRequestError(
+            f"unknown field {unknown[0]!r}", param=unknown[0], code="unknown_parameter"
+        )
+    return unknown
+
+
+def sampling_ask(
+    body: GenerationBody, *, max_tokens: int | None, num_logprobs: int | None
+) -> SamplingAsk:
+    """The sampling fields of a body."""
+    return SamplingAsk(
+        max_tokens=max_tokens,
+        params={
+            name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None
+        },
+        logit_bias=body.bias(),
+        stop=body.stop_strings(),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        seed=body.seed,
+        num_logprobs=num_logprobs,
+    )

@@ -1,0 +1,358 @@
+"""Request bodies: strict types, ranges, and a clear word on every unknown field.
+
+Responses are `openai.types` classes with our extra fields; requests are these models, because
+openai's own request types drop unknown keys and know no ranges.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.reasoning import EFFORTS, PRESETS, not_yet
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS = 1024
+MAX_PROMPTS = 128
+MAX_MESSAGES = 1024
+
+# Accepted because client libraries send them; without effect here.
+IGNORED_FIELDS = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "prompt_cache_options", "verbosity", "parallel_tool_calls",
+})  # fmt: skip
+# Known to OpenAI's API and not served: using them is an error, never silence.
+REJECTED_FIELDS = frozenset({
+    "tools", "tool_choice", "functions", "function_call", "audio", "prediction", "modalities",
+    "web_search_options", "moderation", "suffix", "best_of", "prompt_embeds", "chat_template",
+})  # fmt: skip
+
+
+def _strict_number(value: object) -> object:
+    """Take 1 for 1.0, but neither "1" nor true."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_strict_number)]
+
+
+# Fields that go into SamplingParams under their own name when they are given.
+SAMPLING_FIELDS = (
+    "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Describe a request body for /openapi.json; routes read theirs by hand."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class MixtureBody(_Body):
+    """reasoning.mixture; see docs/methods.md."""
+
+    PATH: ClassVar[str] = "reasoning.mixture."
+    NOT_YET: ClassVar[frozenset[str]] = frozenset({
+        "weights", "replacement", "moi_beta", "norm", "noise_clamp",
+    })  # fmt: skip
+    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "kind": ("full", "multiplex", "moi", "gated")
+    }
+    kind: Literal["topk", "full", "multiplex", "moi", "gated"] | None = None
+    top_k: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    filter_top_k: int | None = None
+    min_p: Number | None = None
+    noise: Literal["none", "gumbel", "dirichlet"] | None = None
+    noise_temperature: Number | None = None
+    dirichlet_alpha: Number | None = None
+
+
+class HaltBody(_Body):
+    """reasoning.halt."""
+
+    PATH: ClassVar[str] = "reasoning.halt."
+    NOT_YET: ClassVar[frozenset[str]] = frozenset({
+        "stop_prob", "sample", "stop_tokens", "stop_test", "entropy_above", "entropy_unit",
+        "converge_metric", "converge_below", "converge_patience",
+    })  # fmt: skip
+    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rule": ("learned", "stop_token", "converged")
+    }
+    rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
+    entropy_below: Number | None = None
+    entropy_patience: int | None = None
+
+
+class ReasoningBody(_Body):
+    """The `reasoning` object of chat and completions."""
+
+    PATH: ClassVar[str] = "reasoning."
+    NOT_YET: ClassVar[frozenset[str]] = frozenset({
+        "min_steps", "max_blocks", "pad_positions", "source", "latent_noise_std",
+        "latent_temperature", "speed", "soft_weight", "switch", "after", "branches", "select",
+        "seed", "max_total_steps",
+    })  # fmt: skip
+    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "latentmas",
+                   "later_free"),
+    }  # fmt: skip
+    mode: str | None = None
+    effort: str | None = None
+    summary: str | None = None  # OpenAI's; accepted without effect
+    preset: str | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+    start: str | int | list[int] | None = None
+    end: str | int | list[int] | None = None
+    adapter: str | None = None
+    mixture: MixtureBody | None = None
+    halt: HaltBody | None = None
+    trace: Literal["none", "summary", "topk", "vectors"] | None = None
+    trace_top_k: int | None = None
+
+
+class StreamOptions(_Body):
+    """stream_options."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # accepted without effect
+
+
+class NamedBody(_Body):
+    """A body that names the model it is for."""
+
+    model: str | None = None
+
+
+class GenerationBody(NamedBody):
+    """Fields that chat and completions share."""
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    include_reasoning: bool = True
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = None
+    reasoning_mode: str | None = None
+    reasoning_effort: str | None = None
+    reasoning: ReasoningBody | None = None
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, checked.
+
+        Raises:
+            InvalidRequestError: Too many, too long or empty.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError(f"stop takes at most {MAX_STOP_STRINGS}", param="stop")
+        if any(not s or len(s) > MAX_STOP_LENGTH for s in stop):
+            raise InvalidRequestError(
+                f"stop: each must have 1..{MAX_STOP_LENGTH} characters", param="stop"
+            )
+        return tuple(stop)
+
+    def bias(self) -> dict[int, float]:
+        """logit_bias by token id, checked.
+
+        Raises:
+            InvalidRequestError: Keys are no ids, values out of range, or too many.
+        """
+        given = self.logit_bias or {}
+        if len(given) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias"
+            )
+        if any(not key.isdecimal() for key in given):
+            raise InvalidRequestError("logit_bias: keys must be token ids", param="logit_bias")
+        if any(not -100 <= value <= 100 for value in given.values()):
+            raise InvalidRequestError("logit_bias: values must be in -100..100", param="logit_bias")
+        return {int(key): value for key, value in given.items()}
+
+
+class ResponseFormat(_Body):
+    """response_format; text only so far."""
+
+    type: str
+
+
+class ChatRequest(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, bool | int | str] | None = None
+
+
+class CompletionRequest(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeRequest(NamedBody):
+    """POST /tokenize: a prompt or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(NamedBody):
+    """POST /detokenize."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def unknown_fields(body: BaseModel) -> list[str]:
+    """Name fields that no one knows; reject those that must not be ignored.
+
+    Raises:
+        InvalidRequestError: A field is known but not served, or looks like a setting of reasoning
+            and is misspelt.
+    """
+    unknown = []
+    known = set(type(body).model_fields)
+    for name, value in (body.model_extra or {}).items():
+        if name in IGNORED_FIELDS or value is None:
+            continue
+        if name in REJECTED_FIELDS:
+            raise InvalidRequestError(
+                f"{name} is not supported", param=name, code="unsupported_parameter"
+            )
+        if any(word in name.lower() for word in ("reason", "latent", "think", "soft")):
+            raise InvalidRequestError(
+                f"unknown field {name!r}{_suggest(name, known)}",
+                param=name,
+                code="unknown_parameter",
+            )
+        unknown.append(name)
+    return unknown
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def flatten_reasoning(body: ReasoningBody | None) -> dict[str, Any]:
+    """Explicit settings by dotted name, e.g. "mixture.top_k".
+
+    Raises:
+        InvalidRequestError: A setting is unknown or not yet supported.
+    """
+    if body is None:
+        return {}
+    asked: dict[str, Any] = {}
+    for prefix, part in _parts(body):
+        _check_extra(part)
+        for name in part.model_fields_set & set(type(part).model_fields):
+            value = getattr(part, name)
+            if value is None or isinstance(value, BaseModel):
+                continue
+            if value in part.NOT_YET_VALUES.get(name, ()):
+                raise not_yet(part.PATH + name, value)
+            asked[prefix + name] = value
+    _check_values(asked)
+    return asked
+
+
+def _parts(body: ReasoningBody) -> Iterator[tuple[str, "ReasoningBody | MixtureBody | HaltBody"]]:
+    yield "", body
+    if body.mixture is not None:
+        yield "mixture.", body.mixture
+    if body.halt is not None:
+        yield "halt.", body.halt
+
+
+def _check_extra(part: "ReasoningBody | MixtureBody | HaltBody") -> None:
+    for name, value in (part.model_extra or {}).items():
+        if name in part.NOT_YET:
+            raise not_yet(part.PATH + name, value)
+        known = set(type(part).model_fields)
+        raise InvalidRequestError(
+            f"unknown field {part.PATH}{name}{_suggest(name, known)}",
+            param=part.PATH + name,
+            code="unknown_parameter",
+        )
+
+
+def _check_values(asked: Mapping[str, Any]) -> None:
+    preset = asked.get("preset")
+    if preset is not None and preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise InvalidRequestError(
+            f"reasoning.preset must be one of {known}", param="reasoning.preset"
+        )
+    adapter = asked.get("adapter")
+    if adapter not in (None, "auto", "none", "realign"):
+        raise not_yet("reasoning.adapter", adapter)
+    for name in ("start", "end"):
+        value = asked.get(name)
+        if isinstance(value, str) and value not in ("auto", "none"):
+            raise InvalidRequestError(
+                f"reasoning.{name} must be 'auto', 'none' or token ids", param=f"reasoning.{name}"
+            )
+
+
+def check_mode_name(mode: str, param: str) -> str:
+    """Return the mode if it exists.
+
+    Raises:
+        InvalidRequestError: It does not; the text names those that do.
+    """
+    if mode not in mode_names():
+        names = list(mode_names())
+        raise InvalidRequestError(
+            f"{param} must be one of {', '.join(names)}{_suggest(mode, set(names))}",
+            param=param,
+            code="invalid_reasoning_mode",
+        )
+    return mode
+
+
+def check_effort(effort: str | None, param: str) -> str | None:
+    """Return the effort if it is one.
+
+    Raises:
+        InvalidRequestError: It is not.
+    """
+    if effort is not None and effort != "none" and effort not in EFFORTS:
+        names = ", ".join(["none", *EFFORTS])
+        raise InvalidRequestError(f"{param} must be one of {names}", param=param)
+    return effort

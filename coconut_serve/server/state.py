@@ -1,0 +1,104 @@
+"""What the routes share: built when the model is loaded."""
+
+import time
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.config import ServeConfig
+from coconut_serve.engines.base import Engine
+from coconut_serve.errors import NotReadyError
+from coconut_serve.metrics import Metrics
+from coconut_serve.service.admission import Admission
+from coconut_serve.service.generation import Generation
+from coconut_serve.service.prompt import GenerationAsk, PromptBuilder
+from coconut_serve.service.reasoning import ModelReasoning
+from coconut_serve.service.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A loaded model and everything that serves it."""
+
+    config: ServeConfig
+    engine: Engine
+    tokenizer: Tokenizer | None
+    manifest: Manifest | None
+    model: ModelReasoning
+    prompts: PromptBuilder
+    admission: Admission
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def build(
+        cls,
+        config: ServeConfig,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        manifest: Manifest | None,
+        eos_token_ids: tuple[int, ...],
+        metrics: Metrics,
+    ) -> "Service":
+        """Put the parts together; the engine has started."""
+        model = ModelReasoning.read(
+            manifest,
+            tokenizer,
+            engine_modes=engine.info.modes,
+            allowed_modes=config.allowed_reasoning_modes,
+            default_mode=config.default_reasoning_mode,
+            max_model_len=engine.info.max_model_len,
+        )
+        prompts = PromptBuilder(
+            tokenizer=tokenizer,
+            model=model,
+            info=engine.info,
+            max_n=config.max_n,
+            max_trace=config.max_trace,
+            eos_token_ids=eos_token_ids,
+        )
+        return cls(
+            config=config,
+            engine=engine,
+            tokenizer=tokenizer,
+            manifest=manifest,
+            model=model,
+            prompts=prompts,
+            admission=Admission(max_running=config.max_num_seqs, max_queue=config.max_queue),
+            metrics=metrics,
+        )
+
+    async def generate(self, ask: GenerationAsk) -> Generation:
+        """Check a request, take its places and return its (not yet started) generation.
+
+        Raises:
+            CoconutError: It cannot be served, or not now.
+        """
+        await self.engine.check_health()
+        prepared = self.prompts.prepare(ask)
+        return Generation(
+            prepared,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            admission=self.admission,
+            metrics=self.metrics,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """system_fingerprint: what produced an answer."""
+        return f"coconut-{self.engine.info.engine}-{self.engine.info.fingerprint or '0'}"
+
+
+def get_service(request: Request) -> Service:
+    """The loaded service.
+
+    Raises:
+        NotReadyError: The model is still loading.
+    """
+    service: Service | None = getattr(request.app.state, "service", None)
+    if service is None:
+        raise NotReadyError("the model is loading", retry_after_seconds=2)
+    return service

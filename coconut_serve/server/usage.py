@@ -1,0 +1,106 @@
+"""What an answer cost, and how it was thought: usage, reasoning_info, traces, logprobs."""
+
+from typing import Any
+
+from openai.types import CompletionUsage
+from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+
+from coconut_serve.service.generation import Generation, TokenDelta, TraceStep
+from coconut_serve.service.tokenizer import Tokenizer
+from coconut_serve.types import HaltReason, SequenceCounts
+
+
+def reasoning_info(generation: Generation) -> dict[str, Any]:
+    """The effective mode and what it did, of the first choice; totals are in usage."""
+    prepared = generation.prepared
+    state = generation.choices[0]
+    counts = state.counts
+    is_halted = state.halt_reason is not HaltReason.NONE
+    return {
+        "mode": prepared.mode,
+        "latent_steps": counts.num_vector_steps if prepared.mode == "latent" else 0,
+        "reasoning_steps": counts.num_reasoning_steps,
+        "forward_passes": counts.num_forward_passes,
+        "halt_reason": state.halt_reason.label if is_halted else None,
+        "switches": 0,
+        "warnings": list(prepared.resolved.warnings),
+        "parameters": prepared.resolved.parameters,
+    }
+
+
+def usage(generation: Generation) -> CompletionUsage:
+    """Sum over all choices; a prompt counts once, thinking and forced positions count as output."""
+    counts = [choice.counts for choice in generation.choices]
+    num_prompt = sum(len(ids) for ids in generation.prepared.prompt_token_ids)
+    num_completion = sum(_num_completion(c) for c in counts)
+    num_reasoning = sum(c.num_reasoning_steps for c in counts)
+    num_vectors = sum(c.num_vector_steps for c in counts)
+    mode = generation.prepared.mode
+    n = generation.prepared.ask.n
+    return CompletionUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_completion,
+        total_tokens=num_prompt + num_completion,
+        prompt_tokens_details=PromptTokensDetails(
+            cached_tokens=sum(c.num_cached_tokens for c in counts[::n])
+        ),
+        # openai's classes keep extra fields, but their signatures do not say so.
+        completion_tokens_details=CompletionTokensDetails.model_validate(
+            {
+                "reasoning_tokens": num_reasoning,
+                "latent_steps": num_vectors if mode == "latent" else 0,
+                "distribution_steps": num_vectors if mode == "distribution" else 0,
+            }
+        ),
+        reasoning=reasoning_info(generation),  # type: ignore[call-arg]  # extra field
+    )
+
+
+def _num_completion(counts: SequenceCounts) -> int:
+    return counts.num_output_tokens + counts.num_reasoning_steps + counts.num_forced_tokens
+
+
+def trace_json(step: TraceStep, number: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One step of `reasoning_trace`: a readout of the state, not an explanation of the answer."""
+    trace = step.trace
+
+    def text(token_id: int) -> str | None:
+        return token_text(token_id, tokenizer) if tokenizer else None
+
+    shown: dict[str, Any] = {
+        "step": number,
+        "kind": step.kind,
+        "token_id": step.token_id,
+        "entropy": trace.entropy,
+        "max_prob": trace.max_prob,
+        "norm": trace.norm,
+        "cosine": trace.cosine,
+        "retained_mass": trace.retained_mass,
+    }
+    if trace.top:
+        shown["top"] = [{"token_id": i, "token": text(i), "prob": p} for i, p in trace.top]
+    if trace.vector is not None:
+        shown["vector"] = list(trace.vector)
+    return shown
+
+
+def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
+    """The text of one token, special ones included; "token_id:N" without a tokenizer."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    return tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def chat_logprob(token: TokenDelta, tokenizer: Tokenizer | None) -> ChatCompletionTokenLogprob:
+    """One item of choices[].logprobs.content."""
+    assert token.logprobs is not None
+
+    def fields(token_id: int, logprob: float) -> dict[str, Any]:
+        text = token_text(token_id, tokenizer)
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    return ChatCompletionTokenLogprob(
+        **fields(token.token_id, token.logprobs.logprob),
+        top_logprobs=[TopLogprob(**fields(i, p)) for i, p in token.logprobs.top],
+    )

@@ -1,0 +1,1 @@
+"""From an API request to engine requests and back to text; no HTTP, no torch."""

@@ -1,0 +1,66 @@
+"""Ids to text as they come: no half characters, no half stop strings."""
+
+from collections.abc import Sequence
+
+from coconut_serve.service.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Text of one sequence. Holds back what may be the beginning of a stop string.
+
+    Args:
+        tokenizer: None for a model without one: there is no text then.
+        stop: Stop strings.
+        include_stop: Whether the answer keeps the stop string that ended it.
+        skip_special_tokens: Whether special tokens have no text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._stream = (
+            tokenizer.stream(skip_special_tokens=skip_special_tokens) if tokenizer else None
+        )
+        self._stop = stop
+        self._include_stop = include_stop
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """Add an id and return the text to send now; "" once stopped."""
+        if self._stream is None or self.stopped_by is not None:
+            return ""
+        return self._release(self._stream.push(token_id))
+
+    def flush(self) -> str:
+        """End the text: nothing more comes, so nothing needs to be held back."""
+        if self._stream is None or self.stopped_by is not None:
+            return ""
+        text = self._release(self._stream.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            at, stop = min(found)
+            self.stopped_by, self._held = stop, ""
+            return text[: at + len(stop)] if self._include_stop else text[:at]
+        num_held = _num_held(text, self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _num_held(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of the text that begins some stop string."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return length
+    return 0

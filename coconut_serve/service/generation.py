@@ -1,0 +1,335 @@
+"""Runs the sequences of one API call and turns their steps into text."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from coconut_serve.engines.base import Engine
+from coconut_serve.errors import CoconutError, GenerationError
+from coconut_serve.metrics import Metrics
+from coconut_serve.service.admission import Admission
+from coconut_serve.service.detokenize import Detokenizer
+from coconut_serve.service.prompt import Prepared
+from coconut_serve.service.tokenizer import Tokenizer
+from coconut_serve.types import (
+    FinishReason,
+    HaltReason,
+    Phase,
+    ReasoningTrace,
+    Request,
+    RequestOutput,
+    SequenceCounts,
+    TokenLogprobs,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """One answer token: its id, its own text and log-probabilities."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceStep:
+    """One thinking step as a trace shows it."""
+
+    kind: str  # latent | distribution | token
+    token_id: int | None
+    trace: ReasoningTrace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a choice gained: text for the client, ids, trace steps, its end."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    tokens: tuple[TokenDelta, ...] = ()
+    trace: tuple[TraceStep, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    is_merged: bool = False
+
+    def merge(self, later: "Delta") -> "Delta":
+        """Append what came later to the same choice."""
+        return Delta(
+            index=self.index,
+            content=self.content + later.content,
+            reasoning=self.reasoning + later.reasoning,
+            tokens=self.tokens + later.tokens,
+            trace=self.trace + later.trace,
+            finish_reason=later.finish_reason or self.finish_reason,
+            stop_reason=later.stop_reason if later.finish_reason else self.stop_reason,
+            is_merged=True,
+        )
+
+
+@dataclass(slots=True)
+class ChoiceState:
+    """What is known of a choice so far."""
+
+    counts: SequenceCounts = field(default_factory=SequenceCounts)
+    halt_reason: HaltReason = HaltReason.NONE
+    num_steps_seen: int = 0
+
+
+class Generation:
+    """The running sequences of one call. Iterate it inside `async with`: leaving aborts them.
+
+    Args:
+        prepared: The requests.
+        engine: Runs them.
+        tokenizer: None for a model without one.
+        admission: Places are taken on creation and given back on leaving.
+        metrics: What is measured here is recorded there.
+
+    Raises:
+        QueueFullError: There is no place.
+        NotReadyError: The server drains.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        admission: Admission,
+        metrics: Metrics,
+    ) -> None:
+        self.prepared = prepared
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._admission = admission
+        self._metrics = metrics
+        self.choices = [ChoiceState() for _ in prepared.requests]
+        self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        admission.acquire(len(prepared.requests))
+        self._num_places = len(prepared.requests)
+
+    async def __aenter__(self) -> Self:
+        """Start the sequences."""
+        for index, request in enumerate(self.prepared.requests):
+            self._tasks.append(asyncio.create_task(self._run(index, request)))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Abort what still runs and give the places back."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Abort what still runs; safe to call again, and before entering."""
+        num_places, self._num_places = self._num_places, 0
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            if num_places:
+                self._admission.release(num_places)
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yield deltas of all choices until each has ended.
+
+        Raises:
+            CoconutError: A sequence failed; the others are aborted on leaving.
+        """
+        num_open = len(self.prepared.requests)
+        while num_open:
+            delta = await self._deltas.get()
+            if isinstance(delta, Exception):
+                raise delta
+            num_open -= delta.finish_reason is not None
+            yield delta
+
+    async def _run(self, index: int, request: Request) -> None:
+        """Follow one sequence from arrival to end."""
+        ask = self.prepared.ask
+        clock = _Clock(self._metrics, request, ask.endpoint)
+        text = _ChoiceText(self._tokenizer, self.prepared)
+        try:
+            async with contextlib.aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    clock.note(output)
+                    self._note(index, output)
+                    if self._emit(index, output, text):
+                        clock.end(output)
+                        return
+        except CoconutError as error:
+            clock.fail()
+            self._deltas.put_nowait(error)
+        except asyncio.CancelledError:
+            clock.cancel(self.choices[index].counts)
+            raise
+        except Exception as error:
+            logger.exception("generation failed, request_id=%s", request.request_id)
+            clock.fail()
+            failure = GenerationError(f"generation failed: {type(error).__name__}")
+            self._deltas.put_nowait(failure)
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        state = self.choices[index]
+        state.counts = output.counts
+        if output.halt_reason is not HaltReason.NONE:
+            state.halt_reason = output.halt_reason
+
+    def _emit(self, index: int, output: RequestOutput, text: "_ChoiceText") -> bool:
+        """Send what the output adds; True when the choice has ended."""
+        content, reasoning = text.push(output)
+        finish_reason, stop_reason = output.finish_reason, output.stop_reason
+        if finish_reason is not None:
+            rest_content, rest_reasoning = text.flush()
+            content, reasoning = content + rest_content, reasoning + rest_reasoning
+        if text.stopped_by is not None:
+            finish_reason, stop_reason = FinishReason.STOP, text.stopped_by
+        tokens: tuple[TokenDelta, ...] = ()
+        if output.phase is Phase.ANSWER and output.token_id is not None:
+            tokens = (TokenDelta(token_id=output.token_id, logprobs=output.logprobs),)
+        delta = Delta(
+            index=index,
+            content=content,
+            reasoning=reasoning,
+            tokens=tokens,
+            trace=_trace_steps(output, self.prepared.mode),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+        )
+        if delta != Delta(index=index):
+            self._deltas.put_nowait(delta)
+        return finish_reason is not None
+
+
+class _ChoiceText:
+    """Text of one choice: thinking and answer apart."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prepared: Prepared) -> None:
+        sampling = prepared.ask.sampling
+        self._answer = Detokenizer(
+            tokenizer,
+            stop=sampling.stop,
+            include_stop=sampling.include_stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+        )
+        self._thinking = Detokenizer(tokenizer)
+        self._is_thinking = True
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._answer.stopped_by
+
+    def push(self, output: RequestOutput) -> tuple[str, str]:
+        """Return new (content, reasoning)."""
+        if output.token_id is None:
+            return "", ""
+        if output.phase is Phase.THINK:
+            return "", self._thinking.push(output.token_id)
+        rest = ""
+        if self._is_thinking:
+            self._is_thinking = False
+            rest = self._thinking.flush()
+        content = self._answer.push(output.token_id) if output.phase is Phase.ANSWER else ""
+        return content, rest
+
+    def flush(self) -> tuple[str, str]:
+        rest = self._thinking.flush() if self._is_thinking else ""
+        return self._answer.flush(), rest
+
+
+def _trace_steps(output: RequestOutput, mode: str) -> tuple[TraceStep, ...]:
+    if output.trace is None:
+        return ()
+    kind = mode if output.is_vector else "token"
+    return (TraceStep(kind=kind, token_id=output.token_id, trace=output.trace),)
+
+
+class _Clock:
+    """Measures one sequence: arrival, first result, first answer token, gaps, end."""
+
+    def __init__(self, metrics: Metrics, request: Request, endpoint: str) -> None:
+        self._metrics = metrics
+        self._mode = request.reasoning.mode
+        self._endpoint = endpoint
+        self._num_prompt = len(request.prompt_token_ids)
+        self._arrival = time.monotonic()
+        self._first: float | None = None
+        self._first_answer: float | None = None
+        self._last_answer: float | None = None
+        self._queue_seconds = 0.0
+
+    def note(self, output: RequestOutput) -> None:
+        """Follow an output."""
+        now, m, mode = time.monotonic(), self._metrics, self._mode
+        if self._first is None:
+            self._first = now
+            self._queue_seconds = output.queue_seconds
+            m.observe(m.ttft, now - self._arrival, mode)
+            m.observe(m.queue, output.queue_seconds, mode)
+            m.observe(m.prefill, now - self._arrival - output.queue_seconds, mode)
+            m.add(m.prompt_tokens, self._num_prompt, mode)
+            m.observe(m.request_prompt_tokens, self._num_prompt, mode)
+            m.add(m.cached_tokens, output.counts.num_cached_tokens, mode)
+        if output.halt_reason is not HaltReason.NONE:
+            m.add(m.halts, 1, mode, output.halt_reason.label)
+        if output.phase is not Phase.ANSWER or output.token_id is None:
+            return
+        if self._first_answer is None:
+            self._first_answer = now
+            m.observe(m.ttfot, now - self._arrival, mode)
+            if output.counts.num_reasoning_steps:
+                m.observe(m.latent_phase, now - self._first, mode)
+        elif self._last_answer is not None:
+            m.observe(m.itl, now - self._last_answer, mode)
+        self._last_answer = now
+        m.add(m.generation_tokens, 1, mode)
+
+    def end(self, output: RequestOutput) -> None:
+        """Record a sequence that reached its end."""
+        now, m, mode, counts = time.monotonic(), self._metrics, self._mode, output.counts
+        m.observe(m.duration, now - self._arrival, mode)
+        m.observe(m.request_output_tokens, counts.num_output_tokens, mode)
+        m.observe(m.latent_steps_per_request, counts.num_vector_steps, mode)
+        m.observe(m.sequence_preemptions, counts.num_preemptions, mode)
+        if self._first_answer is not None:
+            m.observe(m.decode, now - self._first_answer, mode)
+            if counts.num_output_tokens > 1:
+                gap = (now - self._first_answer) / (counts.num_output_tokens - 1)
+                m.observe(m.tpot, gap, mode)
+        self._count_thinking(counts)
+        outcome = output.finish_reason.value if output.finish_reason else "stop"  # stop string
+        m.add(m.requests, 1, mode, self._endpoint, outcome)
+
+    def _count_thinking(self, counts: SequenceCounts) -> None:
+        m, mode = self._metrics, self._mode
+        m.add(m.reasoning_tokens, counts.num_reasoning_steps, mode)
+        m.add(m.latent_steps, counts.num_vector_steps, mode)
+
+    def fail(self) -> None:
+        """Record a sequence that ended with an error."""
+        m = self._metrics
+        m.add(m.requests, 1, self._mode, self._endpoint, "error")
+
+    def cancel(self, counts: SequenceCounts) -> None:
+        """Record a sequence that its client dropped."""
+        m, mode = self._metrics, self._mode
+        stage = "queued" if self._first is None else "thinking"
+        stage = stage if self._first_answer is None else "decode"
+        m.add(m.requests, 1, mode, self._endpoint, "cancelled")
+        m.add(m.cancelled, 1, mode, stage)
+        m.add(m.wasted_tokens, counts.num_output_tokens + counts.num_reasoning_steps, mode)
+        self._count_thinking(counts)

@@ -1,0 +1,250 @@
+"""From a normalised API request to engine requests: tokens, limits, reasoning."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from coconut_serve.engines.base import EngineInfo
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.service import reasoning
+from coconut_serve.service.reasoning import ModelReasoning, Resolved
+from coconut_serve.service.tokenizer import ChatMessage, Tokenizer
+from coconut_serve.types import Request, SamplingParams, require
+
+_DEFAULT_ANSWER_TOKENS = 16  # completions; chat answers until the model ends or the context does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingAsk:
+    """Sampling fields of a request; None = not given."""
+
+    max_tokens: int | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams fields as given
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationAsk:
+    """One API call, whatever its endpoint."""
+
+    request_id: str
+    endpoint: str
+    mode: str | None  # explicit mode; None: the model's default
+    messages: Sequence[ChatMessage] | None = None  # chat
+    chat_template_options: Mapping[str, object] = field(default_factory=dict)
+    prompts: Sequence[str | tuple[int, ...]] = ()  # completions
+    n: int = 1
+    sampling: SamplingAsk = field(default_factory=SamplingAsk)
+    reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
+    effort: str | None = None
+    has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Engine requests of one API call; choice i answers prompt i // n."""
+
+    requests: tuple[Request, ...]
+    prompt_token_ids: tuple[tuple[int, ...], ...]  # by prompt
+    mode: str
+    resolved: Resolved
+    ask: GenerationAsk
+
+
+class PromptBuilder:
+    """Builds engine requests for one served model.
+
+    Args:
+        tokenizer: None for a model without one: it takes token ids only.
+        model: What the model can do.
+        info: The engine's limits.
+        max_n: Choices a request may ask for.
+        max_trace: The most detailed trace allowed.
+        eos_token_ids: Ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        model: ModelReasoning,
+        info: EngineInfo,
+        max_n: int,
+        max_trace: str,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._info = info
+        self._max_n = max_n
+        self._max_trace = max_trace
+        self._eos_token_ids = eos_token_ids
+
+    def prepare(self, ask: GenerationAsk) -> Prepared:
+        """Build the requests of a call.
+
+        Raises:
+            InvalidRequestError: Something in it cannot be served; `param` names it.
+        """
+        require(1 <= ask.n <= self._max_n, "n", f"must be in 1..{self._max_n}")
+        preset = reasoning.PRESETS.get(ask.reasoning.get("preset", ""), {})
+        mode = ask.mode or preset.get("mode") or self._model.default_mode
+        reasoning.check_mode(mode, self._model, ask.reasoning)
+        prompts = self._tokenise(ask, mode)
+        max_tokens = ask.sampling.max_tokens
+        if max_tokens is None and ask.has_default_max_tokens:
+            max_tokens = _DEFAULT_ANSWER_TOKENS
+        resolved = reasoning.resolve(
+            mode,
+            ask.reasoning,
+            self._model,
+            effort=ask.effort,
+            max_trace=self._max_trace,
+            num_prompt_tokens=max(len(p) for p in prompts),
+            max_tokens=max_tokens or 1,
+        )
+        self._check_boundary_ids(resolved)
+        prompts = [p + resolved.suffix_ids for p in prompts]
+        seed = random.getrandbits(62) if ask.sampling.seed is None else ask.sampling.seed
+        requests = []
+        for index, prompt in enumerate(prompts):
+            room = self._room(prompt, resolved, max_tokens, "prompt" if ask.prompts else "messages")
+            sampling = self._sampling(ask.sampling, room)
+            for choice in range(ask.n):
+                number = index * ask.n + choice
+                request = Request(
+                    request_id=f"{ask.request_id}-{number}",
+                    prompt_token_ids=prompt,
+                    sampling=replace(sampling, seed=_derive_seed(seed, number)),
+                    reasoning=resolved.params,
+                    group_id=f"{ask.request_id}-{index}" if ask.n > 1 else None,
+                )
+                requests.append(request)
+        return Prepared(
+            requests=tuple(requests),
+            prompt_token_ids=tuple(prompts),
+            mode=mode,
+            resolved=resolved,
+            ask=ask,
+        )
+
+    def _tokenise(self, ask: GenerationAsk, mode: str) -> list[tuple[int, ...]]:
+        """Turn messages or prompts into token ids, before the start-of-thought token."""
+        if ask.messages is not None:
+            return [self._chat(ask.messages, mode, ask.chat_template_options)]
+        prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
+        for prompt in prompts:
+            require(bool(prompt), "prompt", "must not be empty")
+            is_valid = min(prompt) >= 0 and max(prompt) < self._info.vocab_size
+            last = self._info.vocab_size - 1
+            require(is_valid, "prompt", f"has token ids outside 0..{last}")
+        return prompts
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "this model has no tokenizer: send token ids", param="prompt", code="no_tokenizer"
+            )
+        manifest = self._model.manifest
+        add_special = manifest.prompt.add_bos if manifest else True
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special))
+
+    def _chat(
+        self, messages: Sequence[ChatMessage], mode: str, options: Mapping[str, object]
+    ) -> tuple[int, ...]:
+        """Render a chat: the model's chat template, or the manifest's question template."""
+        manifest = self._model.manifest
+        if manifest is not None and not manifest.prompt.chat_template:
+            question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
+            if question is None:
+                raise InvalidRequestError("messages must have a user message", param="messages")
+            template = manifest.prompt.template or "{question}"
+            return self._ids(template.replace("{question}", str(question)))
+        if self._tokenizer is None or not self._tokenizer.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        options = {"enable_thinking": mode != "none", **options}
+        text = self._tokenizer.render_chat(messages, **options)
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._bound_thinking(ids, mode)
+
+    def _bound_thinking(self, ids: tuple[int, ...], mode: str) -> tuple[int, ...]:
+        """Open the thinking phase of a thinking model, or close it for `none`.
+
+        A template may have opened it already; what counts is the last think token in the prompt.
+        """
+        start, end = self._model.think_start_id, self._model.think_end_id
+        if start is None or end is None or mode == "latent":
+            return ids
+        last = next((i for i in reversed(ids) if i in (start, end)), end)
+        is_open = last == start
+        if mode == "none":
+            return (*ids, end) if is_open else ids
+        return ids if is_open else (*ids, start)
+
+    def _check_boundary_ids(self, resolved: Resolved) -> None:
+        for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
+            require(
+                0 <= token_id < self._info.vocab_size,
+                "reasoning.end" if token_id in resolved.params.end_token_ids else "reasoning.start",
+                f"token id {token_id} is not in the vocabulary",
+            )
+
+    def _room(
+        self, prompt: tuple[int, ...], resolved: Resolved, max_tokens: int | None, param: str
+    ) -> int:
+        """Answer tokens the request may have; checks that prompt and thinking fit."""
+        limit = self._info.max_model_len
+        is_fixed = resolved.params.is_fixed or not self._model.is_thinker
+        thinking = resolved.params.steps + len(resolved.params.end_token_ids) if is_fixed else 0
+        room = limit - len(prompt) - thinking
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens and thinking takes {thinking} positions, "
+                f"but the context holds {limit}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if max_tokens is not None and max_tokens > room:
+            raise InvalidRequestError(
+                f"max_tokens={max_tokens} is too large: the context holds {limit} positions, of "
+                f"which {room} are left after the prompt and thinking",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return room if max_tokens is None else max_tokens
+
+    def _sampling(self, ask: SamplingAsk, max_tokens: int) -> SamplingParams:
+        """Resolve the sampling fields; OpenAI's defaults."""
+        last = self._info.vocab_size - 1
+        for name, ids in (("logit_bias", ask.logit_bias), ("stop_token_ids", ask.stop_token_ids)):
+            require(all(0 <= i <= last for i in ids), name, f"has token ids outside 0..{last}")
+        manifest = self._model.manifest
+        eos = () if ask.ignore_eos else self._eos_token_ids
+        params = dict(ask.params)
+        params["top_k"] = max(0, params.get("top_k", 0))  # -1 also means all
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logit_bias=tuple(ask.logit_bias.items()),
+            banned_token_ids=tuple(manifest.tokens.never_emit) if manifest else (),
+            stop_token_ids=frozenset((*eos, *ask.stop_token_ids)),
+            num_logprobs=ask.num_logprobs,
+            **params,
+        )
+
+
+def _derive_seed(seed: int, number: int) -> int:
+    """A seed for each choice: the request's own for the first, unrelated ones for the others."""
+    value = (seed + number * 0x9E3779B97F4A7C15) & (2**64 - 1)
+    return value - 2**64 if value >= 2**63 else value

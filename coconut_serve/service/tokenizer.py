@@ -1,0 +1,110 @@
+"""What the service needs of a tokenizer, and a byte tokenizer for tests and the stub engine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+ChatMessage = Mapping[str, Any]
+
+
+class TextStream(Protocol):
+    """Turns ids into text as they come; never splits a character."""
+
+    def push(self, token_id: int) -> str:
+        """Add an id and return the text that is now certain."""
+
+    def flush(self) -> str:
+        """Return what is still held back, with replacement characters for broken bytes."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` works."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Turn text into ids."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Turn ids into text."""
+
+    def find_id(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, None if it is not one."""
+
+    def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
+        """Render messages with the model's chat template, up to the answer.
+
+        Raises:
+            InvalidRequestError: The template refuses them.
+        """
+
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+        """Start an incremental decoder."""
+
+
+class ByteTokenizer:
+    """One id a byte, two special ids; for tests and the stub engine."""
+
+    EOS = 256
+    VOCAB_SIZE = 258
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The one end id."""
+        return (self.EOS,)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """It has a fixed one."""
+        return True
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """One id a byte; nothing is added."""
+        del add_special_tokens
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Bytes to text; special ids have no text."""
+        del skip_special_tokens
+        return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+    def find_id(self, token: str) -> int | None:
+        """Single bytes only."""
+        data = token.encode()
+        return data[0] if len(data) == 1 else None
+
+    def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
+        """One line a message."""
+        del options
+        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
+
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+        """Hold back incomplete characters."""
+        del skip_special_tokens
+        return _ByteStream()
+
+
+class _ByteStream:
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def push(self, token_id: int) -> str:
+        if token_id < 256:
+            self._pending += bytes([token_id])
+        try:
+            text = self._pending.decode()
+        except UnicodeDecodeError as error:
+            if len(self._pending) - error.start < 4 and error.reason == "unexpected end of data":
+                return ""
+            text = self._pending.decode(errors="replace")
+        self._pending = b""
+        return text
+
+    def flush(self) -> str:
+        text, self._pending = self._pending.decode(errors="replace"), b""
+        return text

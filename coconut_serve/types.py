@@ -1,0 +1,295 @@
+"""The records that cross layers: what was asked, what one step adds, what a step cost.
+
+A latent step takes a KV *position* but makes no *token*; the names keep the two apart:
+positions fill the cache, tokens have an id, reasoning steps are positions of the thinking phase.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Literal
+
+from coconut_serve.errors import InvalidRequestError
+
+MAX_MIXTURE_TOP_K = 64
+MAX_STEPS = 1024
+MAX_FORCED_TOKENS = 8
+MAX_LOGPROBS = 20
+
+TraceLevel = Literal["none", "summary", "topk", "vectors"]
+NoiseKind = Literal["none", "gumbel", "dirichlet"]
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; each accepted sequence ends with exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Phase(IntEnum):
+    """Which part of the answer a position belongs to."""
+
+    THINK = 0
+    BOUNDARY = 1
+    ANSWER = 2
+
+
+class HaltReason(IntEnum):
+    """Why a thinking phase ended; NONE while it goes on."""
+
+    NONE = 0
+    FIXED = 1
+    CAP = 2
+    STOP_TOKEN = 3
+    COLD_STOP = 4
+    NUMERICAL = 5
+
+    @property
+    def label(self) -> str:
+        """The name that clients and metrics see."""
+        return self.name.lower()
+
+
+def require(condition: bool, param: str, message: str) -> None:
+    """Raise InvalidRequestError naming `param` unless `condition` holds."""
+    if not condition:
+        raise InvalidRequestError(f"{param} {message}", param=param)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How answer tokens (and `cot` thinking tokens) are drawn.
+
+    Temperature 0 is greedy. The seed and the position alone decide the noise of a row, so batch
+    mates never change it.
+    """
+
+    max_tokens: int = 16  # answer tokens; thinking is bounded by ReasoningParams.steps
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    banned_token_ids: tuple[int, ...] = ()  # the manifest's never_emit
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids and the client's own
+    num_logprobs: int | None = None  # None = off, 0 = the sampled token only
+
+    def __post_init__(self) -> None:
+        """Check the ranges that SERVING clients rely on."""
+        require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
+        require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be in 0..max_tokens")
+        require(0.0 <= self.temperature <= 2.0, "temperature", "must be in 0..2")
+        require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
+        require(self.top_k >= 0, "top_k", "must be at least 0 (0 or -1 = all)")
+        require(0.0 <= self.min_p <= 1.0, "min_p", "must be in 0..1")
+        require(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "must be in (0, 2]")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be in -2..2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be in -2..2")
+        require(
+            self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
+            "top_logprobs",
+            f"must be in 0..{MAX_LOGPROBS}",
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens seen before change the logits."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether some tokens are cut before drawing."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureParams:
+    """How the next input of a `distribution` step is mixed (Soft Thinking, arXiv 2505.15778).
+
+    Order: temperature, `filter_top_k`, `top_p`, `min_p`, then the `top_k` likeliest, renormalised;
+    noise as in Stochastic Soft Thinking (arXiv 2508.03440).
+    """
+
+    top_k: int = 10
+    temperature: float = 0.6
+    top_p: float = 0.95
+    filter_top_k: int = 30  # 0 = all
+    min_p: float = 0.001
+    noise: NoiseKind = "none"
+    noise_temperature: float = 0.5
+    dirichlet_alpha: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Check ranges; parameters carry their path in the request."""
+        top, path = MAX_MIXTURE_TOP_K, "reasoning.mixture."
+        require(1 <= self.top_k <= top, path + "top_k", f"must be in 1..{top}")
+        require(0.0 < self.temperature <= 5.0, path + "temperature", "must be in (0, 5]")
+        require(0.0 < self.top_p <= 1.0, path + "top_p", "must be in (0, 1]")
+        require(
+            0 <= self.filter_top_k <= top, path + "filter_top_k", f"must be in 0..{top} (0 = all)"
+        )
+        require(0.0 <= self.min_p < 1.0, path + "min_p", "must be in [0, 1)")
+        require(
+            0.0 < self.noise_temperature <= 10.0, path + "noise_temperature", "must be in (0, 10]"
+        )
+        require(
+            0.0 < self.dirichlet_alpha <= 1e4, path + "dirichlet_alpha", "must be in (0, 10000]"
+        )
+        require(
+            self.noise != "dirichlet" or self.filter_top_k > 0,
+            path + "filter_top_k",
+            f"must be in 1..{top} with noise 'dirichlet'",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HaltParams:
+    """When a thinking phase ends before its steps are spent."""
+
+    entropy_below: float = 0.0  # nats; 0 = off (Soft Thinking's Cold Stop)
+    entropy_patience: int = 256  # consecutive steps below the threshold
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            0.0 <= self.entropy_below <= 20.0, "reasoning.halt.entropy_below", "must be in 0..20"
+        )
+        require(self.entropy_patience >= 1, "reasoning.halt.entropy_patience", "must be >= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningParams:
+    """How one sequence thinks, fully resolved: engines look nothing up.
+
+    The start-of-thought token, if any, is already the end of the prompt. After `steps` thinking
+    positions, or when the mode halts, `end_token_ids` are fed and hidden from the client.
+    """
+
+    mode: str = "none"
+    steps: int = 0
+    is_fixed: bool = False  # the step count is exact (latent), not a cap
+    end_token_ids: tuple[int, ...] = ()
+    stop_token_id: int | None = None  # this token, sampled or likeliest, ends the phase
+    mixture: MixtureParams = field(default_factory=MixtureParams)
+    halt: HaltParams = field(default_factory=HaltParams)
+    trace: TraceLevel = "none"
+    trace_top_k: int = 5
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(self.steps >= 0, "reasoning.steps", "must be at least 0")
+        require(
+            len(self.end_token_ids) <= MAX_FORCED_TOKENS,
+            "reasoning.end",
+            f"must be at most {MAX_FORCED_TOKENS} tokens",
+        )
+        require(
+            1 <= self.trace_top_k <= MAX_LOGPROBS,
+            "reasoning.trace_top_k",
+            f"must be in 1..{MAX_LOGPROBS}",
+        )
+
+    @property
+    def has_topk_trace(self) -> bool:
+        """Whether each step reports its likeliest tokens."""
+        return self.trace in ("topk", "vectors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate. A client's `n` becomes n requests of one group."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]  # includes the start-of-thought token
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    reasoning: ReasoningParams = field(default_factory=ReasoningParams)
+    group_id: str | None = None  # same prompt; members share the prompt's blocks
+
+    @property
+    def max_num_positions(self) -> int:
+        """KV positions the request can take at most."""
+        thinking = self.reasoning.steps + len(self.reasoning.end_token_ids)
+        return len(self.prompt_token_ids) + thinking + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities (nats) of one emitted token and its likeliest rivals."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningTrace:
+    """What one thinking step looked like: a readout, not an explanation."""
+
+    entropy: float  # nats, of the raw next-token distribution
+    max_prob: float
+    norm: float  # L2 norm of the vector fed next
+    cosine: float  # to the input of the position before
+    retained_mass: float  # probability covered by the mixed tokens; 1 for latent steps
+    top: tuple[tuple[int, float], ...] = ()  # (token id, probability): logit lens
+    vector: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceCounts:
+    """Running totals of one sequence, sent with each output."""
+
+    num_output_tokens: int = 0  # answer tokens
+    num_reasoning_steps: int = 0  # thinking positions of any kind
+    num_vector_steps: int = 0  # of these, fed as a vector
+    num_forced_tokens: int = 0
+    num_forward_passes: int = 0
+    num_cached_tokens: int = 0  # prompt positions taken from the prefix cache
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What one step adds to one sequence."""
+
+    request_id: str
+    phase: Phase = Phase.ANSWER
+    token_id: int | None = None  # None for a step without text
+    is_vector: bool = False
+    logprobs: TokenLogprobs | None = None
+    trace: ReasoningTrace | None = None
+    halt_reason: HaltReason = HaltReason.NONE  # set on the output that ends the thinking phase
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # token id, stop string or "numerical"
+    counts: SequenceCounts = field(default_factory=SequenceCounts)
+    queue_seconds: float = 0.0  # from arrival to the first step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """Facts about one engine step; the engine knows no metrics."""
+
+    seconds: float
+    num_rows: dict[tuple[str, str], int]  # (mode, prefill|latent|distribution|decode) -> rows
+    num_prefill_positions: int
+    num_running: dict[str, int]  # mode -> sequences holding a slot
+    num_waiting: dict[str, int]
+    num_preemptions: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_used_blocks: int
+    num_prefix_queries: int  # prompt tokens looked up since the last step
+    num_prefix_hits: int
