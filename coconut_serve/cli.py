@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -275,19 +276,30 @@ class DrainingServer(uvicorn.Server):
                     await asyncio.sleep(0.05)
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; the model may be loaded before or after."""
+        await super().startup(sockets)
+        self._announce()
+
     def note_loaded(self, outcome: Service | Exception) -> None:
-        """Say where the server listens, or stop it because the model did not load."""
+        """Follow the model: serve it, or stop because it did not load."""
         if isinstance(outcome, Exception):
             self.failure = outcome
             self.should_exit = True
             return
         self.service = outcome
-        info, config = outcome.engine.info, outcome.config
-        port = self.servers[0].sockets[0].getsockname()[1] if self.servers else config.port
+        self._announce()
+
+    def _announce(self) -> None:
+        """Say where the server listens, once it does and the model is there."""
+        if self.service is None or not self.started:
+            return
+        info, config = self.service.engine.info, self.service.config
+        port = self.servers[0].sockets[0].getsockname()[1]
         print(
             f"coconut-serve listens on http://{config.host}:{port}/v1 - "
             f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
-            f"modes {', '.join(outcome.model.modes)}; the KV cache holds "
+            f"modes {', '.join(self.service.model.modes)}; the KV cache holds "
             f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",
             flush=True,
         )

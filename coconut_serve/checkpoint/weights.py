@@ -98,9 +98,9 @@ def convert_gguf(file: Path) -> Path:
     try:
         _write_converted(file, partial)
         os.replace(partial, target)
-    except OSError:
+    except (OSError, ValueError, RuntimeError) as error:
         if not target.is_dir():  # else another process was first
-            raise
+            raise StartupError(f"cannot convert {file}: {error}", param="MODEL") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

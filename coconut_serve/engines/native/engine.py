@@ -260,7 +260,6 @@ class NativeEngine:
             self._one_step()
         except Exception as failure:
             logger.exception("engine step failed")
-            self._fail_all(EngineDeadError(f"the engine failed: {failure}", retry_after_seconds=1))
             now = time.monotonic()
             self._failures = [t for t in self._failures if now - t < _RESTART_WINDOW_SECONDS]
             self._failures.append(now)
@@ -268,6 +267,8 @@ class NativeEngine:
                 raise EngineDeadError("the engine failed too often and stays down") from failure
             self._reset()
             self._num_restarts += 1
+            self._report_idle()
+            self._fail_all(EngineDeadError(f"the engine failed: {failure}", retry_after_seconds=1))
 
     def _one_step(self) -> None:
         """Schedule, run, follow, send: the life of a step."""
@@ -276,16 +277,14 @@ class NativeEngine:
         results = self._runner.run(schedule)
         rows = _count_rows(schedule)
         outputs = self._scheduler.update(schedule, results)
-        posts: list[tuple[asyncio.Queue[RequestOutput | Exception], RequestOutput | Exception]] = []
-        for output in outputs:
-            channel = self._outputs[output.request_id]
-            posts.append((channel, output))
-            if output.finish_reason is not None:
-                del self._outputs[output.request_id]
-        self._post(posts)
+        # Report first: who sees an answer finds it in the metrics.
         self._report(time.perf_counter() - started, rows, schedule)
         if not self._scheduler.has_work():
             self._report_idle()
+        self._post([(self._outputs[output.request_id], output) for output in outputs])
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._outputs[output.request_id]
 
     def _report_idle(self) -> None:
         """Check the books while nothing runs and zero the gauges."""

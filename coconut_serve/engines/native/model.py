@@ -186,7 +186,7 @@ def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation="sdpa"
+            directory, config=config, dtype=dtype, attn_implementation="eager"
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StartupError(f"cannot load {directory}: {error}", param="MODEL") from error

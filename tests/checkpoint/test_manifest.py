@@ -1,0 +1,68 @@
+"""latent_config.json: what it says is done, or refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coconut_serve.checkpoint.manifest import FILE_NAME, load_manifest
+from coconut_serve.errors import StartupError
+
+
+def write(directory: Path, data: Any) -> Path:
+    (directory / FILE_NAME).write_text(data if isinstance(data, str) else json.dumps(data))
+    return directory
+
+
+def test_directory_without_manifest_has_none(tmp_path: Path) -> None:
+    assert load_manifest(tmp_path) is None
+
+
+def test_coconut_manifest_is_read(tmp_path: Path) -> None:
+    tokens = {"start": {"text": "<|start-latent|>", "id": 7}, "end": {"id": 8}, "never_emit": [7]}
+    manifest = load_manifest(
+        write(tmp_path, {"schema": 1, "method": "coconut", "modes": ["latent"], "tokens": tokens})
+    )
+    assert manifest is not None
+    assert manifest.start_token_ids == (7,)
+    assert manifest.end_token_ids == (8,)
+    assert manifest.is_trained_for == [6]
+    assert manifest.tokens.never_emit == [7]
+
+
+def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
+    data: dict[str, Any] = {
+        "schema": 1,
+        "tokens": {"start": {"id": 7}, "end": {"id": 8}},
+        "prompt": {"suffix_ids": [1, 2]},
+    }
+    manifest = load_manifest(write(tmp_path, data))
+    assert manifest is not None
+    assert manifest.start_token_ids == (1, 2)
+    manifest = load_manifest(write(tmp_path, {**data, "prompt": {}, "boundary": "none"}))
+    assert manifest is not None
+    assert manifest.start_token_ids == manifest.end_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{", "not readable JSON"),
+        ("[]", "must hold one JSON object"),
+        ({"schema": 2}, "schema"),
+        ({"schema": 1, "stepz": 3}, "stepz"),
+        ({"schema": 1, "tokens": {"strat": {"id": 1}}}, "tokens.strat"),
+        ({"schema": 1, "tokens": {"start": {"id": -1}}}, "tokens.start.id"),
+        ({"schema": 1, "steps": "6"}, "steps"),
+        ({"schema": 1, "steps": 9, "max_steps": 3}, "steps"),
+        ({"schema": 1, "default_mode": "latent"}, "default_mode"),
+        ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
+        ({"schema": 1, "adapters": {"default": {"type": "mlp_ln"}}}, "not yet supported"),
+        ({"schema": 1, "halting": {"rule": "binary_rows"}}, "not yet supported"),
+        ({"schema": 1, "boundary": "model_emitted"}, "boundary"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, data: Any, message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        load_manifest(write(tmp_path, data))

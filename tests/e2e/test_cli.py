@@ -1,0 +1,149 @@
+"""The command line in a process of its own: start, answer, drain, refuse."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from coconut_serve.cli import build_parser, parse_args
+from coconut_serve.errors import StartupError
+
+COMMAND = [sys.executable, "-m", "coconut_serve.cli"]
+
+
+class Server:
+    """A running `coconut-serve serve`."""
+
+    def __init__(self, *flags: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", "--port", "0", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", self.line)
+        assert found, f"no address in {self.line!r}"
+        self.url = found.group()
+
+
+@pytest.fixture
+def slow_stub() -> Iterator[Server]:
+    server = Server("--engine", "stub", "--stub-tokens-per-second", "40")
+    yield server
+    with server.process:  # closes the pipe and waits
+        server.process.kill()
+
+
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> None:
+    assert "the KV cache holds" in slow_stub.line
+    body = {"prompt": "abc", "max_tokens": 40}
+    answers: list[httpx.Response] = []
+    url = f"{slow_stub.url}/v1/completions"
+
+    def ask() -> None:
+        answers.append(httpx.post(url, json=body, timeout=30))
+
+    with httpx.Client(base_url=slow_stub.url) as keep:
+        assert keep.get("/ready").status_code == 200
+        thread = threading.Thread(target=ask)
+        thread.start()
+        metric = (
+            'coconut_requests_running{engine="stub",model_name="smollm2",reasoning_mode="cot"} 1'
+        )
+        deadline = time.monotonic() + 10
+        while metric not in keep.get("/metrics").text:
+            assert time.monotonic() < deadline
+        slow_stub.process.send_signal(signal.SIGTERM)
+        while keep.get("/ready").status_code == 200:
+            assert time.monotonic() < deadline
+        refused = keep.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+    thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 40
+    assert slow_stub.process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["/no/such/dir"], "no such model directory"),
+        (["--port", "70000"], "--port must be in 0..65535"),
+        (["--engine", "vllm"], "not part of this version"),
+        (["--allowed-reasoning-modes", "cot,foo"], "'foo' is not one of"),
+        (["--config", "/no/such/file"], "cannot read --config"),
+    ],
+)
+def test_wrong_start_is_one_line_and_a_status(flags: list[str], message: str) -> None:
+    done = subprocess.run(
+        [*COMMAND, "serve", "--port", "0", *flags], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("coconut-serve: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_directory_without_config_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "serve", "--port", "0", str(tmp_path)], capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "has no config.json" in done.stderr
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_queue: 1\nport: 1111\nmax_n: 3\nstrict_params: true\napi_key: [a, b]\n")
+    environ = {"COCONUT_MAX_QUEUE": "2", "COCONUT_PORT": "2222", "OTHER": "x"}
+    args = parse_args(["serve", "m", "--config", str(file), "--port", "3333"], environ)
+    assert (args.port, args.max_queue, args.max_n, args.max_num_seqs) == (3333, 2, 3, 64)
+    assert args.strict_params is True
+    assert args.api_key == ["a", "b"]
+    assert args.model == "m"
+    args = parse_args(["serve", "m", "--api-key", "c"], {"COCONUT_API_KEY": "a,b"})
+    assert args.api_key == ["c"]
+
+
+def test_unknown_or_bad_settings_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_quue: 1\n")
+    with pytest.raises(StartupError, match="unknown key 'max_quue'"):
+        parse_args(["serve", "--config", str(file)], {})
+    with pytest.raises(SystemExit):
+        parse_args(["serve"], {"COCONUT_MAX_QUEUE": "many"})
+    assert "--max-queue" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_args(["serve"], {"COCONUT_STRICT_PARAMS": "perhaps"})
+
+
+def test_help_names_every_flag_of_the_contract() -> None:
+    text = build_parser().parse_args(["models"])
+    assert text.command == "models"
+    done = subprocess.run(
+        [*COMMAND, "serve", "--help"], capture_output=True, text=True, check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    for flag in (
+        "engine", "host", "port", "served-model-name", "api-key", "dtype", "device",
+        "max-model-len", "max-num-seqs", "kv-cache-memory", "block-size",
+        "max-num-batched-tokens", "no-prefix-caching", "max-queue", "default-reasoning-mode",
+        "config",
+    ):  # fmt: skip
+        assert f"--{flag}" in done.stdout

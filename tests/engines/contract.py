@@ -1,0 +1,104 @@
+"""One set of tests for every engine: order, one ending, abort, limits, seeds, errors."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import pytest
+
+from coconut_serve.engines.base import Engine
+from coconut_serve.errors import EngineDeadError, InvalidRequestError
+from coconut_serve.types import FinishReason, Phase, StepStats
+from tests.fakes import make_request, run, run_all
+
+EngineFactory = Callable[..., AbstractAsyncContextManager[Engine]]
+
+
+class EngineContract:
+    """Subclasses name a factory; pytest runs these for each of them."""
+
+    def open(self, on_step: Callable[[StepStats], None] = lambda _: None, **settings: Any) -> Any:
+        raise NotImplementedError
+
+    @contextlib.asynccontextmanager
+    async def engine(self, **settings: Any) -> AsyncIterator[tuple[Engine, list[StepStats]]]:
+        stats: list[StepStats] = []
+        async with self.open(stats.append, **settings) as engine:
+            yield engine, stats
+
+    async def test_answer_has_max_tokens_and_one_ending(self) -> None:
+        async with self.engine() as (engine, _):
+            result = await run(engine, make_request(max_tokens=5))
+            assert len(result.token_ids) == 5
+            assert result.finish_reason is FinishReason.LENGTH
+            assert result.counts.num_output_tokens == 5
+
+    async def test_phases_come_in_order(self) -> None:
+        async with self.engine() as (engine, _):
+            for mode in ("latent", "distribution", "cot"):
+                request = make_request("r", mode=mode, steps=3, end=(4, 5), max_tokens=2)
+                result = await run(engine, request)
+                phases = [o.phase for o in result.outputs]
+                assert phases == [Phase.THINK] * 3 + [Phase.BOUNDARY] * 2 + [Phase.ANSWER] * 2
+                assert result.counts.num_reasoning_steps == 3
+                assert result.counts.num_forced_tokens == 2
+                is_vector = [o.is_vector for o in result.outputs[:3]]
+                assert is_vector == [mode != "cot"] * 3
+                has_text = [o.token_id is not None for o in result.outputs[:3]]
+                assert has_text == [mode != "latent"] * 3
+                assert sum(o.halt_reason != 0 for o in result.outputs) == 1
+
+    async def test_same_seed_same_tokens_whatever_else_runs(self) -> None:
+        async with self.engine() as (engine, _):
+            requests = [
+                make_request(f"{i}", temperature=1.0, seed=i % 3, max_tokens=12) for i in range(9)
+            ]
+            results = await run_all(engine, requests)
+            for i, result in enumerate(results):
+                assert result.token_ids == results[i % 3].token_ids
+
+    async def test_closing_frees_everything(self) -> None:
+        async with self.engine() as (engine, stats):
+            streams = [
+                engine.generate(make_request(f"{i}", mode=mode, steps=20, max_tokens=20))
+                for i, mode in enumerate(("cot", "latent", "distribution", "none"))
+            ]
+            for stream in streams:
+                await anext(stream)
+            for stream in streams:
+                await stream.aclose()
+            async with asyncio.timeout(5):
+                while not stats or stats[-1].num_used_blocks or sum(stats[-1].num_running.values()):
+                    await asyncio.sleep(0.001)
+            result = await run(engine, make_request("after"))
+            assert result.finish_reason is FinishReason.LENGTH
+
+    async def test_prompt_that_cannot_fit_is_refused(self) -> None:
+        async with self.engine() as (engine, _):
+            prompt = (5,) * engine.info.max_model_len
+            with pytest.raises(InvalidRequestError) as caught:
+                await run(engine, make_request(prompt=prompt))
+            assert caught.value.param == "prompt"
+            with pytest.raises(InvalidRequestError):
+                await run(engine, make_request(prompt=()))
+
+    async def test_more_requests_than_slots_all_end(self) -> None:
+        async with self.engine(max_num_seqs=3) as (engine, _):
+            results = await run_all(engine, [make_request(f"{i}") for i in range(20)])
+            assert all(len(r.token_ids) == 8 for r in results)
+
+    async def test_stopped_engine_answers_dead(self) -> None:
+        async with self.engine() as (engine, _):
+            await engine.check_health()
+            stream = engine.generate(make_request(max_tokens=50))
+            await anext(stream)
+            await engine.stop()
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+            with pytest.raises(EngineDeadError):
+                await engine.check_health()
+            with pytest.raises(EngineDeadError):
+                await run(engine, make_request("late"))

@@ -1,0 +1,224 @@
+"""Builders with every argument defaulted, tiny seeded models, servers on a free port."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from coconut_serve.checkpoint.manifest import Manifest, load_manifest
+from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
+from coconut_serve.engines.base import Engine
+from coconut_serve.engines.stub import StubEngine
+from coconut_serve.metrics import Metrics
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server.app import create_app
+from coconut_serve.server.state import Service
+from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
+from coconut_serve.types import (
+    Phase,
+    ReasoningParams,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StepStats,
+)
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "coconut_reference"
+START, END, LATENT = 125, 126, 127  # of the golden models
+
+
+def make_request(
+    request_id: str = "r",
+    prompt: tuple[int, ...] = (5, 6, 7, 8, 9),
+    mode: str = "none",
+    steps: int = 0,
+    end: tuple[int, ...] = (),
+    max_tokens: int = 8,
+    group_id: str | None = None,
+    reasoning: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> Request:
+    sampling = {"temperature": 0.0, **sampling}
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        reasoning=ReasoningParams(
+            mode=mode,
+            steps=steps,
+            is_fixed=mode == "latent",
+            end_token_ids=end,
+            **(reasoning or {}),
+        ),
+        group_id=group_id,
+    )
+
+
+class Result:
+    """All outputs of one request."""
+
+    def __init__(self, outputs: list[RequestOutput]) -> None:
+        self.outputs = outputs
+        self.token_ids = [
+            o.token_id for o in outputs if o.phase is Phase.ANSWER and o.token_id is not None
+        ]
+        self.thinking_ids = [o.token_id for o in outputs if o.phase is Phase.THINK]
+        self.vectors = [o.trace.vector for o in outputs if o.trace is not None and o.trace.vector]
+        self.counts = outputs[-1].counts
+        self.finish_reason = outputs[-1].finish_reason
+        self.stop_reason = outputs[-1].stop_reason
+
+
+async def run(engine: Engine, request: Request) -> Result:
+    outputs: list[RequestOutput] = []
+    async with contextlib.aclosing(engine.generate(request)) as stream:
+        outputs.extend([output async for output in stream])
+    endings = [o for o in outputs if o.finish_reason is not None]
+    assert len(endings) == 1, "a request ends exactly once"
+    assert outputs[-1] is endings[0], "and nothing follows"
+    return Result(outputs)
+
+
+async def run_all(engine: Engine, requests: list[Request]) -> list[Result]:
+    return list(await asyncio.gather(*(run(engine, request) for request in requests)))
+
+
+@contextlib.asynccontextmanager
+async def native_engine(
+    model: Path, on_step: Callable[[StepStats], None] = lambda _: None, **config: Any
+) -> AsyncIterator[Any]:
+    """A started native engine in float32 with small blocks."""
+    from coconut_serve.engines.native.engine import NativeEngine
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "block_size": 4,
+        "max_num_seqs": 16,
+        "max_model_len": 100,
+    }
+    engine = NativeEngine(EngineConfig(model=model, **(settings | config)), mode_names(), on_step)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def make_metrics() -> Metrics:
+    return Metrics(CollectorRegistry(), model_name="m", engine="stub", modes=mode_names())
+
+
+def stub_app(
+    *,
+    stub: StubConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    manifest: Manifest | None = None,
+    max_model_len: int = 512,
+    **config: Any,
+) -> FastAPI:
+    """An app over the stub engine, loaded when its lifespan starts."""
+    metrics = make_metrics()
+    serve = ServeConfig(served_model_name="m", **config)
+    tokenizer = tokenizer or ByteTokenizer()
+    manifest = manifest or Manifest(modes=list(mode_names()), variable_steps=True)
+
+    async def load(metrics: Metrics) -> Service:
+        engine = StubEngine(
+            stub or StubConfig(),
+            vocab_size=ByteTokenizer.VOCAB_SIZE,
+            max_model_len=max_model_len,
+            max_num_seqs=serve.max_num_seqs,
+            on_step=metrics.observe_step,
+        )
+        await engine.start()
+        return Service.build(
+            serve,
+            engine=engine,
+            tokenizer=tokenizer,
+            manifest=manifest,
+            eos_token_ids=(ByteTokenizer.EOS,),
+            metrics=metrics,
+        )
+
+    return create_app(serve, load=load, metrics=metrics)
+
+
+def native_app(model: Path, *, config: dict[str, Any] | None = None, **engine: Any) -> FastAPI:
+    """An app over the native engine and a directory without a tokenizer."""
+    from coconut_serve.checkpoint.tokenizer import load_tokenizer, read_eos_token_ids
+    from coconut_serve.engines.native.engine import NativeEngine
+
+    metrics = make_metrics()
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16}
+    settings |= engine
+    serve = ServeConfig(
+        served_model_name="m", max_num_seqs=settings["max_num_seqs"], **(config or {})
+    )
+
+    async def load(metrics: Metrics) -> Service:
+        built = NativeEngine(
+            EngineConfig(model=model, **settings), mode_names(), metrics.observe_step
+        )
+        await built.start()
+        tokenizer = load_tokenizer(model)
+        return Service.build(
+            serve,
+            engine=built,
+            tokenizer=tokenizer,
+            manifest=load_manifest(model),
+            eos_token_ids=tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(model),
+            metrics=metrics,
+        )
+
+    return create_app(serve, load=load, metrics=metrics)
+
+
+@contextlib.asynccontextmanager
+async def listening(app: FastAPI) -> AsyncGenerator[str, None]:
+    """Run the app under a real uvicorn on a free port; yields its address once it is loaded."""
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]  # tests own them
+    task = asyncio.create_task(server._serve())
+    try:
+        async with asyncio.timeout(60):
+            while not server.started or app.state.service is None:
+                assert not task.done(), "the server ended before it was ready"
+                await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+def write_golden(name: str, into: Path) -> Path:
+    """Build a servable directory of a golden model: links to its files and a manifest."""
+    for file in ("config.json", "generation_config.json", "model.safetensors"):
+        (into / file).symlink_to(GOLDEN / name / file)
+    manifest = {
+        "schema": 1,
+        "method": "coconut",
+        "modes": ["none", "cot", "latent", "distribution"],
+        "default_mode": "latent",
+        "tokens": {"start": {"id": START}, "end": {"id": END}, "latent": {"id": LATENT}},
+        "steps": 3,
+        "max_steps": 16,
+        "variable_steps": True,
+    }
+    (into / "latent_config.json").write_text(json.dumps(manifest))
+    return into

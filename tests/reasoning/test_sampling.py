@@ -1,0 +1,173 @@
+"""Sampling draws from the right distribution, row by row."""
+
+import pytest
+import torch
+
+from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.sampling import Sampler, top_logprobs
+from coconut_serve.reasoning.slots import Slots
+from coconut_serve.types import ReasoningParams, SamplingParams
+
+pytestmark = pytest.mark.torch
+
+VOCAB = 1000
+LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+
+
+def make_sampler(num_slots: int, params: list[SamplingParams]) -> tuple[Sampler, Slots]:
+    slots = Slots(num_slots, 4, dtype=torch.float32, device=torch.device("cpu"))
+    sampler = Sampler(slots, VOCAB)
+    for slot, p in enumerate(params):
+        slots.admit(slot, ReasoningParams(), p.seed, 0)
+        sampler.admit(slot, p, (1, 2, 3))
+    return sampler, slots
+
+
+def draw_many(params: SamplingParams, count: int = 4000) -> torch.Tensor:
+    """Draw with `count` different seeds; the frequencies, [VOCAB]."""
+    from dataclasses import replace
+
+    many = [replace(params, seed=i) for i in range(count)]
+    sampler, _ = make_sampler(count, many)
+    drawn = sampler.sample(LOGITS.expand(count, -1), torch.arange(count), tuple(range(count)))
+    return torch.bincount(drawn, minlength=VOCAB).float() / count
+
+
+def filtered(params: SamplingParams) -> torch.Tensor:
+    """The distribution that a plain reading of the definitions gives."""
+    p = (LOGITS / params.temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    if params.top_k:
+        p[order[params.top_k :]] = 0
+    p = p / p.sum()
+    mass = 0.0
+    for i in order.tolist():
+        if mass >= params.top_p:
+            p[i] = 0
+        mass += float(p[i])
+    p[p < params.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(top_p=0.7),
+        SamplingParams(top_k=7),
+        SamplingParams(min_p=0.2),
+        SamplingParams(temperature=1.7, top_k=50, top_p=0.8, min_p=0.05),
+        SamplingParams(temperature=2.0, top_p=0.999),
+    ],
+)
+def test_frequencies_match_the_definition(params: SamplingParams) -> None:
+    """Total variation over 4,000 draws; by McDiarmid a right sampler fails with p < 1e-6."""
+    expected = filtered(params)
+    seen = draw_many(params)
+    assert bool((seen[expected == 0] == 0).all()), "a filtered token was drawn"
+    num_kept = int((expected > 0).sum())
+    bound = 0.5 * (num_kept / 4000) ** 0.5 + (14 / (2 * 4000)) ** 0.5
+    assert float((seen - expected).abs().sum()) / 2 < bound
+
+
+def test_row_does_not_depend_on_its_mates() -> None:
+    params = [
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_p=0.9),
+        SamplingParams(seed=3, top_p=0.9999, temperature=2.0),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=5, top_k=3),
+    ]
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(2))
+    sampler, _ = make_sampler(5, params)
+    together = sampler.sample(logits, torch.arange(5), tuple(range(5)))
+    for i in range(5):
+        alone = sampler.sample(logits[i : i + 1], torch.tensor([i]), (i,))
+        assert int(alone) == int(together[i])
+
+
+def test_large_vocabulary_partial_sort_equals_full_sort() -> None:
+    """Beyond 512 candidates the CPU takes a partial sort where it is enough."""
+    flat = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 0.01
+    params = [SamplingParams(seed=i, top_p=0.9) for i in range(4)]
+    sampler, slots = make_sampler(4, params)
+    rows = torch.arange(4)
+    drawn = sampler.sample(flat, rows, tuple(range(4)))
+    p, ids = flat.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    assert drawn.tolist() == sampler._draw_sorted(p, ids, rows).tolist()
+    assert slots.num_decisions.sum() == 0
+
+
+def test_penalties_are_those_of_the_papers() -> None:
+    params = SamplingParams(
+        temperature=0.0, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.3
+    )
+    sampler, _ = make_sampler(2, [params, SamplingParams(temperature=0.0)])
+    rows = torch.tensor([0, 1])
+    sampler.count(rows, (0, 1), torch.tensor([10, 10]))
+    sampler.count(rows, (0, 1), torch.tensor([10, -1]))
+    logits = torch.ones(2, VOCAB)
+    logits[:, 2] = -1.0
+    out = sampler.adjust(logits, rows, (0, 1), (2, 1))
+    assert out[0, 10] == pytest.approx(1 / 1.5 - 2 * 0.3 - 0.7)
+    assert out[0, 1] == pytest.approx(1 / 1.5), "repetition counts the prompt"
+    assert out[0, 2] == pytest.approx(-1.5), "negative logits are multiplied"
+    assert out[0, 500] == 1.0
+    assert torch.equal(out[1], logits[1]), "a row without penalties is untouched"
+
+
+def test_bias_bans_and_min_tokens() -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=9,
+        min_tokens=2,
+        logit_bias=((7, 5.0),),
+        banned_token_ids=(8,),
+        stop_token_ids=frozenset([9]),
+    )
+    sampler, _ = make_sampler(1, [params])
+    logits = torch.zeros(1, VOCAB)
+    early = sampler.adjust(logits, torch.tensor([0]), (0,), (1,))
+    late = sampler.adjust(logits, torch.tensor([0]), (0,), (2,))
+    assert early[0, [7, 8, 9]].tolist() == [5.0, -torch.inf, -torch.inf]
+    assert late[0, [7, 8, 9]].tolist() == [5.0, -torch.inf, 0.0]
+
+
+def test_uniform_noise_is_uniform_and_depends_on_every_input() -> None:
+    seed, counter = torch.arange(2000), torch.zeros(2000, dtype=torch.int64)
+    u = noise.uniform(seed, counter, 1, 5)
+    assert float(u.min()) > 0
+    assert float(u.max()) < 1
+    assert float(u.mean()) == pytest.approx(0.5, abs=0.02)  # 17 standard errors
+    assert float(u.var()) == pytest.approx(1 / 12, abs=0.01)
+    for other in (
+        noise.uniform(seed, counter + 1, 1, 5),
+        noise.uniform(seed + 1, counter, 1, 5),
+        noise.uniform(seed, counter, 2, 5),
+    ):
+        assert not torch.equal(u, other)
+        correlation = torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 0.06  # 6 standard errors
+    assert torch.equal(u[7:8], noise.uniform(seed[7:8], counter[:1], 1, 5))
+    extreme = torch.tensor([2**63 - 1, -(2**63)])
+    assert noise.uniform(extreme, torch.zeros(2, dtype=torch.int64), 1, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [0.05, 0.5, 1.0, 4.0, 40.0])
+def test_gamma_draws_have_the_right_moments(shape: float) -> None:
+    """20,000 draws; the bounds are above 6 standard errors."""
+    seed = torch.arange(20_000)
+    draws = noise.log_gamma_draw(torch.full((20_000, 1), shape), seed, torch.zeros_like(seed))
+    values = draws.double().exp()
+    assert float(values.mean()) == pytest.approx(shape, abs=6 * (shape / 20_000) ** 0.5)
+    assert float(values.var()) == pytest.approx(shape, rel=0.6 if shape < 0.1 else 0.2)
+
+
+def test_top_logprobs_put_the_chosen_token_first() -> None:
+    logits = torch.randn(2, VOCAB)
+    ids, values = top_logprobs(logits, torch.tensor([5, -1]), 3)
+    assert ids.shape == values.shape == (2, 4)
+    expected = logits.log_softmax(-1)
+    assert values[0, 0] == expected[0, 5]
+    assert ids[0, 1:].tolist() == logits[0].topk(3).indices.tolist()

@@ -1,0 +1,286 @@
+"""Bad input: status, OpenAI's error body, and the field by name."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from coconut_serve.config import StubConfig
+from tests.fakes import listening, stub_app
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+TEXT: dict[str, Any] = {"model": "m", "prompt": "a"}
+
+# (what is wrong, body changes, the param that must be named)
+BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
+    ("no messages", {"messages": None}, "messages"),
+    ("empty messages", {"messages": []}, "messages"),
+    ("messages no list", {"messages": "hi"}, "messages"),
+    ("message no object", {"messages": ["hi"]}, "messages"),
+    ("unknown role", {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
+    ("no content", {"messages": [{"role": "user"}]}, "messages.0.content"),
+    (
+        "image part",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content",
+    ),
+    ("temperature too high", {"temperature": 2.1}, "temperature"),
+    ("temperature text", {"temperature": "hot"}, "temperature"),
+    ("temperature boolean", {"temperature": True}, "temperature"),
+    ("top_p zero", {"top_p": 0}, "top_p"),
+    ("top_k", {"top_k": -2}, "top_k"),
+    ("min_p", {"min_p": 1.5}, "min_p"),
+    ("max_tokens zero", {"max_tokens": 0}, "max_tokens"),
+    ("max_tokens fraction", {"max_tokens": 1.5}, "max_tokens"),
+    ("max_tokens beyond context", {"max_tokens": 10_000}, "max_tokens"),
+    ("min over max", {"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
+    ("n zero", {"n": 0}, "n"),
+    ("n huge", {"n": 20_000}, "n"),
+    ("n boolean", {"n": True}, "n"),
+    ("five stops", {"stop": list("abcde")}, "stop"),
+    ("empty stop", {"stop": [""]}, "stop"),
+    ("long stop", {"stop": ["a" * 257]}, "stop"),
+    ("stop number", {"stop": 3}, "stop"),
+    ("bias value", {"logit_bias": {"5": 101}}, "logit_bias"),
+    ("bias key", {"logit_bias": {"hello": 1}}, "logit_bias"),
+    ("bias id", {"logit_bias": {"99999": 1}}, "logit_bias"),
+    ("bias many", {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ("top_logprobs alone", {"top_logprobs": 3}, "top_logprobs"),
+    ("top_logprobs many", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("presence", {"presence_penalty": 3}, "presence_penalty"),
+    ("frequency", {"frequency_penalty": -2.5}, "frequency_penalty"),
+    ("repetition", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("seed", {"seed": 2**63}, "seed"),
+    ("stop id", {"stop_token_ids": [999]}, "stop_token_ids"),
+    ("stream options alone", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("tools", {"tools": []}, "tools"),
+    ("chat_template", {"chat_template": "{{ x }}"}, "chat_template"),
+    ("json", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("unknown mode", {"reasoning_mode": "latant"}, "reasoning_mode"),
+    ("mode number", {"reasoning_mode": 3}, "reasoning_mode"),
+    ("misspelt", {"reasoning_mod": "latent"}, "reasoning_mod"),
+    ("misspelt latent", {"latent_step": 3}, "latent_step"),
+    ("effort", {"reasoning_effort": "extreme"}, "reasoning_effort"),
+    ("steps negative", {"reasoning": {"steps": -1}}, "reasoning.steps"),
+    ("steps huge", {"reasoning_mode": "latent", "reasoning": {"steps": 999}}, "reasoning.steps"),
+    ("reasoning unknown", {"reasoning": {"stepz": 1}}, "reasoning.stepz"),
+    ("mixture unknown", {"reasoning": {"mixture": {"topk": 1}}}, "reasoning.mixture.topk"),
+    (
+        "mixture range",
+        {"reasoning_mode": "distribution", "reasoning": {"mixture": {"top_k": 65}}},
+        "reasoning.mixture.top_k",
+    ),
+    ("not yet: kind", {"reasoning": {"mixture": {"kind": "moi"}}}, "reasoning.mixture.kind"),
+    ("not yet: switch", {"reasoning": {"switch": {}}}, "reasoning.switch"),
+    ("not yet: source", {"reasoning": {"source": "constant"}}, "reasoning.source"),
+    ("not yet: rule", {"reasoning": {"halt": {"rule": "learned"}}}, "reasoning.halt.rule"),
+    ("preset", {"reasoning": {"preset": "magic"}}, "reasoning.preset"),
+    ("trace level", {"reasoning": {"trace": "vectors"}}, "reasoning.trace"),
+    ("request id", {"request_id": "a\nb"}, "request_id"),
+    ("template kwargs", {"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs.a"),
+]
+BAD_TEXT: list[tuple[str, dict[str, Any], str | None]] = [
+    ("no prompt", {"prompt": None}, "prompt"),
+    ("empty prompt", {"prompt": ""}, "prompt"),
+    ("no prompts", {"prompt": []}, "prompt"),
+    ("empty ids", {"prompt": [[]]}, "prompt"),
+    ("mixed", {"prompt": ["a", 3]}, "prompt"),
+    ("id too large", {"prompt": [99999]}, "prompt"),
+    ("id negative", {"prompt": [-1]}, "prompt"),
+    ("too many prompts", {"prompt": ["a"] * 129}, "prompt"),
+    ("prompt too long", {"prompt": "a" * 600}, "prompt"),
+    ("echo logprobs", {"echo": True, "logprobs": 1}, "logprobs"),
+    ("suffix", {"suffix": "x"}, "suffix"),
+    ("best_of", {"best_of": 2}, "best_of"),
+]
+CASES = [("/v1/chat/completions", CHAT, *case) for case in BAD_CHAT] + [
+    ("/v1/completions", TEXT, *case) for case in BAD_TEXT
+]
+
+
+def check_shape(response: httpx.Response) -> dict[str, Any]:
+    """OpenAI's ErrorObject and nothing else."""
+    body = response.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    assert isinstance(error["code"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert len(response.content) < 4096
+    return error
+
+
+async def test_bad_bodies_get_400_and_the_name_of_the_field(http: httpx.AsyncClient) -> None:
+    assert len(CASES) >= 30
+    for path, base, what, changes, param in CASES:
+        body = {k: v for k, v in {**base, **changes}.items() if v is not None}
+        response = await http.post(path, json=body)
+        assert response.status_code == 400, (what, response.text)
+        error = check_shape(response)
+        assert error["param"] == param, (what, error)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"[1]", {}, 400),
+        (b"", {}, 400),
+        (b"\xff\xfe", {}, 400),
+        (b'{"model": "m", "prompt": NaN}', {}, 400),
+        (b'{"a":' * 100_000, {}, 400),
+        (b"x" * (4 * 1024 * 1024 + 1), {}, 413),
+        (b"prompt=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
+    ],
+)
+async def test_bodies_that_are_not_json(
+    http: httpx.AsyncClient, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    response = await http.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == status
+    check_shape(response)
+
+
+async def test_misspelling_gets_a_suggestion(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/chat/completions", json={**CHAT, "reasoning_mod": "latent"})
+    assert "did you mean 'reasoning_mode'?" in response.json()["error"]["message"]
+    response = await http.post("/v1/chat/completions", json={**CHAT, "reasoning_mode": "latant"})
+    assert "did you mean 'latent'?" in response.json()["error"]["message"]
+
+
+async def test_two_different_modes_are_a_conflict(http: httpx.AsyncClient) -> None:
+    clashes: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({"reasoning_mode": "latent", "reasoning": {"mode": "cot"}}, {}),
+        ({"reasoning_mode": "latent"}, {"X-Reasoning-Mode": "cot"}),
+        ({"reasoning_mode": "latent", "model": "m:cot"}, {}),
+        ({"reasoning_mode": "latent", "reasoning_effort": "none"}, {}),
+    ]
+    for body, headers in clashes:
+        response = await http.post("/v1/chat/completions", json={**CHAT, **body}, headers=headers)
+        assert check_shape(response)["code"] == "reasoning_mode_conflict"
+    same = {"reasoning_mode": "latent", "model": "m:latent", "max_tokens": 1}
+    response = await http.post("/v1/chat/completions", json={**CHAT, **same})
+    assert response.status_code == 200
+
+
+async def test_unknown_model_and_route(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/chat/completions", json={**CHAT, "model": "gpt-9"})
+    assert response.status_code == 404
+    assert check_shape(response)["code"] == "model_not_found"
+    response = await http.get("/v1/nothing")
+    assert response.status_code == 404
+    check_shape(response)
+    response = await http.get("/v1/chat/completions")
+    assert response.status_code == 405
+    check_shape(response)
+
+
+async def test_strict_params_rejects_unknown_fields() -> None:
+    async with listening(stub_app(strict_params=True)) as url, httpx.AsyncClient(base_url=url) as c:
+        response = await c.post("/v1/chat/completions", json={**CHAT, "frobnicate": 1})
+        assert response.status_code == 400
+        assert check_shape(response)["param"] == "frobnicate"
+
+
+async def test_keys_guard_everything_but_probes() -> None:
+    app = stub_app(api_keys=("secret-1", "secret-2"))
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        for path in ("/health", "/ready"):
+            assert (await c.get(path)).status_code == 200
+        for path in ("/metrics", "/v1/models", "/version", "/openapi.json", "/nothing"):
+            response = await c.get(path)
+            assert response.status_code == 401, path
+            assert response.headers["www-authenticate"] == "Bearer"
+            check_shape(response)
+        for key in ("x", "secret", "secret-11", "SECRET-1"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await c.get("/v1/models", headers=headers)).status_code == 401
+        for key in ("secret-1", "secret-2"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert (await c.get("/v1/models", headers=headers)).status_code == 200
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0) as stock:
+            with pytest.raises(openai.AuthenticationError) as caught:
+                await stock.models.list()
+            assert caught.value.code == "invalid_api_key"
+
+
+async def test_request_ids_are_echoed_only_when_well_formed(http: httpx.AsyncClient) -> None:
+    response = await http.get("/health", headers={"X-Request-Id": "abc-1.2_3"})
+    assert response.headers["x-request-id"] == "abc-1.2_3"
+    for bad in ("a b", "x" * 129, 'a"b'):
+        response = await http.get("/health", headers={"X-Request-Id": bad})
+        assert response.headers["x-request-id"] != bad
+        assert len(response.headers["x-request-id"]) == 32
+    assert response.headers["openai-processing-ms"].isdigit()
+
+
+async def test_error_after_the_first_byte_is_an_event_then_done() -> None:
+    app = stub_app(stub=StubConfig(fail_at_token=2))
+    async with listening(app) as url:
+        async with httpx.AsyncClient(base_url=url) as c:
+            body = {**TEXT, "stream": True}
+            response = await c.post("/v1/completions", json=body)
+            assert response.status_code == 200
+            events = [line for line in response.text.split("\n\n") if line]
+            assert events[-1] == "data: [DONE]"
+            error = json.loads(events[-2].removeprefix("data: "))["error"]
+            assert error["code"] == "generation_failed"
+            response = await c.post("/v1/completions", json=TEXT)
+            assert response.status_code == 500
+            check_shape(response)
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as stock:
+            stream = await stock.completions.create(model="m", prompt="a", stream=True)
+            with pytest.raises(openai.APIError, match="scripted"):
+                async for _ in stream:
+                    pass
+
+
+async def test_dead_engine_answers_503_everywhere() -> None:
+    app = stub_app(stub=StubConfig(fail_after_requests=1))
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        assert (await c.post("/v1/completions", json=TEXT)).status_code == 200
+        for _ in range(2):
+            response = await c.post("/v1/completions", json=TEXT)
+            assert response.status_code == 503
+            assert check_shape(response)["code"] == "engine_dead"
+        assert (await c.get("/health")).status_code == 503
+        assert (await c.get("/ready")).status_code == 503
+        assert "coconut_engine_up" in (await c.get("/metrics")).text
+
+
+async def test_full_queue_answers_429_and_every_request_ends() -> None:
+    """200 requests against a queue of 32: each gets an answer or a 429 with Retry-After."""
+    app = stub_app(stub=StubConfig(tokens_per_second=400.0), max_num_seqs=8, max_queue=32)
+    async with listening(app) as url:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as c:
+            body = {**TEXT, "max_tokens": 8}
+            responses = await asyncio.gather(
+                *(c.post("/v1/completions", json=body) for _ in range(200))
+            )
+            codes = [r.status_code for r in responses]
+            assert set(codes) == {200, 429}
+            assert codes.count(200) >= 40
+            for response in responses:
+                if response.status_code == 429:
+                    assert check_shape(response)["code"] == "queue_full"
+                    assert 1 <= int(response.headers["retry-after"]) <= 60
+                else:
+                    assert response.json()["usage"]["completion_tokens"] == 8
+            assert (await c.post("/v1/completions", json=body)).status_code == 200
+        assert app.state.service.admission.num_in_flight == 0
+
+
+async def test_n_larger_than_the_queue_is_refused_whole() -> None:
+    app = stub_app(max_num_seqs=2, max_queue=1)
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        response = await c.post("/v1/completions", json={**TEXT, "n": 4})
+        assert response.status_code == 429
+        response = await c.post("/v1/completions", json={**TEXT, "n": 3})
+        assert response.status_code == 200

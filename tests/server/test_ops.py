@@ -1,0 +1,140 @@
+"""Models, probes, version, metrics, tokens."""
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from coconut_serve.config import ServeConfig, StubConfig
+from coconut_serve.errors import StartupError
+from coconut_serve.metrics import Metrics
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server.app import create_app
+from coconut_serve.server.state import Service
+from tests.fakes import listening, make_metrics, stub_app
+
+
+async def test_models_are_listed_with_a_row_for_each_mode(client: openai.AsyncOpenAI) -> None:
+    models = [model async for model in client.models.list()]
+    assert [m.id for m in models] == ["m", *(f"m:{mode}" for mode in mode_names())]
+    one = await client.models.retrieve("m:latent")
+    assert one.model_extra is not None
+    assert one.model_extra["reasoning_mode"] == "latent"
+    assert one.model_extra["reasoning_modes"] == list(mode_names())
+    assert one.model_extra["manifest"]["schema"] == 1
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("other")
+    assert caught.value.code == "model_not_found"
+
+
+async def test_version_tells_limits(http: httpx.AsyncClient) -> None:
+    body = (await http.get("/version")).json()
+    assert body["engine"] == "stub"
+    assert body["limits"]["max_model_len"] == 512
+    assert body["modes"] == list(mode_names())
+
+
+async def test_openapi_describes_the_bodies(http: httpx.AsyncClient) -> None:
+    spec = (await http.get("/openapi.json")).json()
+    body = spec["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    assert "messages" in body["content"]["application/json"]["schema"]["properties"]
+
+
+async def test_tokenize_and_back(http: httpx.AsyncClient) -> None:
+    body = (await http.post("/tokenize", json={"prompt": "hé", "return_token_strs": True})).json()
+    assert body["tokens"] == list("hé".encode())
+    assert body["count"] == 3
+    assert len(body["token_strs"]) == 3
+    back = await http.post("/detokenize", json={"tokens": body["tokens"]})
+    assert back.json() == {"prompt": "hé"}
+    messages = [{"role": "user", "content": "x"}]
+    chat = (await http.post("/tokenize", json={"messages": messages})).json()
+    assert bytes(chat["tokens"]).decode() == "user: x\nassistant: "
+    for bad in ({}, {"prompt": "a", "messages": messages}):
+        assert (await http.post("/tokenize", json=bad)).status_code == 400
+    assert (await http.post("/detokenize", json={"tokens": [999]})).status_code == 400
+
+
+async def test_metrics_count_by_mode(http: httpx.AsyncClient) -> None:
+    for mode in ("latent", "distribution"):
+        body = {"prompt": "abc", "max_tokens": 4, "reasoning_mode": mode, "reasoning": {"steps": 3}}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    await http.post("/v1/completions", json={"prompt": ""})
+    text = (await http.get("/metrics")).text
+    values = {
+        (s.name, s.labels.get("reasoning_mode"), s.labels.get("outcome") or s.labels.get("code")): s
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+        if s.labels.get("endpoint") != "chat"
+    }
+    assert values["coconut_requests_total", "latent", "length"].value == 1
+    assert values["coconut_latent_steps_total", "latent", None].value == 3
+    assert values["coconut_generation_tokens_total", "distribution", None].value == 4
+    assert values["coconut_time_to_first_token_seconds_count", "latent", None].value == 1
+    assert values["coconut_inter_token_latency_seconds_count", "latent", None].value == 3
+    assert values["coconut_request_errors_total", None, "invalid_value"].value == 1
+    assert values["coconut_engine_up", None, None].value == 1
+    assert values["coconut_kv_cache_usage_ratio", None, None].value == 0
+    assert all(name.startswith(("coconut_", "python_")) for name, _, _ in values)
+
+
+async def test_metric_series_are_there_from_the_start_and_bounded(http: httpx.AsyncClient) -> None:
+    text = (await http.get("/metrics")).text
+    samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
+    modes = {s.labels["reasoning_mode"] for s in samples if "reasoning_mode" in s.labels}
+    assert modes == set(mode_names())
+    assert len(samples) < 3000
+
+
+async def test_cancelled_request_is_counted_with_its_waste() -> None:
+    app = stub_app(stub=StubConfig(tokens_per_second=50.0))
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+        async with c.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+        metrics = app.state.metrics
+        child = metrics.cancelled.labels("m", "stub", "cot", "decode")
+        async with asyncio.timeout(5):
+            while child._value.get() == 0:
+                await asyncio.sleep(0.01)
+        assert metrics.wasted_tokens.labels("m", "stub", "cot")._value.get() >= 1
+
+
+async def test_loading_server_is_alive_but_not_ready() -> None:
+    release = asyncio.Event()
+
+    async def load(metrics: Metrics) -> Service:
+        await release.wait()
+        raise StartupError("no such model")
+
+    failures: list[object] = []
+    config = ServeConfig(served_model_name="m")
+    app = create_app(config, load=load, metrics=make_metrics(), on_loaded=failures.append)
+    transport = httpx.ASGITransport(app=app)
+    async with app.router.lifespan_context(app):
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as c:
+            assert (await c.get("/health")).status_code == 200
+            response = await c.get("/ready")
+            assert response.status_code == 503
+            assert response.headers["retry-after"]
+            response = await c.post("/v1/completions", json={"prompt": "a"})
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "not_ready"
+        release.set()
+        await asyncio.sleep(0.05)
+    assert isinstance(failures[0], StartupError)
+
+
+async def test_silent_phase_is_bridged_by_keep_alive_comments() -> None:
+    app = stub_app(stub=StubConfig(ttft_seconds=0.3), keep_alive_seconds=0.05)
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        body = {"prompt": "abc", "max_tokens": 2, "stream": True}
+        response = await c.post("/v1/completions", json=body)
+        assert response.text.count(": keep-alive\n\n") >= 2
+        assert response.text.endswith("data: [DONE]\n\n")
+        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["x-accel-buffering"] == "no"
+        assert response.headers["content-type"] == "text/event-stream; charset=utf-8"

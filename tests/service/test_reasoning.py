@@ -1,0 +1,136 @@
+"""Which settings win, and what a model without them gets."""
+
+from typing import Any
+
+import pytest
+
+from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.errors import InvalidRequestError, StartupError
+from coconut_serve.service.reasoning import ModelReasoning, Resolved, check_mode, resolve
+
+MANIFEST = Manifest.model_validate(
+    {
+        "schema": 1,
+        "method": "coconut",
+        "modes": ["none", "cot", "latent", "distribution"],
+        "default_mode": "latent",
+        "tokens": {"start": {"id": 10}, "end": {"id": 11}},
+        "steps": 6,
+        "max_steps": 20,
+        "distribution": {"top_k": 7},
+    }
+)
+ENGINE_MODES = ("none", "cot", "latent", "distribution")
+
+
+def make_model(manifest: Manifest | None = MANIFEST, **changes: Any) -> ModelReasoning:
+    settings: dict[str, Any] = {
+        "engine_modes": ENGINE_MODES,
+        "allowed_modes": None,
+        "default_mode": None,
+        "max_model_len": 1000,
+    }
+    return ModelReasoning.read(manifest, None, **(settings | changes))
+
+
+def resolved(mode: str, model: ModelReasoning, effort: str | None = None, **asked: Any) -> Resolved:
+    return resolve(
+        mode,
+        {name.replace("__", "."): value for name, value in asked.items()},
+        model,
+        effort=effort,
+        max_trace="topk",
+        num_prompt_tokens=50,
+        max_tokens=30,
+    )
+
+
+def test_latent_takes_count_and_bounds_from_the_manifest() -> None:
+    result = resolved("latent", make_model())
+    assert result.params.steps == 6
+    assert result.params.is_fixed
+    assert result.suffix_ids == (10,)
+    assert result.params.end_token_ids == (11,)
+    assert result.warnings == ()
+
+
+def test_untrained_count_is_served_with_a_warning_and_too_many_refused() -> None:
+    result = resolved("latent", make_model(), steps=3)
+    assert result.params.steps == 3
+    assert "trained with [6]" in result.warnings[0]
+    with pytest.raises(InvalidRequestError) as caught:
+        resolved("latent", make_model(), steps=21)
+    assert caught.value.param == "reasoning.steps"
+
+
+def test_boundaries_can_be_dropped_or_replaced() -> None:
+    result = resolved("latent", make_model(), start="none", end=[12, 13])
+    assert result.suffix_ids == ()
+    assert result.params.end_token_ids == (12, 13)
+
+
+def test_request_wins_over_preset_over_manifest_over_default() -> None:
+    model = make_model()
+    plain = resolved("distribution", model)
+    assert plain.params.mixture.top_k == 7
+    assert plain.parameters["mixture.top_k"] == {"value": 7, "source": "manifest"}
+    assert plain.parameters["mixture.min_p"]["source"] == "default"
+    preset = resolved("distribution", model, preset="stochastic_soft")
+    assert preset.params.mixture.top_k == 15
+    assert preset.params.mixture.noise == "gumbel"
+    assert preset.parameters["mixture.top_k"]["source"] == "preset"
+    explicit = resolved("distribution", model, preset="stochastic_soft", mixture__top_k=3)
+    assert explicit.params.mixture.top_k == 3
+    assert explicit.parameters["mixture.top_k"]["source"] == "request"
+
+
+def test_effort_scales_the_default_but_not_an_explicit_count() -> None:
+    model = make_model()
+    steps = {
+        e: resolved("latent", model, e).params.steps for e in ("minimal", "low", "medium", "high")
+    }
+    assert steps == {"minimal": 2, "low": 3, "medium": 6, "high": 12}
+    assert resolved("latent", model, "max").params.steps == 20
+    assert resolved("latent", model, "high", steps=4).params.steps == 4
+
+
+def test_model_without_think_tokens() -> None:
+    model = make_model(None)
+    assert model.modes == ("none", "cot", "distribution")
+    assert model.default_mode == "cot"
+    assert resolved("cot", model).params.steps == 0, "cot and none are the same"
+    soft = resolved("distribution", model).params
+    assert (soft.steps, soft.end_token_ids, soft.stop_token_id) == (16, (), None)
+
+
+def test_thinking_model_is_bounded_by_its_think_tokens() -> None:
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    model = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    params = resolved("cot", model).params
+    assert params.stop_token_id == 21
+    assert params.end_token_ids == (21,)
+    assert params.steps == 1000 - 50 - 30 - 1, "what is left after prompt and answer"
+    assert resolved("cot", model, steps=8).params.steps == 8
+
+
+def test_mode_that_the_model_lacks_is_refused_with_the_list() -> None:
+    with pytest.raises(InvalidRequestError, match="none, cot, distribution") as caught:
+        check_mode("latent", make_model(None), {})
+    assert caught.value.code == "unsupported_reasoning_mode"
+    with pytest.raises(InvalidRequestError) as caught:
+        check_mode("latent", make_model(None), {"adapter": "realign"})
+    assert caught.value.code == "not_yet_supported"
+
+
+def test_server_can_narrow_the_modes() -> None:
+    model = make_model(allowed_modes=("none", "cot"))
+    assert model.modes == ("none", "cot")
+    assert model.default_mode == "cot"
+    with pytest.raises(StartupError, match="--default-reasoning-mode"):
+        make_model(None, default_mode="latent")
+
+
+def test_trace_is_limited_by_the_server() -> None:
+    assert resolved("latent", make_model(), trace="topk").params.trace == "topk"
+    with pytest.raises(InvalidRequestError, match="--max-trace"):
+        resolved("latent", make_model(), trace="vectors")
