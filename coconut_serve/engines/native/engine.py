@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -142,6 +143,7 @@ class NativeEngine:
         if not config.show_progress:
             transformers_logging.disable_progress_bar()
         started = time.monotonic()
+        self._num_threads = default_num_threads() if device.type == "cpu" else 1
         self._model = PagedModel.load(config.model, dtype=dtype, device=device)
         positions, max_model_len = self._size_cache()
         self._max_model_len = max_model_len
@@ -217,6 +219,7 @@ class NativeEngine:
     def _run(self) -> None:
         """Work until told to stop or failed too often; nothing waits for ever."""
         is_stopping = False
+        torch.set_num_threads(self._num_threads)  # holds for the calling thread
         try:
             while not is_stopping:
                 is_stopping = self._drain_inbox()
@@ -364,6 +367,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def default_num_threads() -> int:
+    """Threads of the CPU engine: OMP_NUM_THREADS, else all usable cores but one.
+
+    The event loop needs a core too: where it shares one with a compute thread, the others spin at
+    the barrier and a step can take many times longer.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def free_memory(device: torch.device) -> int:

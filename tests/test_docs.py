@@ -1,0 +1,123 @@
+"""Docs that lag behind the code fail here; `python -m tests.test_docs` writes the generated parts."""
+
+import argparse
+import ast
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from coconut_serve.cli import build_parser
+from coconut_serve.metrics import Metrics
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server import schemas
+from coconut_serve.service.reasoning import PRESETS
+from tests.fakes import make_metrics
+
+ROOT = Path(__file__).parents[1]
+DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+ALL = "\n".join(DOCS.values())
+
+
+def serve_help() -> str:
+    os.environ["COLUMNS"] = "100"
+    parser = build_parser()
+    [commands] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    text: str = commands.choices["serve"].format_help().rstrip()
+    return text
+
+
+def metric_rows(metrics: Metrics) -> list[str]:
+    rows = []
+    for family in metrics.registry.collect():
+        total = "_total" if family.type == "counter" else ""
+        own = getattr(metrics.registry, "_names_to_collectors")[family.name]  # noqa: B009 (private)
+        labels = [n for n in own._labelnames if n not in ("model_name", "engine")]
+        shown = ", ".join("mode" if n == "reasoning_mode" else n for n in labels) or "-"
+        rows.append(f"| `{family.name}{total}` | {family.type} | {shown} |")
+    return rows
+
+
+def test_help_in_the_docs_is_what_the_command_prints() -> None:
+    assert serve_help() in DOCS["api.md"], "run python -m tests.test_docs"
+
+
+def test_every_metric_is_in_the_docs_with_its_labels() -> None:
+    for row in metric_rows(make_metrics()):
+        assert row in DOCS["operations.md"], "run python -m tests.test_docs"
+
+
+@pytest.mark.parametrize("mode", mode_names())
+def test_every_mode_is_explained(mode: str) -> None:
+    assert f"`{mode}`" in DOCS["README.md"]
+    assert f"`{mode}`" in DOCS["methods.md"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        schemas.ChatRequest,
+        schemas.CompletionRequest,
+        schemas.ReasoningBody,
+        schemas.MixtureBody,
+        schemas.HaltBody,
+    ],
+)
+def test_every_request_field_is_in_the_docs(model: type[BaseModel]) -> None:
+    for name in model.model_fields:
+        assert re.search(rf"\b{name}\b", DOCS["api.md"]), name
+
+
+def test_ignored_and_rejected_fields_and_presets_are_in_the_docs() -> None:
+    for name in (*schemas.IGNORED_FIELDS, *schemas.REJECTED_FIELDS, *PRESETS):
+        assert f"`{name}`" in ALL or name in DOCS["api.md"], name
+
+
+def test_every_error_code_is_in_the_docs() -> None:
+    codes = set()
+    for file in (ROOT / "coconut_serve").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "code":
+                codes |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
+                codes |= {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+    named = {c for c in codes if isinstance(c, str) and re.fullmatch(r"[a-z_]{6,}", c)}
+    assert len(named) > 12
+    for code in named - {"startup_failed", "http_error", "missing"}:  # no client sees these
+        assert f"`{code}`" in DOCS["api.md"], code
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for name, text in DOCS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            if not target.startswith("http"):
+                assert (folder / target).exists(), (name, target)
+
+
+def test_changelog_and_decisions_have_their_form() -> None:
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+    for file in (ROOT / "docs" / "decisions").glob("*.md"):
+        text = file.read_text()
+        assert text.startswith(f"# {file.name[:4]} ")
+        for part in ("Status:", "Context:", "Decision:", "Rejected:", "Consequences:"):
+            assert part in text, file.name
+
+
+def write() -> None:
+    """Put the generated parts into the docs."""
+    api = ROOT / "docs" / "api.md"
+    text = re.sub(r"(## Flags\n\n```\n).*?(\n```)", lambda m: m[1] + serve_help() + m[2],
+                  api.read_text(), flags=re.DOTALL)  # fmt: skip
+    api.write_text(text)
+    operations = ROOT / "docs" / "operations.md"
+    head = "| metric | type | more labels |\n|---|---|---|\n"
+    before, _, after = operations.read_text().partition(head)
+    rest = re.sub(r"^(\|.*\n|METRICS\n)*", "", after)
+    operations.write_text(before + head + "\n".join(metric_rows(make_metrics())) + "\n" + rest)
+
+
+if __name__ == "__main__":
+    write()
