@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,14 +40,7 @@ from coconut_serve.types import TraceLevel
 logger = logging.getLogger("coconut_serve")
 
 DEFAULT_MODEL = "smollm2"
-
-
-def _switch(value: str) -> bool:
-    """Read a boolean of the environment or a config file."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if value.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{value!r} is not true or false")
-    return words[value.lower()]
+_NOT_FLAGS = frozenset({"command", "model", "config"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     def add(flag: str, default: object, text: str, kind: type = str, **options: Any) -> None:
         if kind is bool:
-            options.update(type=_switch, nargs="?", const=True, metavar="BOOL")
+            options["action"] = "store_true"
         else:
             metavar = {int: "N", float: "X"}.get(kind, "VALUE")
             options = {"type": kind, "metavar": metavar, **options}
@@ -124,30 +116,47 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     args = parser.parse_args(argv)
     if args.command != "serve":
         return args
-    keys = set(vars(args)) - {"command", "model", "config"}
-    layers = _read_config(args.config, keys) if args.config else {}
+    keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
+    layers = _read_config(args.config, set(keys)) if args.config else {}
     layers |= {k: environ[name] for k in keys if (name := f"COCONUT_{k.upper()}") in environ}
+    if layers.get("api_key") == "":
+        raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
     # What comes from elsewhere is put in front as flags, so it is checked as they are.
     words = list(argv if argv is not None else sys.argv[1:])
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in sorted(layers.items())
-             if key != "api_key"]  # fmt: skip
+    given: list[str] = []
+    for key, text in sorted(layers.items()):
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(keys[key], bool):
+            given += [flag] if _is_true(key, text) else []
+        elif text and key != "api_key":
+            given.append(f"{flag}={text}")
     args = parser.parse_args([words[0], *given, *words[1:]])
-    args.api_key = args.api_key or [k for k in str(layers.get("api_key", "")).split(",") if k]
+    args.api_key = args.api_key or [k for k in layers.get("api_key", "").split(",") if k]
     return args
+
+
+def _is_true(key: str, text: str) -> bool:
+    """Read a boolean of the environment or a config file."""
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in {*words, ""}:
+        raise StartupError(f"{key}: {text!r} is not true or false", param=key)
+    return words.get(text.lower(), False)
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, str]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise StartupError(f"cannot read --config {path}: {error}", param="--config") from error
     if not isinstance(data, dict):
         raise StartupError(f"--config {path} must hold a mapping", param="--config")
+    read = {}
     for key, value in data.items():
         if key not in known:
             raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
-        data[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return data
+        if value is not None:  # as if the key were not there
+            read[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return read
 
 
 def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
@@ -270,10 +279,12 @@ class DrainingServer(uvicorn.Server):
         self._draining = asyncio.get_running_loop().create_task(self._drain(self.service))
 
     async def _drain(self, service: Service) -> None:
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self._drain_seconds):
                 while service.admission.num_in_flight:
                     await asyncio.sleep(0.05)
+        except TimeoutError:
+            await service.engine.stop()  # what still runs ends with an error, not a cut
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -363,11 +374,11 @@ def run_models() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors a user can mend are one line, not a traceback."""
+    level = os.environ.get("COCONUT_LOG_LEVEL", "").upper()
     logging.basicConfig(
-        level=os.environ.get("COCONUT_LOG_LEVEL", "INFO").upper(),
+        level=level if level in logging.getLevelNamesMapping() else "INFO",
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         args = parse_args(argv, os.environ)
         return run_models() if args.command == "models" else run_serve(args)

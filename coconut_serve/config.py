@@ -103,7 +103,7 @@ def parse_memory(text: str, free_bytes: int) -> int:
             return int(free_bytes * share / 100)
         digits = value.rstrip("bkmgi")
         return int(float(digits) * _UNITS[value[len(digits) :] or "b"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise StartupError(
             f"--kv-cache-memory {text!r} is not a size: give bytes, 512MiB, 2GiB or 40%",
             param="--kv-cache-memory",

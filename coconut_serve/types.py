@@ -12,6 +12,7 @@ from coconut_serve.errors import InvalidRequestError
 
 MAX_MIXTURE_TOP_K = 64
 MAX_STEPS = 1024
+MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows float32
 MAX_FORCED_TOKENS = 8
 MAX_LOGPROBS = 20
 
@@ -86,9 +87,9 @@ class SamplingParams:
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be in 0..max_tokens")
         require(0.0 <= self.temperature <= 2.0, "temperature", "must be in 0..2")
         require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
-        require(self.top_k >= 0, "top_k", "must be at least 0 (0 or -1 = all)")
+        require(0 <= self.top_k < 2**31, "top_k", "must be in 0..2147483647 (0 or -1 = all)")
         require(0.0 <= self.min_p <= 1.0, "min_p", "must be in 0..1")
-        require(0.0 < self.repetition_penalty <= 2.0, "repetition_penalty", "must be in (0, 2]")
+        require(0.01 <= self.repetition_penalty <= 2.0, "repetition_penalty", "must be in 0.01..2")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be in -2..2")
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be in -2..2")
         require(
@@ -100,7 +101,7 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
@@ -138,17 +139,19 @@ class MixtureParams:
         """Check ranges; parameters carry their path in the request."""
         top, path = MAX_MIXTURE_TOP_K, "reasoning.mixture."
         require(1 <= self.top_k <= top, path + "top_k", f"must be in 1..{top}")
-        require(0.0 < self.temperature <= 5.0, path + "temperature", "must be in (0, 5]")
+        require(0.01 <= self.temperature <= 5.0, path + "temperature", "must be in 0.01..5")
         require(0.0 < self.top_p <= 1.0, path + "top_p", "must be in (0, 1]")
         require(
             0 <= self.filter_top_k <= top, path + "filter_top_k", f"must be in 0..{top} (0 = all)"
         )
         require(0.0 <= self.min_p < 1.0, path + "min_p", "must be in [0, 1)")
         require(
-            0.0 < self.noise_temperature <= 10.0, path + "noise_temperature", "must be in (0, 10]"
+            0.01 <= self.noise_temperature <= 10.0,
+            path + "noise_temperature",
+            "must be in 0.01..10",
         )
         require(
-            0.0 < self.dirichlet_alpha <= 1e4, path + "dirichlet_alpha", "must be in (0, 10000]"
+            0.01 <= self.dirichlet_alpha <= 1e4, path + "dirichlet_alpha", "must be in 0.01..10000"
         )
         require(
             self.noise != "dirichlet" or self.filter_top_k > 0,
@@ -169,7 +172,11 @@ class HaltParams:
         require(
             0.0 <= self.entropy_below <= 20.0, "reasoning.halt.entropy_below", "must be in 0..20"
         )
-        require(self.entropy_patience >= 1, "reasoning.halt.entropy_patience", "must be >= 1")
+        require(
+            1 <= self.entropy_patience <= 10**6,
+            "reasoning.halt.entropy_patience",
+            "must be in 1..1000000",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

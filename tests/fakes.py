@@ -121,6 +121,7 @@ def stub_app(
     tokenizer: Tokenizer | None = None,
     manifest: Manifest | None = None,
     max_model_len: int = 512,
+    on_loaded: Callable[[Any], None] = lambda _: None,
     **config: Any,
 ) -> FastAPI:
     """An app over the stub engine, loaded when its lifespan starts."""
@@ -147,7 +148,7 @@ def stub_app(
             metrics=metrics,
         )
 
-    return create_app(serve, load=load, metrics=metrics)
+    return create_app(serve, load=load, metrics=metrics, on_loaded=on_loaded)
 
 
 def native_app(model: Path, *, config: dict[str, Any] | None = None, **engine: Any) -> FastAPI:

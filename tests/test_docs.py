@@ -1,4 +1,4 @@
-"""Docs that lag behind the code fail here; `python -m tests.test_docs` writes the generated parts."""
+"""Docs that lag behind the code fail; `python -m tests.test_docs` writes the generated parts."""
 
 import argparse
 import ast

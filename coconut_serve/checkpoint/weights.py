@@ -88,7 +88,7 @@ def convert_gguf(file: Path) -> Path:
         The directory, in the cache.
     """
     stat = file.stat()
-    identity = f"{_CONVERSION}:{file.name}:{stat.st_size}:{_head_digest(file)}"
+    identity = f"{_CONVERSION}:{file.name}:{stat.st_size}:{stat.st_mtime_ns}:{_head_digest(file)}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_directory() / f"{file.stem}-{key}"
     if target.is_dir():

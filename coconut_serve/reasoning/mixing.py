@@ -46,15 +46,19 @@ def filter_candidates(
     p = p / mass
     is_kept = (p.cumsum(-1) - p) < top_p.unsqueeze(1)  # the token that crosses top_p stays
     is_kept &= p >= min_p.unsqueeze(1) * p[:, :1]
+    is_kept[:, 0] = True  # however small top_p is
     p = torch.where(is_kept, p, 0.0)
     return p / p.sum(-1, keepdim=True), ids
 
 
-def dirichlet_weights(p: Tensor, alpha: Tensor, seed: Tensor, counter: Tensor) -> Tensor:
+def dirichlet_weights(
+    p: Tensor, ids: Tensor, alpha: Tensor, seed: Tensor, counter: Tensor
+) -> Tensor:
     """Draw w ~ Dirichlet(alpha * p) over the kept tokens; zero weights stay zero.
 
     Args:
         p: [num_rows, width] float32.
+        ids: [num_rows, width] int64, the tokens; noise belongs to a token, not to its rank.
         alpha: [num_rows] float32.
         seed: [num_rows] int64.
         counter: [num_rows] int64.
@@ -63,7 +67,7 @@ def dirichlet_weights(p: Tensor, alpha: Tensor, seed: Tensor, counter: Tensor) -
         [num_rows, width] float32, each row sums to 1.
     """
     shape = (alpha.unsqueeze(1) * p).clamp_min(1e-6)
-    log_draw = noise.log_gamma_draw(shape, seed, counter)
+    log_draw = noise.log_gamma_draw(shape, seed, counter, ids)
     return torch.where(p > 0, log_draw, -torch.inf).softmax(-1)
 
 

@@ -27,10 +27,10 @@ class StepContext:
     sampled: Tensor | None  # [num_rows] int64, drawn by the row's ordinary sampling settings
     embed_tokens: EmbedTokens
 
-    def uniform(self, stream: int, width: int) -> Tensor:
-        """Draw [num_rows, width] numbers in (0, 1) that depend on each row's seed alone."""
+    def uniform(self, stream: int, columns: Tensor) -> Tensor:
+        """Draw numbers in (0, 1) that depend on each row's seed alone; see noise.uniform."""
         slots, rows = self.slots, self.row_slots
-        return noise.uniform(slots.seed[rows], slots.num_decisions[rows], stream, width)
+        return noise.uniform(slots.seed[rows], slots.num_decisions[rows], stream, columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

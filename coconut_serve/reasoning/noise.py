@@ -34,22 +34,22 @@ def _finalise(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(seed: Tensor, counter: Tensor, stream: int, width: int) -> Tensor:
+def uniform(seed: Tensor, counter: Tensor, stream: int, columns: Tensor) -> Tensor:
     """Draw numbers in (0, 1).
 
     Args:
         seed: [num_rows] int64.
         counter: [num_rows] int64, the row's decision number.
         stream: Keeps the uses of randomness within a decision apart.
-        width: Numbers a row.
+        columns: [num_rows or 1, width] int64, what each number is for: a token id, say. Not its
+            rank: rounding may swap the ranks of two tokens, and must not swap their noise.
 
     Returns:
-        [num_rows, width] float32, multiples of 2**-24 moved off 0 and 1.
+        [num_rows, width] float32, multiples of 2**-23 moved off 0 and 1.
     """
     key = _finalise(seed + _GOLDEN * (counter + 1))  # [num_rows]
     key = _finalise(key + _wrap(_GOLDEN * stream))
-    columns = torch.arange(1, width + 1, device=seed.device)  # [width]
-    bits = _finalise(key.unsqueeze(1) + _GOLDEN * columns)
+    bits = _finalise(key.unsqueeze(1) + _GOLDEN * (columns + 1))
     return (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
@@ -58,7 +58,7 @@ def gumbel(u: Tensor) -> Tensor:
     return -torch.log(-torch.log(u))
 
 
-def log_gamma_draw(shape: Tensor, seed: Tensor, counter: Tensor) -> Tensor:
+def log_gamma_draw(shape: Tensor, seed: Tensor, counter: Tensor, columns: Tensor) -> Tensor:
     """Draw the logarithm of Gamma(shape, 1) variates (Marsaglia and Tsang, 2000).
 
     Works in logs because small shapes underflow; shapes below 1 use Gamma(a) = Gamma(a+1) U^(1/a).
@@ -67,13 +67,16 @@ def log_gamma_draw(shape: Tensor, seed: Tensor, counter: Tensor) -> Tensor:
         shape: [num_rows, width] float32, positive.
         seed: [num_rows] int64.
         counter: [num_rows] int64.
+        columns: [num_rows, width] int64, as in `uniform`.
 
     Returns:
         [num_rows, width] float32.
     """
     num_rows, width = shape.shape
-    u = uniform(seed, counter, GAMMA_STREAM, width * (3 * _GAMMA_TRIES + 1))
-    u = u.view(num_rows, width, 3 * _GAMMA_TRIES + 1)
+    num_each = 3 * _GAMMA_TRIES + 1
+    each = columns.unsqueeze(-1) * num_each + torch.arange(num_each, device=columns.device)
+    u = uniform(seed, counter, GAMMA_STREAM, each.view(num_rows, -1))
+    u = u.view(num_rows, width, num_each)
     tries = u[..., :-1].view(num_rows, width, _GAMMA_TRIES, 3)  # [num_rows, width, tries, 3]
     normal = torch.sqrt(-2.0 * torch.log(tries[..., 0])) * torch.cos(2 * torch.pi * tries[..., 1])
     is_small = shape < 1.0

@@ -139,7 +139,8 @@ class Sampler:
         """One number in (0, 1) a row; [num_rows, 1]."""
         slots = self._slots
         counter = slots.num_decisions[row_slots]
-        return noise.uniform(slots.seed[row_slots], counter, noise.SAMPLE_STREAM, 1)
+        column = torch.zeros(1, 1, dtype=torch.int64, device=counter.device)
+        return noise.uniform(slots.seed[row_slots], counter, noise.SAMPLE_STREAM, column)
 
     def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         """Invert the cumulative distribution over the whole vocabulary."""
@@ -174,9 +175,11 @@ class Sampler:
         mass = torch.where(top_k > 0, p.sum(-1, keepdim=True), 1.0)
         is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
         is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
-        cumulative = torch.where(is_kept, p, 0.0).double().cumsum(-1)
-        picked = _invert(cumulative, self._uniform(row_slots))
-        return ids.gather(1, picked.unsqueeze(1)).squeeze(1)
+        is_kept[:, 0] = True  # however small top_p is
+        # Back to the order of ids: rounding may swap ranks, and must not change the draw.
+        weights = p.new_zeros(p.shape[0], self._vocab_size)
+        weights.scatter_(1, ids, torch.where(is_kept, p, 0.0))
+        return _invert(weights.double().cumsum(-1), self._uniform(row_slots))
 
     def count(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
         """Note emitted tokens for the penalties.

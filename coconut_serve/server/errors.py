@@ -72,6 +72,12 @@ async def handle_http(request: Request, error: Exception) -> Response:
     return response
 
 
+async def handle_disconnect(request: Request, error: Exception) -> Response:
+    """Handler of clients that went away: nobody reads this, and nothing went wrong."""
+    del request, error
+    return Response(status_code=499)
+
+
 async def handle_unexpected(request: Request, error: Exception) -> Response:
     """Handler of bugs: logged in full, told in short."""
     logger.error("unhandled error on %s", request.url.path, exc_info=error)

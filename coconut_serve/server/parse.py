@@ -71,16 +71,27 @@ async def read_body(
             raise PayloadTooLargeError(f"the body is larger than {config.max_body_bytes} bytes")
     try:
         data = json.loads(raw, parse_constant=_refuse_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     try:
+        data = _drop_nulls(data)
         body = kind.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
     check_model(body.model, config)
     return body, _check_unknown(body, config)
+
+
+def _drop_nulls(data: dict[str, Any]) -> dict[str, Any]:
+    """Take null for not given, as clients mean it; messages stay as they are."""
+    return {
+        key: _drop_nulls(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if value is not None
+    }
 
 
 def _refuse_constant(name: str) -> float:
@@ -110,6 +121,10 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
     }
     effort: str | None = None
     for param, value in efforts.items():
+        if effort is not None and value is not None and value != effort:
+            raise InvalidRequestError(
+                f"{param}={value!r}, but reasoning_effort={effort!r}", param=param
+            )
         effort = check_effort(value, param) or effort
     if effort == "none":
         places["reasoning_effort"], effort = "none", None
@@ -121,7 +136,7 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
             param=next(iter(said)),
             code="reasoning_mode_conflict",
         )
-    mode = next(iter(said.values()), config.default_reasoning_mode)
+    mode = next(iter(said.values()), None)
     return ReasoningAsk(mode=mode, effort=effort, settings=settings)
 
 

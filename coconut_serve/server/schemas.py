@@ -24,10 +24,11 @@ MAX_MESSAGES = 1024
 IGNORED_FIELDS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "prompt_cache_options", "verbosity", "parallel_tool_calls",
+    "modalities", "prediction",
 })  # fmt: skip
 # Known to OpenAI's API and not served: using them is an error, never silence.
 REJECTED_FIELDS = frozenset({
-    "tools", "tool_choice", "functions", "function_call", "audio", "prediction", "modalities",
+    "tools", "tool_choice", "functions", "function_call", "audio",
     "web_search_options", "moderation", "suffix", "best_of", "prompt_embeds", "chat_template",
 })  # fmt: skip
 
@@ -147,7 +148,7 @@ class GenerationBody(NamedBody):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -192,7 +193,7 @@ class GenerationBody(NamedBody):
             raise InvalidRequestError(
                 f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias"
             )
-        if any(not key.isdecimal() for key in given):
+        if any(not key.isdecimal() or len(key) > 10 for key in given):
             raise InvalidRequestError("logit_bias: keys must be token ids", param="logit_bias")
         if any(not -100 <= value <= 100 for value in given.values()):
             raise InvalidRequestError("logit_bias: values must be in -100..100", param="logit_bias")

@@ -1,5 +1,6 @@
 """What the routes share: built when the model is loaded."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 
@@ -8,13 +9,15 @@ from starlette.requests import Request
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.config import ServeConfig
 from coconut_serve.engines.base import Engine
-from coconut_serve.errors import NotReadyError
+from coconut_serve.errors import NotReadyError, StartupError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission
 from coconut_serve.service.generation import Generation
 from coconut_serve.service.prompt import GenerationAsk, PromptBuilder
 from coconut_serve.service.reasoning import ModelReasoning
 from coconut_serve.service.tokenizer import Tokenizer
+
+_MAX_INLINE_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,19 @@ class Service:
         eos_token_ids: tuple[int, ...],
         metrics: Metrics,
     ) -> "Service":
-        """Put the parts together; the engine has started."""
+        """Put the parts together; the engine has started.
+
+        Raises:
+            StartupError: The manifest names token ids that the model does not have.
+        """
+        size = engine.info.vocab_size
+        named = (
+            (*manifest.start_token_ids, *manifest.end_token_ids, *manifest.tokens.never_emit)
+            if manifest
+            else ()
+        )
+        if any(token_id >= size for token_id in named):
+            raise StartupError(f"latent_config.json names token ids of {size} and above")
         model = ModelReasoning.read(
             manifest,
             tokenizer,
@@ -57,7 +72,7 @@ class Service:
             info=engine.info,
             max_n=config.max_n,
             max_trace=config.max_trace,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
         return cls(
             config=config,
@@ -77,7 +92,11 @@ class Service:
             CoconutError: It cannot be served, or not now.
         """
         await self.engine.check_health()
-        prepared = self.prompts.prepare(ask)
+        # Long texts are tokenised off the event loop: other streams must not wait for them.
+        if ask.num_characters > _MAX_INLINE_CHARACTERS:
+            prepared = await asyncio.to_thread(self.prompts.prepare, ask)
+        else:
+            prepared = self.prompts.prepare(ask)
         return Generation(
             prepared,
             engine=self.engine,

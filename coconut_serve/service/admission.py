@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 
-from coconut_serve.errors import NotReadyError, QueueFullError
+from coconut_serve.errors import InvalidRequestError, NotReadyError, QueueFullError
 
 _MAX_RETRY_AFTER_SECONDS = 60
 _DRAIN_SAMPLES = 64
@@ -34,11 +34,17 @@ class Admission:
         """Take places for `count` sequences, all or none.
 
         Raises:
+            InvalidRequestError: There will never be room for so many.
             NotReadyError: The server drains.
             QueueFullError: There is no room; Retry-After says when there may be.
         """
         if self.is_draining:
             raise NotReadyError("the server is shutting down", retry_after_seconds=5)
+        if count > self._limit:
+            raise InvalidRequestError(
+                f"the request makes {count} sequences, but the server takes {self._limit} at most",
+                param="n",
+            )
         if self.num_in_flight + count > self._limit:
             raise QueueFullError(
                 f"the queue of {self._max_queue} sequences is full",

@@ -13,6 +13,7 @@ class Detokenizer:
         stop: Stop strings.
         include_stop: Whether the answer keeps the stop string that ended it.
         skip_special_tokens: Whether special tokens have no text.
+        min_tokens: Stop strings count only once this many ids have come.
     """
 
     def __init__(
@@ -22,12 +23,14 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._stream = (
             tokenizer.stream(skip_special_tokens=skip_special_tokens) if tokenizer else None
         )
         self._stop = stop
         self._include_stop = include_stop
+        self._num_early = min_tokens
         self._held = ""
         self.stopped_by: str | None = None
 
@@ -46,6 +49,9 @@ class Detokenizer:
         return text
 
     def _release(self, text: str) -> str:
+        self._num_early -= 1
+        if self._num_early >= 0:
+            return text
         text = self._held + text
         found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:

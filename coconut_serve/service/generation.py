@@ -225,6 +225,7 @@ class _ChoiceText:
             stop=sampling.stop,
             include_stop=sampling.include_stop,
             skip_special_tokens=sampling.skip_special_tokens,
+            min_tokens=prepared.requests[0].sampling.min_tokens,
         )
         self._thinking = Detokenizer(tokenizer)
         self._is_thinking = True

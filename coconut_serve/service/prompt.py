@@ -1,6 +1,8 @@
 """From a normalised API request to engine requests: tokens, limits, reasoning."""
 
+import hashlib
 import random
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,8 +12,11 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service import reasoning
 from coconut_serve.service.reasoning import ModelReasoning, Resolved
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer
-from coconut_serve.types import Request, SamplingParams, require
+from coconut_serve.types import ReasoningParams, Request, SamplingParams, require
 
+# The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
+_TEMPLATE_TAIL = 4
+_MAX_CHARACTERS_PER_TOKEN = 64
 _DEFAULT_ANSWER_TOKENS = 16  # completions; chat answers until the model ends or the context does
 
 
@@ -46,6 +51,12 @@ class GenerationAsk:
     reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
     effort: str | None = None
     has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
+
+    @property
+    def num_characters(self) -> int:
+        """About how much text there is to tokenise."""
+        texts = [str(m.get("content")) for m in self.messages or ()]
+        return sum(map(len, texts)) + sum(len(p) for p in self.prompts if isinstance(p, str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,17 +126,23 @@ class PromptBuilder:
         prompts = [p + resolved.suffix_ids for p in prompts]
         seed = random.getrandbits(62) if ask.sampling.seed is None else ask.sampling.seed
         requests = []
+        # Engine ids are ours: two calls may carry the same client id at once.
+        unique = uuid.uuid4().hex
         for index, prompt in enumerate(prompts):
-            room = self._room(prompt, resolved, max_tokens, "prompt" if ask.prompts else "messages")
+            params = resolved.params
+            if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt):
+                # A raw prompt is continued as it is; it thinks only if it ends in a thought.
+                params = replace(params, steps=0, end_token_ids=(), stop_token_id=None)
+            room = self._room(prompt, params, max_tokens, "prompt" if ask.prompts else "messages")
             sampling = self._sampling(ask.sampling, room)
             for choice in range(ask.n):
                 number = index * ask.n + choice
                 request = Request(
-                    request_id=f"{ask.request_id}-{number}",
+                    request_id=f"{ask.request_id}-{number}.{unique}",
                     prompt_token_ids=prompt,
                     sampling=replace(sampling, seed=_derive_seed(seed, number)),
-                    reasoning=resolved.params,
-                    group_id=f"{ask.request_id}-{index}" if ask.n > 1 else None,
+                    reasoning=params,
+                    group_id=f"{unique}-{index}" if ask.n > 1 else None,
                 )
                 requests.append(request)
         return Prepared(
@@ -138,9 +155,19 @@ class PromptBuilder:
 
     def _tokenise(self, ask: GenerationAsk, mode: str) -> list[tuple[int, ...]]:
         """Turn messages or prompts into token ids, before the start-of-thought token."""
+        limit = _MAX_CHARACTERS_PER_TOKEN * self._info.max_model_len
+        if ask.num_characters > limit * max(1, len(ask.prompts)):
+            raise InvalidRequestError(
+                f"the text is longer than {limit} characters, which cannot fit the context",
+                param="prompt" if ask.prompts else "messages",
+                code="context_length_exceeded",
+            )
         if ask.messages is not None:
-            return [self._chat(ask.messages, mode, ask.chat_template_options)]
+            ids = self._chat(ask.messages, mode, ask.chat_template_options)
+            return [self._bound_thinking(ids, mode)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
+        if mode == "distribution":  # asked for by name, so the phase is opened here too
+            prompts = [self._bound_thinking(p, mode) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
             is_valid = min(prompt) >= 0 and max(prompt) < self._info.vocab_size
@@ -176,22 +203,29 @@ class PromptBuilder:
             )
         options = {"enable_thinking": mode != "none", **options}
         text = self._tokenizer.render_chat(messages, **options)
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._bound_thinking(ids, mode)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _bound_thinking(self, ids: tuple[int, ...], mode: str) -> tuple[int, ...]:
         """Open the thinking phase of a thinking model, or close it for `none`.
 
-        A template may have opened it already; what counts is the last think token in the prompt.
+        The template may have opened it already.
         """
         start, end = self._model.think_start_id, self._model.think_end_id
         if start is None or end is None or mode == "latent":
             return ids
-        last = next((i for i in reversed(ids) if i in (start, end)), end)
-        is_open = last == start
+        is_open = self._is_thinking_open(ids)
         if mode == "none":
             return (*ids, end) if is_open else ids
         return ids if is_open else (*ids, start)
+
+    def _is_thinking_open(self, ids: tuple[int, ...]) -> bool:
+        """Whether a prompt ends inside a thinking phase.
+
+        Only its very end counts: think tokens further up may be a user's text.
+        """
+        bounds = (self._model.think_start_id, self._model.think_end_id)
+        last = next((i for i in reversed(ids[-_TEMPLATE_TAIL:]) if i in bounds), None)
+        return last is not None and last == bounds[0]
 
     def _check_boundary_ids(self, resolved: Resolved) -> None:
         for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
@@ -202,12 +236,12 @@ class PromptBuilder:
             )
 
     def _room(
-        self, prompt: tuple[int, ...], resolved: Resolved, max_tokens: int | None, param: str
+        self, prompt: tuple[int, ...], params: ReasoningParams, max_tokens: int | None, param: str
     ) -> int:
         """Answer tokens the request may have; checks that prompt and thinking fit."""
         limit = self._info.max_model_len
-        is_fixed = resolved.params.is_fixed or not self._model.is_thinker
-        thinking = resolved.params.steps + len(resolved.params.end_token_ids) if is_fixed else 0
+        is_fixed = params.is_fixed or not self._model.is_thinker
+        thinking = params.steps + len(params.end_token_ids) if is_fixed else 0
         room = limit - len(prompt) - thinking
         if room < 1:
             raise InvalidRequestError(
@@ -246,5 +280,7 @@ class PromptBuilder:
 
 def _derive_seed(seed: int, number: int) -> int:
     """A seed for each choice: the request's own for the first, unrelated ones for the others."""
-    value = (seed + number * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    return value - 2**64 if value >= 2**63 else value
+    if number == 0:
+        return seed
+    data = f"{seed}:{number}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

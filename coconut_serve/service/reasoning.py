@@ -210,18 +210,25 @@ def resolve(
     elif mode != "none":
         steps, stop_id = _token_steps(pick, mode, model, effort, num_prompt_tokens, max_tokens)
         end = (stop_id,) if stop_id is not None else ()
+    level = _trace(pick, max_trace)
+    trace_top_k = pick("trace_top_k", 5)
+    mixing = _pick_all(pick, MixtureParams, "mixture") if mode == "distribution" else None
+    halt = _pick_all(pick, HaltParams, "halt") if mode == "distribution" else None
+    used = {*pick.parameters, "preset", "adapter", "mixture.kind"}
+    used |= {"start", "end"} if mode == "latent" else set()
+    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
+    if unused:
+        warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     params = ReasoningParams(
         mode=mode,
         steps=steps,
         is_fixed=mode == "latent",
         end_token_ids=end,
         stop_token_id=stop_id,
-        mixture=_pick_all(pick, MixtureParams, "mixture")
-        if mode == "distribution"
-        else MixtureParams(),
-        halt=_pick_all(pick, HaltParams, "halt") if mode == "distribution" else HaltParams(),
-        trace=_trace(pick, max_trace),
-        trace_top_k=pick("trace_top_k", 5) if "trace" in asked else 5,
+        mixture=mixing or MixtureParams(),
+        halt=halt or HaltParams(),
+        trace=level,
+        trace_top_k=trace_top_k,
     )
     return Resolved(
         params=params, suffix_ids=suffix, parameters=pick.parameters, warnings=tuple(warnings)

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -75,6 +77,17 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> 
     assert slow_stub.process.wait(timeout=10) == 0
 
 
+def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) -> None:
+    """Two clients that closed before the answer was written once ended the process (SIGPIPE)."""
+    host, port = slow_stub.url.removeprefix("http://").split(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert httpx.get(f"{slow_stub.url}/health").status_code == 200
+    assert slow_stub.process.poll() is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -129,8 +142,13 @@ def test_unknown_or_bad_settings_are_refused(
     with pytest.raises(SystemExit):
         parse_args(["serve"], {"COCONUT_MAX_QUEUE": "many"})
     assert "--max-queue" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(StartupError, match="not true or false"):
         parse_args(["serve"], {"COCONUT_STRICT_PARAMS": "perhaps"})
+    with pytest.raises(StartupError, match="COCONUT_API_KEY is empty"):
+        parse_args(["serve"], {"COCONUT_API_KEY": ""})
+    assert parse_args(["serve"], {"COCONUT_MAX_MODEL_LEN": ""}).max_model_len is None
+    args = parse_args(["serve", "--strict-params", "m"], {})
+    assert (args.model, args.strict_params) == ("m", True)
 
 
 def test_help_names_every_flag_of_the_contract() -> None:

@@ -69,7 +69,7 @@ def test_gumbel_weights_pick_tokens_by_their_probability() -> None:
 
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
     seed = torch.arange(20_000)
-    u = noise.uniform(seed, torch.zeros_like(seed), noise.GUMBEL_STREAM, 4)
+    u = noise.uniform(seed, torch.zeros_like(seed), noise.GUMBEL_STREAM, torch.arange(4)[None])
     weights = mixing.gumbel_weights(p.expand(20_000, -1), torch.full((20_000,), 0.5), u)
     assert torch.allclose(weights.sum(-1), torch.ones(20_000))
     assert bool((weights[:, 3] == 0).all())
@@ -82,7 +82,9 @@ def test_dirichlet_weights_have_mean_p_and_the_right_spread() -> None:
     p = torch.tensor([0.6, 0.3, 0.1, 0.0])
     seed = torch.arange(20_000)
     alpha = torch.full((20_000,), 4.0)
-    drawn = mixing.dirichlet_weights(p.expand(20_000, -1), alpha, seed, torch.zeros_like(seed))
+    ids = torch.arange(4).expand(20_000, -1)
+    rows = p.expand(20_000, -1)
+    drawn = mixing.dirichlet_weights(rows, ids, alpha, seed, torch.zeros_like(seed))
     assert torch.allclose(drawn.sum(-1), torch.ones(20_000), atol=1e-5)
     assert drawn.mean(0).tolist() == pytest.approx(p.tolist(), abs=0.012)
     expected = [x * (1 - x) / 5 for x in p.tolist()]

@@ -87,6 +87,31 @@ def test_row_does_not_depend_on_its_mates() -> None:
         assert int(alone) == int(together[i])
 
 
+def test_extreme_settings_take_the_likeliest_token() -> None:
+    """Tiny temperatures and top_p overflowed or kept nothing, and drew garbage."""
+    params = [
+        SamplingParams(temperature=1e-40),
+        SamplingParams(temperature=1e-40, top_k=5),
+        SamplingParams(top_p=1e-46),
+        SamplingParams(top_p=1e-46, temperature=2.0),
+    ]
+    sampler, _ = make_sampler(4, params)
+    drawn = sampler.sample(LOGITS.expand(4, -1), torch.arange(4), tuple(range(4)))
+    assert drawn.tolist() == [int(LOGITS.argmax())] * 4
+
+
+def test_draw_does_not_change_when_two_tokens_swap_ranks() -> None:
+    """Rounding swaps ranks of near-equal tokens; the noise belongs to the token."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 10], logits[0, 20] = 9.0, 9.0 + 1e-6
+    swapped = logits.clone()
+    swapped[0, 10], swapped[0, 20] = 9.0 + 1e-6, 9.0
+    for seed in range(50):
+        sampler, _ = make_sampler(1, [SamplingParams(seed=seed, top_k=2)])
+        rows = (torch.tensor([0]), (0,))
+        assert int(sampler.sample(logits, *rows)) == int(sampler.sample(swapped, *rows))
+
+
 def test_large_vocabulary_partial_sort_equals_full_sort() -> None:
     """Beyond 512 candidates the CPU takes a partial sort where it is enough."""
     flat = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 0.01
@@ -136,29 +161,32 @@ def test_bias_bans_and_min_tokens() -> None:
 
 def test_uniform_noise_is_uniform_and_depends_on_every_input() -> None:
     seed, counter = torch.arange(2000), torch.zeros(2000, dtype=torch.int64)
-    u = noise.uniform(seed, counter, 1, 5)
+    columns = torch.arange(5).unsqueeze(0)
+    u = noise.uniform(seed, counter, 1, columns)
     assert float(u.min()) > 0
     assert float(u.max()) < 1
     assert float(u.mean()) == pytest.approx(0.5, abs=0.02)  # 17 standard errors
     assert float(u.var()) == pytest.approx(1 / 12, abs=0.01)
     for other in (
-        noise.uniform(seed, counter + 1, 1, 5),
-        noise.uniform(seed + 1, counter, 1, 5),
-        noise.uniform(seed, counter, 2, 5),
+        noise.uniform(seed, counter + 1, 1, columns),
+        noise.uniform(seed + 1, counter, 1, columns),
+        noise.uniform(seed, counter, 2, columns),
+        noise.uniform(seed, counter, 1, columns + 5),
     ):
         assert not torch.equal(u, other)
         correlation = torch.corrcoef(torch.stack([u.flatten(), other.flatten()]))[0, 1]
         assert abs(float(correlation)) < 0.06  # 6 standard errors
-    assert torch.equal(u[7:8], noise.uniform(seed[7:8], counter[:1], 1, 5))
+    assert torch.equal(u[7:8], noise.uniform(seed[7:8], counter[:1], 1, columns))
     extreme = torch.tensor([2**63 - 1, -(2**63)])
-    assert noise.uniform(extreme, torch.zeros(2, dtype=torch.int64), 1, 2).isfinite().all()
+    assert noise.uniform(extreme, torch.zeros(2, dtype=torch.int64), 1, columns).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [0.05, 0.5, 1.0, 4.0, 40.0])
 def test_gamma_draws_have_the_right_moments(shape: float) -> None:
     """20,000 draws; the bounds are above 6 standard errors."""
     seed = torch.arange(20_000)
-    draws = noise.log_gamma_draw(torch.full((20_000, 1), shape), seed, torch.zeros_like(seed))
+    zeros = torch.zeros_like(seed)
+    draws = noise.log_gamma_draw(torch.full((20_000, 1), shape), seed, zeros, zeros.unsqueeze(1))
     values = draws.double().exp()
     assert float(values.mean()) == pytest.approx(shape, abs=6 * (shape / 20_000) ** 0.5)
     assert float(values.var()) == pytest.approx(shape, rel=0.6 if shape < 0.1 else 0.2)

@@ -81,6 +81,31 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
     ("trace level", {"reasoning": {"trace": "vectors"}}, "reasoning.trace"),
     ("request id", {"request_id": "a\nb"}, "request_id"),
     ("template kwargs", {"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs.a"),
+    (
+        "template smuggled in",
+        {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        "chat_template_kwargs.chat_template",
+    ),
+    (
+        "template argument",
+        {"chat_template_kwargs": {"return_dict": True}},
+        "chat_template_kwargs.return_dict",
+    ),
+    ("top_k beyond int32", {"top_k": 2**63}, "top_k"),
+    ("bias key endless", {"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    (
+        "patience beyond int64",
+        {
+            "reasoning_mode": "distribution",
+            "reasoning": {"halt": {"entropy_below": 1, "entropy_patience": 2**70}},
+        },
+        "reasoning.halt.entropy_patience",
+    ),
+    (
+        "two efforts",
+        {"reasoning_effort": "low", "reasoning": {"effort": "high"}},
+        "reasoning.effort",
+    ),
 ]
 BAD_TEXT: list[tuple[str, dict[str, Any], str | None]] = [
     ("no prompt", {"prompt": None}, "prompt"),
@@ -135,6 +160,7 @@ async def test_bad_bodies_get_400_and_the_name_of_the_field(http: httpx.AsyncCli
         (b"\xff\xfe", {}, 400),
         (b'{"model": "m", "prompt": NaN}', {}, 400),
         (b'{"a":' * 100_000, {}, 400),
+        (b'{"model": "m", "prompt": "\\ud800"}', {}, 400),
         (b"x" * (4 * 1024 * 1024 + 1), {}, 413),
         (b"prompt=a", {"content-type": "application/x-www-form-urlencoded"}, 415),
     ],
@@ -277,10 +303,70 @@ async def test_full_queue_answers_429_and_every_request_ends() -> None:
         assert app.state.service.admission.num_in_flight == 0
 
 
-async def test_n_larger_than_the_queue_is_refused_whole() -> None:
+async def test_n_larger_than_the_server_is_refused_for_good() -> None:
+    """A 429 would promise that coming back helps."""
     app = stub_app(max_num_seqs=2, max_queue=1)
     async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
         response = await c.post("/v1/completions", json={**TEXT, "n": 4})
-        assert response.status_code == 429
+        assert response.status_code == 400
+        assert check_shape(response)["param"] == "n"
         response = await c.post("/v1/completions", json={**TEXT, "n": 3})
         assert response.status_code == 200
+
+
+async def test_null_means_not_given(http: httpx.AsyncClient) -> None:
+    body = {**TEXT, "echo": None, "skip_special_tokens": None, "n": None, "reasoning": None}
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200
+
+
+async def test_two_calls_with_the_same_id_get_their_own_answers(http: httpx.AsyncClient) -> None:
+    """The engine once keyed its streams by the client's id: answers went to the wrong client."""
+    headers = {"X-Request-Id": "same"}
+    prompts = ["ab", "cd", "ef", "gh"]
+    answers = await asyncio.gather(
+        *(
+            http.post("/v1/completions", json={**TEXT, "prompt": p, "n": 2}, headers=headers)
+            for p in prompts
+        )
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.json()["id"] == "cmpl-same"
+        assert [c["text"][:2] for c in answer.json()["choices"]] == [prompt, prompt]
+
+
+async def test_settings_that_do_not_apply_are_named_in_a_warning(http: httpx.AsyncClient) -> None:
+    reasoning = {"mode": "cot", "mixture": {"top_k": 5}, "end": "none"}
+    response = await http.post("/v1/completions", json={**TEXT, "reasoning": reasoning})
+    [warning] = response.json()["usage"]["reasoning"]["warnings"]
+    assert "reasoning.end, reasoning.mixture.top_k" in warning
+
+
+async def test_preset_wins_over_the_servers_default_mode() -> None:
+    app = stub_app(default_reasoning_mode="cot")
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        body = {**TEXT, "reasoning": {"preset": "soft_thinking", "steps": 2}}
+        response = await c.post("/v1/completions", json=body)
+        assert response.headers["x-reasoning-mode"] == "distribution"
+        response = await c.post("/v1/completions", json=TEXT)
+        assert response.headers["x-reasoning-mode"] == "cot"
+
+
+async def test_token_ids_that_the_model_lacks_are_refused_at_start() -> None:
+    from coconut_serve.checkpoint.manifest import Manifest
+
+    manifest = Manifest.model_validate({"schema": 1, "tokens": {"never_emit": [99999]}})
+    failures: list[object] = []
+    app = stub_app(manifest=manifest, on_loaded=failures.append)
+    async with app.router.lifespan_context(app):
+        async with asyncio.timeout(5):
+            while not failures:
+                await asyncio.sleep(0.01)
+    assert "99999" not in str(failures[0])
+    assert "258 and above" in str(failures[0])
+
+
+async def test_long_text_is_refused_before_it_is_tokenised(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/completions", json={**TEXT, "prompt": "a" * 100_000})
+    assert response.status_code == 400
+    assert check_shape(response)["code"] == "context_length_exceeded"

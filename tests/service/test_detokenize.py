@@ -69,3 +69,9 @@ def test_broken_bytes_become_replacement_characters() -> None:
 def test_model_without_tokenizer_has_no_text() -> None:
     detokenizer = Detokenizer(None, stop=("a",))
     assert detokenizer.push(97) == detokenizer.flush() == ""
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), stop=("s",), min_tokens=3)
+    assert "".join(detokenizer.push(i) for i in b"asksxs") == "ask"
+    assert detokenizer.stopped_by == "s"

@@ -5,11 +5,13 @@ import hashlib
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -89,7 +91,7 @@ class NativeEngine:
 
     def _require_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death.message)
+            raise EngineDeadError(self._death.message, retry_after_seconds=5)
         if self._thread is None or not self._thread.is_alive():
             raise EngineDeadError("the engine is not running")
 
@@ -105,6 +107,7 @@ class NativeEngine:
         self._check(request)
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._inbox.put(_Add(Sequence(request), outputs))
+        self._require_alive()  # death is set before the inbox is emptied, so one of both sees it
         is_finished = False
         try:
             while not is_finished:
@@ -194,7 +197,8 @@ class NativeEngine:
         return positions, min(wanted or positions, positions)
 
     def _reset(self) -> None:
-        """Make an empty cache and scheduler."""
+        """Make an empty cache and scheduler; the old cache goes first."""
+        self._runner: Runner | None = None
         config = self._config
         is_cpu = self._model.device.type == "cpu"
         self._scheduler = Scheduler(
@@ -263,20 +267,24 @@ class NativeEngine:
             self._one_step()
         except Exception as failure:
             logger.exception("engine step failed")
-            now = time.monotonic()
-            self._failures = [t for t in self._failures if now - t < _RESTART_WINDOW_SECONDS]
-            self._failures.append(now)
-            if len(self._failures) > _MAX_RESTARTS:
-                raise EngineDeadError("the engine failed too often and stays down") from failure
-            self._reset()
-            self._num_restarts += 1
-            self._report_idle()
-            self._fail_all(EngineDeadError(f"the engine failed: {failure}", retry_after_seconds=1))
+            reason = str(failure)
+        else:
+            return
+        now = time.monotonic()
+        self._failures = [t for t in self._failures if now - t < _RESTART_WINDOW_SECONDS]
+        self._failures.append(now)
+        if len(self._failures) > _MAX_RESTARTS:
+            raise EngineDeadError(f"the engine failed too often and stays down: {reason}")
+        self._reset()
+        self._num_restarts += 1
+        self._report_idle()
+        self._fail_all(EngineDeadError(f"the engine failed: {reason}", retry_after_seconds=1))
 
     def _one_step(self) -> None:
         """Schedule, run, follow, send: the life of a step."""
         started = time.perf_counter()
         schedule = self._scheduler.schedule()
+        assert self._runner is not None
         results = self._runner.run(schedule)
         rows = _count_rows(schedule)
         outputs = self._scheduler.update(schedule, results)
@@ -387,4 +395,15 @@ def free_memory(device: torch.device) -> int:
         return int(free)
     with open("/proc/meminfo", encoding="ascii") as lines:
         available = next(line for line in lines if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    return min(int(available.split()[1]) * 1024, _free_in_cgroup())
+
+
+def _free_in_cgroup() -> int:
+    """What the container's limit leaves (cgroup v2); very much without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)

@@ -80,7 +80,8 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
+        """Queue a new sequence; ids of live sequences differ."""
+        assert sequence.request.request_id not in self._by_id, "a request id is live twice"
         self._by_id[sequence.request.request_id] = sequence
         self.waiting.append(sequence)
 
@@ -198,7 +199,8 @@ class Scheduler:
         sequence.blocks = list(shared)
         sequence.num_computed = num_shared
         if leader is None:
-            sequence.num_cached = num_shared if sequence.num_preemptions == 0 else 0
+            if sequence.num_preemptions == 0:
+                sequence.num_cached = num_shared
             self.pool.num_queries += sequence.num_prompt_tokens
             self.pool.num_hits += num_shared
         elif num_shared % size:

@@ -67,7 +67,7 @@ class DistributionMode(ReasoningMode):
             top_p=self._params["top_p"][rows],
             min_p=self._params["min_p"][rows],
         )
-        weights = self._add_noise(ctx, weights)
+        weights = self._add_noise(ctx, weights, ids)
         token = ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1)
         return StepDecision(
             token=token,
@@ -76,7 +76,7 @@ class DistributionMode(ReasoningMode):
             retained_mass=torch.where(weights > 0, probs.gather(1, ids), 0.0).sum(-1),
         )
 
-    def _add_noise(self, ctx: StepContext, weights: Tensor) -> Tensor:
+    def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
         """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after."""
         rows, slots = ctx.row_slots, self.slots
         kinds = {self._host_noise[slot] for slot in ctx.host_slots}
@@ -84,12 +84,12 @@ class DistributionMode(ReasoningMode):
         if "dirichlet" in kinds:
             seed, counter = slots.seed[rows], slots.num_decisions[rows]
             drawn = mixing.dirichlet_weights(
-                weights, self._params["dirichlet_alpha"][rows], seed, counter
+                weights, ids, self._params["dirichlet_alpha"][rows], seed, counter
             )
             weights = torch.where(kind == _NOISE["dirichlet"], drawn, weights)
         weights = mixing.keep_top(weights, self._params["top_k"][rows])
         if "gumbel" in kinds:
-            u = ctx.uniform(noise.GUMBEL_STREAM, weights.shape[1])
+            u = ctx.uniform(noise.GUMBEL_STREAM, ids)
             drawn = mixing.gumbel_weights(weights, self._params["noise_temperature"][rows], u)
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
         return weights

@@ -1,0 +1,124 @@
+"""Prompts become token ids; thinking models get their bounds."""
+
+from typing import Any
+
+import pytest
+
+from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.engines.base import EngineInfo
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.prompt import GenerationAsk, Prepared, PromptBuilder, SamplingAsk
+from coconut_serve.service.reasoning import ModelReasoning
+from coconut_serve.service.tokenizer import ByteTokenizer
+
+THINK, ANSWER = ord("<"), ord(">")
+INFO = EngineInfo(
+    engine="stub",
+    vocab_size=258,
+    max_model_len=200,
+    kv_cache_positions=1000,
+    block_size=16,
+    modes=mode_names(),
+)
+
+
+class OpeningTokenizer(ByteTokenizer):
+    """A chat template that opens the thinking phase itself."""
+
+    def render_chat(self, messages: Any, **options: object) -> str:
+        text = super().render_chat(messages, **options)
+        return text + "<\n"
+
+
+def make_builder(tokenizer: ByteTokenizer | None = None, thinks: bool = True) -> PromptBuilder:
+    tokens = {"think_start": {"id": THINK}, "think_end": {"id": ANSWER}} if thinks else {}
+    manifest = Manifest.model_validate({"schema": 1, "tokens": tokens})
+    tokenizer = tokenizer or ByteTokenizer()
+    model = ModelReasoning.read(
+        manifest,
+        tokenizer,
+        engine_modes=mode_names(),
+        allowed_modes=None,
+        default_mode=None,
+        max_model_len=INFO.max_model_len,
+    )
+    return PromptBuilder(
+        tokenizer=tokenizer, model=model, info=INFO, max_n=8, max_trace="topk", eos_token_ids=(256,)
+    )
+
+
+def chat(builder: PromptBuilder, mode: str, text: str = "hi", **changes: Any) -> Prepared:
+    ask = GenerationAsk(
+        request_id="r",
+        endpoint="chat",
+        mode=mode,
+        messages=[{"role": "user", "content": text}],
+        sampling=SamplingAsk(max_tokens=10),
+        **changes,
+    )
+    return builder.prepare(ask)
+
+
+def text_of(prepared: Prepared) -> str:
+    return bytes(prepared.requests[0].prompt_token_ids).decode()
+
+
+def test_thinking_phase_is_opened_once() -> None:
+    for mode in ("cot", "distribution"):
+        assert text_of(chat(make_builder(), mode)).endswith("assistant: <")
+        assert text_of(chat(make_builder(OpeningTokenizer()), mode)).endswith("assistant: <\n")
+
+
+def test_none_closes_a_phase_that_the_template_opened() -> None:
+    assert text_of(chat(make_builder(), "none")).endswith("assistant: ")
+    assert text_of(chat(make_builder(OpeningTokenizer()), "none")).endswith("assistant: <\n>")
+
+
+def test_think_tokens_in_a_users_text_open_nothing() -> None:
+    for text in ("a <", "a < b > c", "> <"):
+        assert text_of(chat(make_builder(), "cot", text)).endswith("assistant: <")
+        assert text_of(chat(make_builder(), "none", text)).endswith("assistant: ")
+
+
+def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
+    """`max_tokens` of a plain completion once bounded nothing: all of it was thinking."""
+
+    def steps(prompt: str, mode: str | None) -> tuple[int, int]:
+        ask = GenerationAsk(
+            request_id="r",
+            endpoint="completions",
+            mode=mode,
+            prompts=[prompt],
+            sampling=SamplingAsk(max_tokens=10),
+        )
+        request = builder.prepare(ask).requests[0]
+        return request.reasoning.steps, request.prompt_token_ids[-1]
+
+    builder = make_builder()
+    assert steps("abc", None) == (0, ord("c"))
+    assert steps("abc<", None)[0] > 100
+    assert steps("abc", "distribution") == (200 - 3 - 10 - 1, THINK)
+
+
+def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
+    prepared = chat(make_builder(), "none", n=4)
+    again = chat(make_builder(), "none", n=4)
+    seeds = [r.sampling.seed for r in prepared.requests]
+    assert len(set(seeds)) == 4
+    assert seeds != [r.sampling.seed for r in again.requests], "no seed given"
+    ask = GenerationAsk(
+        request_id="r", endpoint="c", mode=None, prompts=["a"], n=3, sampling=SamplingAsk(seed=5)
+    )
+    one, two = make_builder().prepare(ask), make_builder().prepare(ask)
+    assert [r.sampling.seed for r in one.requests] == [r.sampling.seed for r in two.requests]
+    assert one.requests[0].sampling.seed == 5
+    assert len({r.request_id for r in (*one.requests, *two.requests)}) == 6
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_answer_gets_what_the_context_leaves(thinks: bool) -> None:
+    ask = GenerationAsk(
+        request_id="r", endpoint="chat", mode="none", messages=[{"role": "user", "content": "x"}]
+    )
+    request = make_builder(thinks=thinks).prepare(ask).requests[0]
+    assert request.sampling.max_tokens == 200 - len(request.prompt_token_ids)
