@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -170,18 +171,13 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
             )
     path = Path(model).expanduser()
     name = path.resolve().name if path.exists() and model not in BUILT_IN_MODELS else model
-    return ServeConfig(
-        served_model_name=values["served_model_name"] or name,
-        api_keys=tuple(values["api_key"]),
-        allowed_reasoning_modes=modes,
-        **{
-            key: values[key]
-            for key in (
-                "host", "port", "max_num_seqs", "max_queue", "max_n", "default_reasoning_mode",
-                "max_trace", "reasoning_field", "strict_params", "drain_seconds",
-            )
-        },
-    )  # fmt: skip
+    own = {f.name: values[f.name] for f in fields(ServeConfig) if f.name in values}
+    own |= {
+        "served_model_name": values["served_model_name"] or name,
+        "api_keys": tuple(values["api_key"]),
+        "allowed_reasoning_modes": modes,
+    }
+    return ServeConfig(**own)
 
 
 def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -> Engine:
@@ -194,13 +190,10 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
         case "stub":
             from coconut_serve.engines.stub import StubEngine
 
+            prefix = "stub_"
+            own = {f.name: values[prefix + f.name] for f in fields(StubConfig)}
             return StubEngine(
-                StubConfig(
-                    ttft_seconds=values["stub_ttft_seconds"],
-                    tokens_per_second=values["stub_tokens_per_second"],
-                    fail_after_requests=values["stub_fail_after_requests"],
-                    fail_at_token=values["stub_fail_at_token"],
-                ),
+                StubConfig(**own),
                 vocab_size=ByteTokenizer.VOCAB_SIZE,
                 max_model_len=values["max_model_len"] or 8192,
                 max_num_seqs=values["max_num_seqs"],
@@ -209,19 +202,13 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
         case "native":
             from coconut_serve.engines.native.engine import NativeEngine
 
-            assert model is not None
-            config = EngineConfig(
-                model=model,
-                enable_prefix_caching=not values["no_prefix_caching"],
-                show_progress=sys.stderr.isatty(),
-                **{
-                    key: values[key]
-                    for key in (
-                        "dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_memory",
-                        "block_size", "max_num_batched_tokens",
-                    )
-                },
-            )  # fmt: skip
+            own = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
+            own |= {
+                "model": model,
+                "enable_prefix_caching": not values["no_prefix_caching"],
+                "show_progress": sys.stderr.isatty(),
+            }
+            config = EngineConfig(**own)
             return NativeEngine(config, mode_names(), metrics.observe_step)
         case engine:
             raise StartupError(

@@ -4,6 +4,7 @@ A latent step takes a KV *position* but makes no *token*; the names keep the two
 positions fill the cache, tokens have an id, reasoning steps are positions of the thinking phase.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Literal
@@ -15,6 +16,18 @@ MAX_STEPS = 1024
 MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows float32
 MAX_FORCED_TOKENS = 8
 MAX_LOGPROBS = 20
+
+_SAMPLING_RANGES = {
+    "max_tokens": (1, 2**31), "min_tokens": (0, 2**31), "temperature": (0, 2), "top_p": (0, 1),
+    "top_k": (0, 2**31 - 1), "min_p": (0, 1), "repetition_penalty": (0.01, 2),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+}  # fmt: skip
+_MIXTURE_RANGES = {
+    "top_k": (1, MAX_MIXTURE_TOP_K), "temperature": (0.01, 5), "top_p": (0.01, 1),
+    "filter_top_k": (0, MAX_MIXTURE_TOP_K), "min_p": (0, 0.99), "noise_temperature": (0.01, 10),
+    "dirichlet_alpha": (0.01, 10_000),
+}  # fmt: skip
+_HALT_RANGES = {"entropy_below": (0, 20), "entropy_patience": (1, 10**6)}
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
 NoiseKind = Literal["none", "gumbel", "dirichlet"]
@@ -58,6 +71,13 @@ def require(condition: bool, param: str, message: str) -> None:
         raise InvalidRequestError(f"{param} {message}", param=param)
 
 
+def _check_ranges(record: object, path: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Check fields against closed ranges; `path` is where they stand in a request."""
+    for name, (low, high) in ranges.items():
+        value = getattr(record, name)
+        require(low <= value <= high, path + name, f"must be in {low:g}..{high:g}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How answer tokens (and `cot` thinking tokens) are drawn.
@@ -82,21 +102,12 @@ class SamplingParams:
     num_logprobs: int | None = None  # None = off, 0 = the sampled token only
 
     def __post_init__(self) -> None:
-        """Check the ranges that SERVING clients rely on."""
-        require(self.max_tokens >= 1, "max_tokens", "must be at least 1")
-        require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be in 0..max_tokens")
-        require(0.0 <= self.temperature <= 2.0, "temperature", "must be in 0..2")
-        require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
-        require(0 <= self.top_k < 2**31, "top_k", "must be in 0..2147483647 (0 or -1 = all)")
-        require(0.0 <= self.min_p <= 1.0, "min_p", "must be in 0..1")
-        require(0.01 <= self.repetition_penalty <= 2.0, "repetition_penalty", "must be in 0.01..2")
-        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be in -2..2")
-        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be in -2..2")
-        require(
-            self.num_logprobs is None or 0 <= self.num_logprobs <= MAX_LOGPROBS,
-            "top_logprobs",
-            f"must be in 0..{MAX_LOGPROBS}",
-        )
+        """Check ranges."""
+        _check_ranges(self, "", _SAMPLING_RANGES)
+        require(self.top_p > 0, "top_p", "must be above 0")
+        require(self.min_tokens <= self.max_tokens, "min_tokens", "must be at most max_tokens")
+        num_logprobs = self.num_logprobs or 0
+        require(num_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must be in 0..{MAX_LOGPROBS}")
 
     @property
     def is_greedy(self) -> bool:
@@ -136,28 +147,11 @@ class MixtureParams:
     dirichlet_alpha: float = 4.0
 
     def __post_init__(self) -> None:
-        """Check ranges; parameters carry their path in the request."""
-        top, path = MAX_MIXTURE_TOP_K, "reasoning.mixture."
-        require(1 <= self.top_k <= top, path + "top_k", f"must be in 1..{top}")
-        require(0.01 <= self.temperature <= 5.0, path + "temperature", "must be in 0.01..5")
-        require(0.0 < self.top_p <= 1.0, path + "top_p", "must be in (0, 1]")
-        require(
-            0 <= self.filter_top_k <= top, path + "filter_top_k", f"must be in 0..{top} (0 = all)"
-        )
-        require(0.0 <= self.min_p < 1.0, path + "min_p", "must be in [0, 1)")
-        require(
-            0.01 <= self.noise_temperature <= 10.0,
-            path + "noise_temperature",
-            "must be in 0.01..10",
-        )
-        require(
-            0.01 <= self.dirichlet_alpha <= 1e4, path + "dirichlet_alpha", "must be in 0.01..10000"
-        )
-        require(
-            self.noise != "dirichlet" or self.filter_top_k > 0,
-            path + "filter_top_k",
-            f"must be in 1..{top} with noise 'dirichlet'",
-        )
+        """Check ranges."""
+        path = "reasoning.mixture."
+        _check_ranges(self, path, _MIXTURE_RANGES)
+        has_filter = self.noise != "dirichlet" or self.filter_top_k > 0
+        require(has_filter, path + "filter_top_k", "must not be 0 with noise 'dirichlet'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +163,7 @@ class HaltParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(
-            0.0 <= self.entropy_below <= 20.0, "reasoning.halt.entropy_below", "must be in 0..20"
-        )
-        require(
-            1 <= self.entropy_patience <= 10**6,
-            "reasoning.halt.entropy_patience",
-            "must be in 1..1000000",
-        )
+        _check_ranges(self, "reasoning.halt.", _HALT_RANGES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,17 +186,9 @@ class ReasoningParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(self.steps >= 0, "reasoning.steps", "must be at least 0")
-        require(
-            len(self.end_token_ids) <= MAX_FORCED_TOKENS,
-            "reasoning.end",
-            f"must be at most {MAX_FORCED_TOKENS} tokens",
-        )
-        require(
-            1 <= self.trace_top_k <= MAX_LOGPROBS,
-            "reasoning.trace_top_k",
-            f"must be in 1..{MAX_LOGPROBS}",
-        )
+        _check_ranges(self, "reasoning.", {"steps": (0, 2**31), "trace_top_k": (1, MAX_LOGPROBS)})
+        is_short = len(self.end_token_ids) <= MAX_FORCED_TOKENS
+        require(is_short, "reasoning.end", f"must be at most {MAX_FORCED_TOKENS} tokens")
 
     @property
     def has_topk_trace(self) -> bool:

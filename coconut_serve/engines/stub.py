@@ -28,6 +28,7 @@ from coconut_serve.types import (
 )
 
 _VECTOR_MODES = frozenset({"latent", "distribution"})
+_TRACE = ReasoningTrace(entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0)
 _NUM_BLOCKS = 4096
 _BLOCK_SIZE = 16
 
@@ -121,59 +122,35 @@ class StubEngine:
     async def _steps(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The positions of a request: thinking, boundary, answer."""
         params, ids = request.reasoning, request.prompt_token_ids
-        is_vector = params.mode in _VECTOR_MODES
-        counts = SequenceCounts()
-        kinds = (
-            [Phase.THINK] * params.steps
-            + [Phase.BOUNDARY] * len(params.end_token_ids)
-            + [Phase.ANSWER] * request.sampling.max_tokens
-        )
-        num_done = 0
+        lengths = (params.steps, len(params.end_token_ids), request.sampling.max_tokens)
+        kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
         for position, phase in enumerate(kinds):
             await self._pace(position)
+            done = Counter(kinds[: position + 1])
+            is_last = position == len(kinds) - 1
+            is_halt = params.steps > 0 and position == params.steps
+            halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP
             thinks = phase is Phase.THINK
-            counts = replace(
-                counts,
-                num_forward_passes=position + 1,
-                num_reasoning_steps=counts.num_reasoning_steps + thinks,
-                num_vector_steps=counts.num_vector_steps + (thinks and is_vector),
-                num_forced_tokens=counts.num_forced_tokens + (phase is Phase.BOUNDARY),
-                num_output_tokens=counts.num_output_tokens + (phase is Phase.ANSWER),
+            is_vector = thinks and params.mode in _VECTOR_MODES
+            token_id = ids[(done[phase] - 1) % len(ids)]
+            self._report({(params.mode, params.mode if is_vector else "decode"): 1})
+            yield RequestOutput(
+                request_id=request.request_id,
+                phase=phase,
+                token_id=None if thinks and params.mode == "latent" else token_id,
+                is_vector=is_vector,
+                logprobs=_logprobs(request, token_id) if phase is Phase.ANSWER else None,
+                trace=_TRACE if thinks and params.trace != "none" else None,
+                halt_reason=halt if is_halt else HaltReason.NONE,
+                finish_reason=FinishReason.LENGTH if is_last else None,
+                counts=SequenceCounts(
+                    num_forward_passes=position + 1,
+                    num_reasoning_steps=done[Phase.THINK],
+                    num_vector_steps=done[Phase.THINK] if params.mode in _VECTOR_MODES else 0,
+                    num_forced_tokens=done[Phase.BOUNDARY],
+                    num_output_tokens=done[Phase.ANSWER],
+                ),
             )
-            num_done = num_done + 1 if phase is kinds[position - 1] else 1
-            output = self._output(request, phase, ids[(num_done - 1) % len(ids)], counts)
-            if position == params.steps and params.steps:
-                halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP
-                output = replace(output, halt_reason=halt)
-            if position == len(kinds) - 1:
-                output = replace(output, finish_reason=FinishReason.LENGTH)
-            self._report({(params.mode, "decode" if not thinks else params.mode): 1})
-            yield output
-
-    def _output(
-        self, request: Request, phase: Phase, token_id: int, counts: SequenceCounts
-    ) -> RequestOutput:
-        params, sampling = request.reasoning, request.sampling
-        thinks = phase is Phase.THINK
-        trace = None
-        if thinks and params.trace != "none":
-            trace = ReasoningTrace(
-                entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0
-            )
-        logprobs = None
-        if sampling.num_logprobs is not None and phase is Phase.ANSWER:
-            top = ((token_id, 0.0),) if sampling.num_logprobs else ()
-            logprobs = TokenLogprobs(logprob=0.0, top=top)
-        has_text = not (thinks and params.mode == "latent")
-        return RequestOutput(
-            request_id=request.request_id,
-            phase=phase,
-            token_id=token_id if has_text else None,
-            is_vector=thinks and params.mode in _VECTOR_MODES,
-            logprobs=logprobs,
-            trace=trace,
-            counts=counts,
-        )
 
     async def _pace(self, position: int) -> None:
         """Take the time of one position; fail where the script says."""
@@ -189,7 +166,7 @@ class StubEngine:
         self._on_step(
             StepStats(
                 seconds=1.0 / speed if speed else 0.0,
-                num_rows={k: v for k, v in rows.items() if k[1] != "none"},
+                num_rows=rows,
                 num_prefill_positions=0,
                 num_running=dict(self._running),
                 num_waiting=dict(self._waiting),
@@ -201,3 +178,8 @@ class StubEngine:
                 num_prefix_hits=0,
             )
         )
+
+
+def _logprobs(request: Request, token_id: int) -> TokenLogprobs | None:
+    num = request.sampling.num_logprobs
+    return None if num is None else TokenLogprobs(logprob=0.0, top=((token_id, 0.0),) * min(num, 1))

@@ -192,12 +192,8 @@ def resolve(
         InvalidRequestError: A setting is out of range or not supported.
     """
     preset = PRESETS.get(asked.get("preset", ""), {})
-    manifest = model.manifest
-    from_manifest: dict[str, Any] = {}
-    if manifest is not None:
-        mixture = {"top_k": manifest.distribution.top_k}
-        mixture["temperature"] = manifest.distribution.temperature  # type: ignore[assignment]  # float
-        from_manifest = {f"mixture.{k}": v for k, v in mixture.items() if v is not None}
+    declared = (model.manifest or Manifest()).distribution.model_dump(exclude_none=True)
+    from_manifest = {f"mixture.{name}": value for name, value in declared.items()}
     pick = _Picker([("request", asked), ("preset", preset), ("manifest", from_manifest)])
     warnings: list[str] = []
     suffix: tuple[int, ...] = ()
@@ -210,26 +206,23 @@ def resolve(
     elif mode != "none":
         steps, stop_id = _token_steps(pick, mode, model, effort, num_prompt_tokens, max_tokens)
         end = (stop_id,) if stop_id is not None else ()
-    level = _trace(pick, max_trace)
-    trace_top_k = pick("trace_top_k", 5)
-    mixing = _pick_all(pick, MixtureParams, "mixture") if mode == "distribution" else None
-    halt = _pick_all(pick, HaltParams, "halt") if mode == "distribution" else None
-    used = {*pick.parameters, "preset", "adapter", "mixture.kind"}
-    used |= {"start", "end"} if mode == "latent" else set()
-    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
-    if unused:
-        warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
+    is_soft = mode == "distribution"
     params = ReasoningParams(
         mode=mode,
         steps=steps,
         is_fixed=mode == "latent",
         end_token_ids=end,
         stop_token_id=stop_id,
-        mixture=mixing or MixtureParams(),
-        halt=halt or HaltParams(),
-        trace=level,
-        trace_top_k=trace_top_k,
+        mixture=_pick_all(pick, MixtureParams, "mixture") if is_soft else MixtureParams(),
+        halt=_pick_all(pick, HaltParams, "halt") if is_soft else HaltParams(),
+        trace=_trace(pick, max_trace),
+        trace_top_k=pick("trace_top_k", 5),
     )
+    used = {*pick.parameters, "preset", "adapter", "mixture.kind"}
+    used |= {"start", "end"} if mode == "latent" else set()
+    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
+    if unused:
+        warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
         params=params, suffix_ids=suffix, parameters=pick.parameters, warnings=tuple(warnings)
     )

@@ -97,7 +97,7 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     builder = make_builder()
     assert steps("abc", None) == (0, ord("c"))
     assert steps("abc<", None)[0] > 100
-    assert steps("abc", "distribution") == (200 - 3 - 10 - 1, THINK)
+    assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
 
 
 def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
