@@ -85,11 +85,8 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
     params, sampling = request.reasoning, request.sampling
     mode = load_mode(params.mode)
     may_think = progress.is_thinking
-    may_leave = (
-        not may_think
-        or progress.num_steps_left <= 0
-        or (mode.needs_logits and params.halt.entropy_below > 0)
-    )
+    may_halt = params.halt.entropy_below > 0 or params.stop_token_id is not None
+    may_leave = not may_think or progress.num_steps_left <= 0 or may_halt
     may_answer = may_leave and progress.num_forced_left == 0
     needs_sampled = may_answer or (may_think and mode.needs_sampled)
     has_trace = may_think and params.trace != "none"

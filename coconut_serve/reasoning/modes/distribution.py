@@ -59,8 +59,8 @@ class DistributionMode(ReasoningMode):
         """Mix the likeliest tokens and check both halting rules."""
         assert ctx.logits is not None
         rows = ctx.row_slots
-        log_probs = (ctx.logits / self._params["temperature"][rows].unsqueeze(1)).log_softmax(-1)
-        probs = log_probs.exp()  # [num_rows, vocab_size], tempered, not filtered
+        tempered = ctx.logits / self._params["temperature"][rows].unsqueeze(1)
+        probs = tempered.softmax(-1)  # [num_rows, vocab_size], not filtered
         weights, ids = mixing.filter_candidates(
             probs,
             filter_top_k=self._params["filter_top_k"][rows],
@@ -72,7 +72,7 @@ class DistributionMode(ReasoningMode):
         return StepDecision(
             token=token,
             vector=mixing.mix_embeddings(weights, ids, ctx.embed_tokens),
-            halt=self._halt(ctx, token, log_probs),
+            halt=self._halt(ctx, token, tempered),
             retained_mass=torch.where(weights > 0, probs.gather(1, ids), 0.0).sum(-1),
         )
 
@@ -94,12 +94,13 @@ class DistributionMode(ReasoningMode):
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
         return weights
 
-    def _halt(self, ctx: StepContext, token: Tensor, log_probs: Tensor) -> Tensor:
+    def _halt(self, ctx: StepContext, token: Tensor, tempered: Tensor) -> Tensor:
         """Return each row's HaltReason; [num_rows] int64."""
         rows = ctx.row_slots
         halt = torch.zeros_like(token)
         if any(self._host_has_cold_stop[slot] for slot in ctx.host_slots):
-            is_cold = mixing.entropy(log_probs) < self._params["entropy_below"][rows]
+            entropy = mixing.entropy(tempered.log_softmax(-1))
+            is_cold = entropy < self._params["entropy_below"][rows]
             num_cold = torch.where(is_cold, self._num_cold[rows] + 1, 0)
             self._num_cold[rows] = num_cold
             halt = (num_cold >= self._params["entropy_patience"][rows]) * int(HaltReason.COLD_STOP)
