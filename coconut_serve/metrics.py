@@ -33,7 +33,7 @@ _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _NUM_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 _NUM_PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
 
-OUTCOMES = ("stop", "length", "cancelled", "rejected", "error")
+OUTCOMES = ("stop", "length", "cancelled", "error")
 ENDPOINTS = ("chat", "completions")
 REJECTIONS = ("queue_full", "draining", "too_long", "invalid")
 STAGES = ("queued", "thinking", "decode")

@@ -56,10 +56,8 @@ class ReasoningMode(ABC):
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]  # one line for docs and /v1/models
     needs_logits: ClassVar[bool] = True  # False: rows skip the output head while thinking
     needs_sampled: ClassVar[bool] = False  # True: thinking rows draw a token as answers do
-    feeds_vectors: ClassVar[bool] = False
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots

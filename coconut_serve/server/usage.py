@@ -16,6 +16,9 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
     prepared = generation.prepared
     state = generation.choices[0]
     counts = state.counts
+    warnings = list(prepared.resolved.warnings)
+    if counts.num_reasoning_steps and not counts.num_output_tokens:
+        warnings.append("no answer tokens: the model ended, or was ended, while it was thinking")
     is_halted = state.halt_reason is not HaltReason.NONE
     return {
         "mode": prepared.mode,
@@ -24,7 +27,7 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
         "forward_passes": counts.num_forward_passes,
         "halt_reason": state.halt_reason.label if is_halted else None,
         "switches": 0,
-        "warnings": list(prepared.resolved.warnings),
+        "warnings": warnings,
         "parameters": prepared.resolved.parameters,
     }
 

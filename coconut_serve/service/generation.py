@@ -80,7 +80,6 @@ class ChoiceState:
 
     counts: SequenceCounts = field(default_factory=SequenceCounts)
     halt_reason: HaltReason = HaltReason.NONE
-    num_steps_seen: int = 0
 
 
 class Generation:
@@ -271,14 +270,12 @@ class _Clock:
         self._first: float | None = None
         self._first_answer: float | None = None
         self._last_answer: float | None = None
-        self._queue_seconds = 0.0
 
     def note(self, output: RequestOutput) -> None:
         """Follow an output."""
         now, m, mode = time.monotonic(), self._metrics, self._mode
         if self._first is None:
             self._first = now
-            self._queue_seconds = output.queue_seconds
             m.observe(m.ttft, now - self._arrival, mode)
             m.observe(m.queue, output.queue_seconds, mode)
             m.observe(m.prefill, now - self._arrival - output.queue_seconds, mode)

@@ -52,10 +52,8 @@ def pointing_at(token: int, strength: float = 20.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", mode_names())
-def test_registered_mode_is_importable_and_described(name: str) -> None:
-    mode = load_mode(name)
-    assert mode.name == name
-    assert mode.summary
+def test_registered_mode_is_importable_under_its_name(name: str) -> None:
+    assert load_mode(name).name == name
 
 
 def test_modes_never_wait_for_the_device() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk
+from coconut_serve.engines.native.block_pool import NULL_BLOCK
 from coconut_serve.engines.native.scheduler import Schedule, ScheduledRow
 from coconut_serve.engines.native.sequence import Sequence
 
@@ -141,7 +142,7 @@ class BatchBuilder:
             : -(-max_len // self._block_size),
         ]
         slots = (blocks[:, :, None] * self._block_size + self._offsets).reshape(len(rows), -1)
-        slots = np.where(np.arange(max_len) < lengths[:, None], slots[:, :max_len], 0)
+        slots = np.where(np.arange(max_len) < lengths[:, None], slots[:, :max_len], NULL_BLOCK)
         return self._tensor(slots), self._tensor(lengths)
 
 

@@ -13,7 +13,6 @@ class CotMode(ReasoningMode):
     """Feed each sampled token until it is the end-of-thought token."""
 
     name: ClassVar[str] = "cot"
-    summary: ClassVar[str] = "think in tokens (chain of thought)"
     needs_sampled: ClassVar[bool] = True
 
     def __init__(self, slots: Slots) -> None:

@@ -22,8 +22,6 @@ class DistributionMode(ReasoningMode):
     """
 
     name: ClassVar[str] = "distribution"
-    summary: ClassVar[str] = "feed a weighted mean of token embeddings (Soft Thinking)"
-    feeds_vectors: ClassVar[bool] = True
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)

@@ -15,9 +15,7 @@ class LatentMode(ReasoningMode):
     """
 
     name: ClassVar[str] = "latent"
-    summary: ClassVar[str] = "feed the last hidden state back (COCONUT)"
     needs_logits: ClassVar[bool] = False
-    feeds_vectors: ClassVar[bool] = True
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Feed the hidden state; there is no text."""
