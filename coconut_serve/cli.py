@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import uvicorn
 import yaml
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 import coconut_serve
@@ -249,9 +250,21 @@ async def load_service(
 class DrainingServer(uvicorn.Server):
     """Finishes running requests on SIGTERM or SIGINT; a second signal ends them."""
 
-    def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
-        super().__init__(config)
-        self._drain_seconds = drain_seconds
+    def __init__(self, config: ServeConfig, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=64 * 1024,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        app.state.on_loaded = self.note_loaded
+        self._drain_seconds = config.drain_seconds
         self._draining: asyncio.Task[None] | None = None
         self.service: Service | None = None
         self.failure: Exception | None = None
@@ -317,37 +330,12 @@ def run_serve(args: argparse.Namespace) -> int:
     async def load(metrics: Metrics) -> Service:
         return await load_service(args.model, values, config, metrics)
 
-    async def serve() -> DrainingServer:
-        server: DrainingServer | None = None
-
-        def on_loaded(outcome: Service | Exception) -> None:
-            assert server is not None
-            server.note_loaded(outcome)
-
-        app = create_app(config, load=load, metrics=metrics, on_loaded=on_loaded)
-        server = DrainingServer(
-            uvicorn.Config(
-                app,
-                host=config.host,
-                port=config.port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                h11_max_incomplete_event_size=64 * 1024,
-                timeout_graceful_shutdown=5,
-            ),
-            config.drain_seconds,
-        )
-        await server.serve()
-        return server
-
+    server = DrainingServer(config, create_app(config, load=load, metrics=metrics))
     with contextlib.suppress(KeyboardInterrupt):
-        server = asyncio.run(serve())
-        if server.failure is not None:
-            raise server.failure
-        if not server.started:  # the port is taken; uvicorn has logged it
-            return 1
-    return 0
+        server.run()
+    if server.failure is not None:
+        raise server.failure
+    return 0 if server.started else 1  # not started: the port is taken, as uvicorn has logged
 
 
 def run_models() -> int:

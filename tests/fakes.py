@@ -121,7 +121,6 @@ def stub_app(
     tokenizer: Tokenizer | None = None,
     manifest: Manifest | None = None,
     max_model_len: int = 512,
-    on_loaded: Callable[[Any], None] = lambda _: None,
     **config: Any,
 ) -> FastAPI:
     """An app over the stub engine, loaded when its lifespan starts."""
@@ -148,7 +147,7 @@ def stub_app(
             metrics=metrics,
         )
 
-    return create_app(serve, load=load, metrics=metrics, on_loaded=on_loaded)
+    return create_app(serve, load=load, metrics=metrics)
 
 
 def native_app(model: Path, *, config: dict[str, Any] | None = None, **engine: Any) -> FastAPI:

@@ -27,19 +27,19 @@ from coconut_serve.server.state import Service
 logger = logging.getLogger(__name__)
 
 Load = Callable[[Metrics], Awaitable[Service]]
-OnLoaded = Callable[[Service | Exception], None]
 
 
-def create_app(
-    config: ServeConfig, *, load: Load, metrics: Metrics, on_loaded: OnLoaded = lambda _: None
-) -> FastAPI:
+def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     """Build the application.
 
     Args:
         config: The HTTP side's settings.
         load: Starts an engine and builds the service; runs once, in the background.
         metrics: Where everything is recorded.
-        on_loaded: Called with the service, or with the exception that kept it from loading.
+
+    Returns:
+        The application. Its `state.on_loaded` is called with the service, or with the exception
+        that kept it from loading; set it before the lifespan starts.
     """
 
     @contextlib.asynccontextmanager
@@ -58,10 +58,10 @@ def create_app(
             app.state.service = await load(metrics)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
-            on_loaded(error)
+            app.state.on_loaded(error)
             return
         metrics.set(metrics.load_seconds, time.monotonic() - started)
-        on_loaded(app.state.service)
+        app.state.on_loaded(app.state.service)
 
     app = FastAPI(
         title="coconut-serve",
@@ -73,6 +73,7 @@ def create_app(
     )
     app.state.service = None
     app.state.metrics = metrics
+    app.state.on_loaded = lambda _: None
     metrics.set(metrics.build_info, 1, coconut_serve.__version__)
     for module in (chat, completions, ops):
         app.include_router(module.router)

@@ -13,6 +13,7 @@ from coconut_serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_RETRY_AFTER_SECONDS = 5  # of a 503 that knows no better
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 
@@ -30,10 +31,12 @@ def error_body(error: CoconutError) -> dict[str, Any]:
 
 
 def error_response(error: CoconutError) -> JSONResponse:
-    """The error as a response, with Retry-After where coming back helps."""
+    """The error as a response; headers tell clients whether and when to come back."""
     headers = {}
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.retry_after_seconds is not None or error.status == 503:
+        headers["Retry-After"] = str(error.retry_after_seconds or _RETRY_AFTER_SECONDS)
+    if error.code == "generation_failed":
+        headers["x-should-retry"] = "false"  # the same request would fail again
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)

@@ -65,7 +65,7 @@ class RequestMiddleware:
                 level,
                 "%s %s %d %.3fs request_id=%s",
                 scope["method"],
-                scope["path"],
+                scope["raw_path"].decode("ascii", "replace"),  # not decoded: no line breaks
                 status,
                 time.perf_counter() - started,
                 request.state.request_id,

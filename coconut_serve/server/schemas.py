@@ -5,8 +5,8 @@ openai's own request types drop unknown keys and know no ranges.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -31,6 +31,23 @@ REJECTED_FIELDS = frozenset({
     "tools", "tool_choice", "functions", "function_call", "audio",
     "web_search_options", "moderation", "suffix", "best_of", "prompt_embeds", "chat_template",
 })  # fmt: skip
+
+
+# Settings of `reasoning` that the field knows and this version does not serve yet: all values, or
+# those named.
+NOT_YET: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys((
+        "min_steps", "max_blocks", "pad_positions", "source", "latent_noise_std",
+        "latent_temperature", "speed", "soft_weight", "switch", "after", "branches", "select",
+        "seed", "max_total_steps", "mixture.weights", "mixture.replacement", "mixture.moi_beta",
+        "mixture.norm", "mixture.noise_clamp", "halt.stop_prob", "halt.sample",
+        "halt.stop_tokens", "halt.stop_test", "halt.entropy_above", "halt.entropy_unit",
+        "halt.converge_metric", "halt.converge_below", "halt.converge_patience",
+    )),
+    "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "latentmas", "later_free"),
+    "mixture.kind": ("full", "multiplex", "moi", "gated"),
+    "halt.rule": ("learned", "stop_token", "converged"),
+}  # fmt: skip
 
 
 def _strict_number(value: object) -> object:
@@ -63,13 +80,6 @@ class _Body(BaseModel):
 class MixtureBody(_Body):
     """reasoning.mixture; see docs/methods.md."""
 
-    PATH: ClassVar[str] = "reasoning.mixture."
-    NOT_YET: ClassVar[frozenset[str]] = frozenset({
-        "weights", "replacement", "moi_beta", "norm", "noise_clamp",
-    })  # fmt: skip
-    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "kind": ("full", "multiplex", "moi", "gated")
-    }
     kind: Literal["topk", "full", "multiplex", "moi", "gated"] | None = None
     top_k: int | None = None
     temperature: Number | None = None
@@ -84,14 +94,6 @@ class MixtureBody(_Body):
 class HaltBody(_Body):
     """reasoning.halt."""
 
-    PATH: ClassVar[str] = "reasoning.halt."
-    NOT_YET: ClassVar[frozenset[str]] = frozenset({
-        "stop_prob", "sample", "stop_tokens", "stop_test", "entropy_above", "entropy_unit",
-        "converge_metric", "converge_below", "converge_patience",
-    })  # fmt: skip
-    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "rule": ("learned", "stop_token", "converged")
-    }
     rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
     entropy_below: Number | None = None
     entropy_patience: int | None = None
@@ -100,16 +102,6 @@ class HaltBody(_Body):
 class ReasoningBody(_Body):
     """The `reasoning` object of chat and completions."""
 
-    PATH: ClassVar[str] = "reasoning."
-    NOT_YET: ClassVar[frozenset[str]] = frozenset({
-        "min_steps", "max_blocks", "pad_positions", "source", "latent_noise_std",
-        "latent_temperature", "speed", "soft_weight", "switch", "after", "branches", "select",
-        "seed", "max_total_steps",
-    })  # fmt: skip
-    NOT_YET_VALUES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "latentmas",
-                   "later_free"),
-    }  # fmt: skip
     mode: str | None = None
     effort: str | None = None
     summary: str | None = None  # OpenAI's; accepted without effect
@@ -277,40 +269,29 @@ def flatten_reasoning(body: ReasoningBody | None) -> dict[str, Any]:
     Raises:
         InvalidRequestError: A setting is unknown or not yet supported.
     """
-    if body is None:
-        return {}
     asked: dict[str, Any] = {}
-    for prefix, part in _parts(body):
-        _check_extra(part)
-        for name in part.model_fields_set & set(type(part).model_fields):
-            value = getattr(part, name)
-            if value is None or isinstance(value, BaseModel):
-                continue
-            if value in part.NOT_YET_VALUES.get(name, ()):
-                raise not_yet(part.PATH + name, value)
-            asked[prefix + name] = value
+    if body is not None:
+        _flatten(body, "", asked)
     _check_values(asked)
     return asked
 
 
-def _parts(body: ReasoningBody) -> Iterator[tuple[str, "ReasoningBody | MixtureBody | HaltBody"]]:
-    yield "", body
-    if body.mixture is not None:
-        yield "mixture.", body.mixture
-    if body.halt is not None:
-        yield "halt.", body.halt
-
-
-def _check_extra(part: "ReasoningBody | MixtureBody | HaltBody") -> None:
-    for name, value in (part.model_extra or {}).items():
-        if name in part.NOT_YET:
-            raise not_yet(part.PATH + name, value)
-        known = set(type(part).model_fields)
-        raise InvalidRequestError(
-            f"unknown field {part.PATH}{name}{_suggest(name, known)}",
-            param=part.PATH + name,
-            code="unknown_parameter",
-        )
+def _flatten(part: _Body, prefix: str, asked: dict[str, Any]) -> None:
+    for name, value in part:  # declared fields, then unknown ones
+        dotted = prefix + name
+        if isinstance(value, _Body):
+            _flatten(value, f"{dotted}.", asked)
+        elif value is not None:
+            if dotted in NOT_YET and ((values := NOT_YET[dotted]) is None or value in values):
+                raise not_yet(f"reasoning.{dotted}", value)
+            known = set(type(part).model_fields)
+            if name not in known:
+                raise InvalidRequestError(
+                    f"unknown field reasoning.{dotted}{_suggest(name, known)}",
+                    param=f"reasoning.{dotted}",
+                    code="unknown_parameter",
+                )
+            asked[dotted] = value
 
 
 def _check_values(asked: Mapping[str, Any]) -> None:

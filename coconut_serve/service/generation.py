@@ -319,8 +319,7 @@ class _Clock:
 
     def fail(self) -> None:
         """Record a sequence that ended with an error."""
-        m = self._metrics
-        m.add(m.requests, 1, self._mode, self._endpoint, "error")
+        self._metrics.add(self._metrics.requests, 1, self._mode, self._endpoint, "error")
 
     def cancel(self, counts: SequenceCounts) -> None:
         """Record a sequence that its client dropped."""

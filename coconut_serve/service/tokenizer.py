@@ -1,5 +1,6 @@
 """What the service needs of a tokenizer, and a byte tokenizer for tests and the stub engine."""
 
+import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -91,20 +92,10 @@ class ByteTokenizer:
 
 class _ByteStream:
     def __init__(self) -> None:
-        self._pending = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        if token_id < 256:
-            self._pending += bytes([token_id])
-        try:
-            text = self._pending.decode()
-        except UnicodeDecodeError as error:
-            if len(self._pending) - error.start < 4 and error.reason == "unexpected end of data":
-                return ""
-            text = self._pending.decode(errors="replace")
-        self._pending = b""
-        return text
+        return self._decoder.decode(bytes([token_id] if token_id < 256 else []))
 
     def flush(self) -> str:
-        text, self._pending = self._pending.decode(errors="replace"), b""
-        return text
+        return self._decoder.decode(b"", final=True)

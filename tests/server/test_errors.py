@@ -259,6 +259,7 @@ async def test_error_after_the_first_byte_is_an_event_then_done() -> None:
             assert error["code"] == "generation_failed"
             response = await c.post("/v1/completions", json=TEXT)
             assert response.status_code == 500
+            assert response.headers["x-should-retry"] == "false"
             check_shape(response)
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as stock:
             stream = await stock.completions.create(model="m", prompt="a", stream=True)
@@ -275,6 +276,7 @@ async def test_dead_engine_answers_503_everywhere() -> None:
             response = await c.post("/v1/completions", json=TEXT)
             assert response.status_code == 503
             assert check_shape(response)["code"] == "engine_dead"
+            assert response.headers["retry-after"] == "5"
         assert (await c.get("/health")).status_code == 503
         assert (await c.get("/ready")).status_code == 503
         assert "coconut_engine_up" in (await c.get("/metrics")).text
@@ -357,7 +359,8 @@ async def test_token_ids_that_the_model_lacks_are_refused_at_start() -> None:
 
     manifest = Manifest.model_validate({"schema": 1, "tokens": {"never_emit": [99999]}})
     failures: list[object] = []
-    app = stub_app(manifest=manifest, on_loaded=failures.append)
+    app = stub_app(manifest=manifest)
+    app.state.on_loaded = failures.append
     async with app.router.lifespan_context(app):
         async with asyncio.timeout(5):
             while not failures:
@@ -370,3 +373,12 @@ async def test_long_text_is_refused_before_it_is_tokenised(http: httpx.AsyncClie
     response = await http.post("/v1/completions", json={**TEXT, "prompt": "a" * 100_000})
     assert response.status_code == 400
     assert check_shape(response)["code"] == "context_length_exceeded"
+
+
+async def test_log_lines_hold_no_line_breaks_of_a_client(
+    http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="coconut_serve.access")
+    await http.get("/v1/x%0aFAKE%20LINE")
+    [message] = [r.getMessage() for r in caplog.records if "FAKE" in r.getMessage()]
+    assert "\n" not in message

@@ -112,7 +112,8 @@ async def test_loading_server_is_alive_but_not_ready() -> None:
 
     failures: list[object] = []
     config = ServeConfig(served_model_name="m")
-    app = create_app(config, load=load, metrics=make_metrics(), on_loaded=failures.append)
+    app = create_app(config, load=load, metrics=make_metrics())
+    app.state.on_loaded = failures.append
     transport = httpx.ASGITransport(app=app)
     async with app.router.lifespan_context(app):
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as c:

@@ -91,7 +91,7 @@ class NativeEngine:
 
     def _require_alive(self) -> None:
         if self._death is not None:
-            raise EngineDeadError(self._death.message, retry_after_seconds=5)
+            raise EngineDeadError(self._death.message)
         if self._thread is None or not self._thread.is_alive():
             raise EngineDeadError("the engine is not running")
 
