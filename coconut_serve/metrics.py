@@ -61,6 +61,7 @@ class Metrics:
         self.registry = registry
         self._base = {"model_name": model_name, "engine": engine}
         self._modes = tuple(modes)
+        self._num_restarts = 0
         mode: _Labels = {"reasoning_mode": self._modes}
 
         def counter(name: str, text: str, **labels: tuple[str, ...] | None) -> Counter:
@@ -122,7 +123,7 @@ class Metrics:
         self.preemptions = counter("preemptions", "Sequences preempted.")
         self.sequence_preemptions = histogram("sequence_preemptions", "Preemptions of a sequence.", _NUM_PREEMPTIONS, **mode)
         self.engine_up = gauge("engine_up", "1 while the engine works.")
-        self.engine_restarts = gauge("engine_restarts", "Recoveries from a failed step since the start.")
+        self.engine_restarts = counter("engine_restarts", "Recoveries from a failed step.")
         self.ready = gauge("ready", "1 while new work is accepted.")
         self.load_seconds = gauge("model_load_seconds", "Time to load the model.")
         self.build_info = gauge("build_info", "Always 1.", version=None)
@@ -147,6 +148,11 @@ class Metrics:
     def set(self, metric: Gauge, value: float, *labels: str) -> None:
         """Set a gauge."""
         metric.labels(*self._base.values(), *labels).set(value)
+
+    def observe_restarts(self, total: int) -> None:
+        """Follow an engine's own count of its restarts."""
+        self.add(self.engine_restarts, total - self._num_restarts)
+        self._num_restarts = total
 
     def observe_step(self, stats: StepStats) -> None:
         """Record one engine step; called from the engine's thread."""

@@ -132,7 +132,7 @@ async def _refresh(service: Service) -> None:
     is_ready = is_up and not service.admission.is_draining and service.admission.has_room
     m.set(m.engine_up, is_up)
     m.set(m.ready, int(is_ready))
-    m.set(m.engine_restarts, service.engine.num_restarts)
+    m.observe_restarts(service.engine.num_restarts)
 
 
 @router.post("/tokenize")
