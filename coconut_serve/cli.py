@@ -80,7 +80,7 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
         add(flag, default, text, choices=choices)
 
     # fmt: off
-    choose("engine", "native", "what runs the model", get_args(EngineName))
+    choose("engine", "native", "what runs the model; no vllm yet", get_args(EngineName))
     add("host", "127.0.0.1", "address to listen on")
     add("port", 8000, "port to listen on; 0 picks a free one", int)
     add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
         return args
     keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
     layers = _read_config(args.config, set(keys)) if args.config else {}
-    layers |= {k: environ[name] for k in keys if (name := f"COCONUT_{k.upper()}") in environ}
+    layers |= _read_environment(environ, set(keys))
     if layers.get("api_key") == "":
         raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
     # What comes from elsewhere is put in front as flags, so it is checked as they are.
@@ -137,12 +137,30 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     return args
 
 
+def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """Find flags in COCONUT_*; names that are none are logged, since they may be misspelt.
+
+    Kubernetes sets variables of that prefix for a Service called coconut, COCONUT_PORT among them.
+    """
+    read = {}
+    for name, value in environ.items():
+        if not name.startswith("COCONUT_") or name in ("COCONUT_CACHE", "COCONUT_LOG_LEVEL"):
+            continue
+        key = name.removeprefix("COCONUT_").lower()
+        if key in known and not value.startswith("tcp://"):
+            read[key] = value
+        else:
+            logger.warning("ignoring %s=%s: it is no flag's variable or value", name, value)
+    return read
+
+
 def _is_true(key: str, text: str) -> bool:
     """Read a boolean of the environment or a config file."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in {*words, ""}:
+    words = dict.fromkeys(("1", "true", "yes", "on"), True)
+    words |= dict.fromkeys(("0", "false", "no", "off", ""), False)
+    if text.lower() not in words:
         raise StartupError(f"{key}: {text!r} is not true or false", param=key)
-    return words.get(text.lower(), False)
+    return words[text.lower()]
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, str]:
@@ -162,7 +180,13 @@ def _read_config(path: str, known: set[str]) -> dict[str, str]:
 
 
 def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
-    """Build the HTTP side's settings."""
+    """Build the HTTP side's settings.
+
+    Raises:
+        StartupError: A setting is wrong, or the engine is not part of this version.
+    """
+    if values["engine"] == "vllm":
+        raise StartupError("--engine vllm is not part of this version; use native or stub")
     allowed = values["allowed_reasoning_modes"]
     modes = tuple(m.strip() for m in allowed.split(",")) if allowed else None
     for mode in modes or ():
@@ -182,11 +206,7 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
 
 
 def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -> Engine:
-    """Build the chosen engine: the one place that imports engines.
-
-    Raises:
-        StartupError: The engine is not available here.
-    """
+    """Build the chosen engine: the one place that imports engines."""
     match values["engine"]:
         case "stub":
             from coconut_serve.engines.stub import StubEngine
@@ -200,7 +220,7 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
                 max_num_seqs=values["max_num_seqs"],
                 on_step=metrics.observe_step,
             )
-        case "native":
+        case _:
             from coconut_serve.engines.native.engine import NativeEngine
 
             own = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
@@ -211,11 +231,6 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
             }
             config = EngineConfig(**own)
             return NativeEngine(config, mode_names(), metrics.observe_step)
-        case engine:
-            raise StartupError(
-                f"--engine {engine} is not part of this version; use native or stub",
-                param="--engine",
-            )
 
 
 async def load_service(
@@ -273,6 +288,7 @@ class DrainingServer(uvicorn.Server):
         """Begin to drain; on a second signal stop at once."""
         if self._draining is not None or self.service is None:
             super().handle_exit(sig, frame)
+            self.force_exit = self._draining is not None
             return
         logger.info("draining: no new requests, waiting for running ones")
         self.service.admission.is_draining = True
@@ -335,7 +351,7 @@ def run_serve(args: argparse.Namespace) -> int:
         server.run()
     if server.failure is not None:
         raise server.failure
-    return 0 if server.started else 1  # not started: the port is taken, as uvicorn has logged
+    return 0
 
 
 def run_models() -> int:

@@ -52,6 +52,11 @@ class StubConfig:
     fail_after_requests: int | None = None  # the engine dies at the request after these
     fail_at_token: int | None = None  # each request fails at this position
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _require(self.ttft_seconds >= 0, "--stub-ttft-seconds", "must be at least 0")
+        _require(self.tokens_per_second >= 0, "--stub-tokens-per-second", "must be at least 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
@@ -75,6 +80,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        _require(self.max_num_seqs >= 1, "--max-num-seqs", "must be at least 1")
+        _require(0 <= self.drain_seconds < 86_400, "--drain-seconds", "must be in 0..86400")
         _require(self.max_queue >= 0, "--max-queue", "must be at least 0")
         _require(0 <= self.port <= 65535, "--port", "must be in 0..65535")
         _require(self.max_n >= 1, "--max-n", "must be at least 1")

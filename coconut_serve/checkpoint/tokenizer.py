@@ -1,6 +1,7 @@
 """A model directory's tokenizer, through transformers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ from transformers import AutoTokenizer
 from coconut_serve.errors import InvalidRequestError, StartupError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Map the characters of byte-level BPE vocabularies to bytes (GPT-2's alphabet).
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and following.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    alphabet = {chr(byte): byte for byte in shown}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class HFTokenizer:
@@ -45,6 +60,18 @@ class HFTokenizer:
         """The id of a token of the vocabulary."""
         found: int | None = self._tokenizer.get_vocab().get(token)
         return found
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, also where they are part of a character."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text.encode()
+        token: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece's byte tokens
+            return bytes([int(token[3:5], 16)])
+        if all(c in _BYTE_OF for c in token):  # byte-level BPE
+            return bytes(_BYTE_OF[c] for c in token)
+        return text.encode()
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: object) -> str:
         """Render with the model's template, in transformers' sandbox."""

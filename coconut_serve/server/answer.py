@@ -16,7 +16,7 @@ from coconut_serve.server import usage as costs
 from coconut_serve.server.parse import read_reasoning, sampling_ask
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import EventStream
-from coconut_serve.server.state import Service
+from coconut_serve.server.state import Service, ignored_header
 from coconut_serve.service.generation import Delta, Generation
 from coconut_serve.service.prompt import GenerationAsk
 
@@ -143,6 +143,8 @@ def read_ask(
     **own: Any,
 ) -> GenerationAsk:
     """Build the part of a GenerationAsk that both endpoints have; `own` is the rest."""
+    if body.request_id is not None:
+        request.state.request_id = body.request_id  # for the header and the log too
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     asked = read_reasoning(request, body, service.config)
@@ -159,11 +161,7 @@ def read_ask(
 async def respond(request: Request, answer: Answer, ignored: list[str]) -> Response:
     """Run the answer's generation and send it the way the client asked."""
     service, generation = answer.service, answer.generation
-    headers = {"X-Reasoning-Mode": generation.prepared.mode}
-    if ignored:
-        service.metrics.add(service.metrics.ignored_params, len(ignored))
-        safe = [name for name in ignored if name.isascii() and name.isprintable()]
-        headers["X-Coconut-Ignored-Params"] = ",".join(safe)[:1000]
+    headers = {"X-Reasoning-Mode": generation.prepared.mode, **ignored_header(service, ignored)}
     if answer.body.stream:
         return EventStream(
             answer.stream(),

@@ -30,6 +30,8 @@ async def create_completion(request: Request) -> Response:
             param="logprobs",
             code="not_yet_supported",
         )
+    if body.echo and service.tokenizer is None:
+        raise InvalidRequestError("this model has no tokenizer", param="echo", code="no_tokenizer")
     ask = read_ask(
         request,
         body,
@@ -67,11 +69,15 @@ class _TextAnswer(Answer):
         self._offsets = [0] * len(generation.choices)
 
     def openings(self) -> list[Any]:
-        """The prompts, if they are to be repeated."""
-        if not self._is_echoing:
+        """The prompts, if they are to be repeated as text or ids."""
+        if not self._is_echoing and not self.body.return_token_ids:
             return []
-        deltas = [Delta(index=index) for index in range(len(self.generation.choices))]
-        return [self._make(delta, self._echoed(delta.index), {}) for delta in deltas]
+        choices = []
+        for index in range(len(self.generation.choices)):
+            has_ids = self.body.return_token_ids
+            extra = {"prompt_token_ids": self.prompt_ids(index)} if has_ids else {}
+            choices.append(self._make(Delta(index=index), self._echoed(index), extra))
+        return choices
 
     def _echoed(self, index: int) -> str:
         ask, tokenizer = self.generation.prepared.ask, self.service.tokenizer

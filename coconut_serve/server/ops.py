@@ -1,5 +1,6 @@
 """Everything but generation: models, health, readiness, version, metrics, tokens."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,7 +15,7 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.chat import clean_message
 from coconut_serve.server.parse import check_model, read_body, split_model
 from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
-from coconut_serve.server.state import Service, get_service
+from coconut_serve.server.state import Service, get_service, ignored_header
 from coconut_serve.server.usage import token_text
 from coconut_serve.service.reasoning import EFFORTS
 from coconut_serve.service.tokenizer import Tokenizer
@@ -139,16 +140,17 @@ async def _refresh(service: Service) -> None:
 async def tokenize(request: Request) -> Response:
     """Text or messages to token ids."""
     service = get_service(request)
-    body, _ = await read_body(request, TokenizeRequest, service.config)
+    body, ignored = await read_body(request, TokenizeRequest, service.config)
     tokenizer = _tokenizer(service)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", param="prompt")
     if body.messages is not None:
         messages = [clean_message(m, i) for i, m in enumerate(body.messages)]
-        text = tokenizer.render_chat(messages)
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        text, add_special_tokens = tokenizer.render_chat(messages), False
     else:
-        ids = tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        text, add_special_tokens = body.prompt or "", body.add_special_tokens
+    # Off the event loop: a long text must not hold up everybody's streams.
+    ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": service.engine.info.max_model_len,
@@ -156,20 +158,20 @@ async def tokenize(request: Request) -> Response:
     }
     if body.return_token_strs:
         answer["token_strs"] = [token_text(i, tokenizer) for i in ids]
-    return JSONResponse(answer)
+    return JSONResponse(answer, headers=ignored_header(service, ignored))
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """Token ids to text."""
     service = get_service(request)
-    body, _ = await read_body(request, DetokenizeRequest, service.config)
+    body, ignored = await read_body(request, DetokenizeRequest, service.config)
     size = service.engine.info.vocab_size
     if any(i >= size for i in body.tokens):
         raise InvalidRequestError(f"tokens: ids must be below {size}", param="tokens")
     tokenizer = _tokenizer(service)
-    text = tokenizer.decode(body.tokens, skip_special_tokens=False)
-    return JSONResponse({"prompt": text})
+    text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": text}, headers=ignored_header(service, ignored))
 
 
 def _tokenizer(service: Service) -> Tokenizer:

@@ -26,6 +26,7 @@ from coconut_serve.service.prompt import SamplingAsk
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
 
+_OBJECTS = frozenset({"reasoning", "stream_options"})  # our own objects, where null may stand too
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -77,21 +78,21 @@ async def read_body(
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     try:
-        data = _drop_nulls(data)
+        data = {k: _drop_nulls(v) if k in _OBJECTS else v for k, v in _drop_nulls(data).items()}
         body = kind.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deep", code="invalid_json") from None
     check_model(body.model, config)
     return body, _check_unknown(body, config)
 
 
-def _drop_nulls(data: dict[str, Any]) -> dict[str, Any]:
-    """Take null for not given, as clients mean it; messages stay as they are."""
-    return {
-        key: _drop_nulls(value) if isinstance(value, dict) else value
-        for key, value in data.items()
-        if value is not None
-    }
+def _drop_nulls(data: Any) -> Any:
+    """Take null for not given, as clients mean it."""
+    if not isinstance(data, dict):
+        return data
+    return {key: value for key, value in data.items() if value is not None}
 
 
 def _refuse_constant(name: str) -> float:
@@ -183,8 +184,10 @@ def sampling_ask(
     body: GenerationBody, *, max_tokens: int | None, num_logprobs: int | None
 ) -> SamplingAsk:
     """The sampling fields of a body."""
+    is_renamed = getattr(body, "max_completion_tokens", None) is not None
     return SamplingAsk(
         max_tokens=max_tokens,
+        max_tokens_field="max_completion_tokens" if is_renamed else "max_tokens",
         params={
             name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None
         },

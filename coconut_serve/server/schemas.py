@@ -46,7 +46,7 @@ NOT_YET: dict[str, tuple[str, ...] | None] = {
     )),
     "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "latentmas", "later_free"),
     "mixture.kind": ("full", "multiplex", "moi", "gated"),
-    "halt.rule": ("learned", "stop_token", "converged"),
+    "halt.rule": ("fixed", "cold_stop", "learned", "stop_token", "converged"),
 }  # fmt: skip
 
 

@@ -89,10 +89,17 @@ def trace_json(step: TraceStep, number: int, tokenizer: Tokenizer | None) -> dic
 
 
 def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
-    """The text of one token, special ones included; "token_id:N" without a tokenizer."""
+    r"""The text of one token, special ones included.
+
+    As OpenAI does, "bytes:\xf0\x9f" for part of a character; "token_id:N" without a tokenizer.
+    """
     if tokenizer is None:
         return f"token_id:{token_id}"
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def chat_logprob(token: TokenDelta, tokenizer: Tokenizer | None) -> ChatCompletionTokenLogprob:
@@ -101,7 +108,8 @@ def chat_logprob(token: TokenDelta, tokenizer: Tokenizer | None) -> ChatCompleti
 
     def fields(token_id: int, logprob: float) -> dict[str, Any]:
         text = token_text(token_id, tokenizer)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        data = tokenizer.token_bytes(token_id) if tokenizer else text.encode()
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
     return ChatCompletionTokenLogprob(
         **fields(token.token_id, token.logprobs.logprob),

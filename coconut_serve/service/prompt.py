@@ -25,6 +25,7 @@ class SamplingAsk:
     """Sampling fields of a request; None = not given."""
 
     max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"  # what the client called it
     params: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams fields as given
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
@@ -106,6 +107,10 @@ class PromptBuilder:
             InvalidRequestError: Something in it cannot be served; `param` names it.
         """
         require(1 <= ask.n <= self._max_n, "n", f"must be in 1..{self._max_n}")
+        if ask.sampling.stop and self._tokenizer is None:
+            raise InvalidRequestError(
+                "this model has no tokenizer: use stop_token_ids", param="stop", code="no_tokenizer"
+            )
         preset = reasoning.PRESETS.get(ask.reasoning.get("preset", ""), {})
         mode = ask.mode or preset.get("mode") or self._model.default_mode
         reasoning.check_mode(mode, self._model, ask.reasoning)
@@ -123,6 +128,9 @@ class PromptBuilder:
             max_tokens=max_tokens or 1,
         )
         self._check_boundary_ids(resolved)
+        if manifest_template(self._model) and len(ask.messages or ()) > 1:
+            note = "this model takes one question: only the last user message was used"
+            resolved = replace(resolved, warnings=(*resolved.warnings, note))
         prompts = [p + resolved.suffix_ids for p in prompts]
         seed = random.getrandbits(62) if ask.sampling.seed is None else ask.sampling.seed
         requests = []
@@ -133,7 +141,7 @@ class PromptBuilder:
             if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt):
                 # A raw prompt is continued as it is; it thinks only if it ends in a thought.
                 params = replace(params, steps=0, end_token_ids=(), stop_token_id=None)
-            room = self._room(prompt, params, max_tokens, "prompt" if ask.prompts else "messages")
+            room = self._room(prompt, params, max_tokens, ask)
             sampling = self._sampling(ask.sampling, room)
             for choice in range(ask.n):
                 number = index * ask.n + choice
@@ -175,10 +183,12 @@ class PromptBuilder:
             require(is_valid, "prompt", f"has token ids outside 0..{last}")
         return prompts
 
-    def _ids(self, text: str) -> tuple[int, ...]:
+    def _ids(self, text: str, param: str = "prompt") -> tuple[int, ...]:
         if self._tokenizer is None:
             raise InvalidRequestError(
-                "this model has no tokenizer: send token ids", param="prompt", code="no_tokenizer"
+                "this model has no tokenizer: send token ids to /v1/completions",
+                param=param,
+                code="no_tokenizer",
             )
         manifest = self._model.manifest
         add_special = manifest.prompt.add_bos if manifest else True
@@ -188,13 +198,12 @@ class PromptBuilder:
         self, messages: Sequence[ChatMessage], mode: str, options: Mapping[str, object]
     ) -> tuple[int, ...]:
         """Render a chat: the model's chat template, or the manifest's question template."""
-        manifest = self._model.manifest
-        if manifest is not None and not manifest.prompt.chat_template:
+        template = manifest_template(self._model)
+        if template is not None:
             question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
             if question is None:
                 raise InvalidRequestError("messages must have a user message", param="messages")
-            template = manifest.prompt.template or "{question}"
-            return self._ids(template.replace("{question}", str(question)))
+            return self._ids(template.replace("{question}", str(question)), "messages")
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions",
@@ -228,6 +237,7 @@ class PromptBuilder:
         return last is not None and last == bounds[0]
 
     def _check_boundary_ids(self, resolved: Resolved) -> None:
+        require(len(resolved.suffix_ids) <= 8, "reasoning.start", "must be at most 8 tokens")
         for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
             require(
                 0 <= token_id < self._info.vocab_size,
@@ -236,7 +246,11 @@ class PromptBuilder:
             )
 
     def _room(
-        self, prompt: tuple[int, ...], params: ReasoningParams, max_tokens: int | None, param: str
+        self,
+        prompt: tuple[int, ...],
+        params: ReasoningParams,
+        max_tokens: int | None,
+        ask: GenerationAsk,
     ) -> int:
         """Answer tokens the request may have; checks that prompt and thinking fit."""
         limit = self._info.max_model_len
@@ -247,14 +261,14 @@ class PromptBuilder:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} tokens and thinking takes {thinking} positions, "
                 f"but the context holds {limit}",
-                param=param,
+                param="prompt" if ask.prompts else "messages",
                 code="context_length_exceeded",
             )
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequestError(
-                f"max_tokens={max_tokens} is too large: the context holds {limit} positions, of "
-                f"which {room} are left after the prompt and thinking",
-                param="max_tokens",
+                f"{ask.sampling.max_tokens_field}={max_tokens} is too large: the context holds "
+                f"{limit} positions, of which {room} are left after the prompt and thinking",
+                param=ask.sampling.max_tokens_field,
                 code="context_length_exceeded",
             )
         return room if max_tokens is None else max_tokens
@@ -276,6 +290,12 @@ class PromptBuilder:
             num_logprobs=ask.num_logprobs,
             **params,
         )
+
+
+def manifest_template(model: ModelReasoning) -> str | None:
+    """The question template of a model that takes questions, not chats; else None."""
+    prompt = model.manifest.prompt if model.manifest else None
+    return None if prompt is None or prompt.chat_template else prompt.template or "{question}"
 
 
 def _derive_seed(seed: int, number: int) -> int:

@@ -218,9 +218,7 @@ def resolve(
         trace=_trace(pick, max_trace),
         trace_top_k=pick("trace_top_k", 5),
     )
-    used = {*pick.parameters, "preset", "adapter", "mixture.kind"}
-    used |= {"start", "end"} if mode == "latent" else set()
-    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
+    unused = _unused(pick, mode, effort)
     if unused:
         warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
@@ -287,6 +285,18 @@ def _pick_all(pick: _Picker, kind: type[T], prefix: str) -> T:
     """Build a record whose fields are picked by their names."""
     values = {f.name: pick(f"{prefix}.{f.name}", f.default) for f in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
     return kind(**values)
+
+
+def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
+    """Name what the request asked for and the mode does not look at."""
+    asked = pick.layers[0][1]
+    used = {*pick.parameters, "adapter", "mixture.kind", "halt.rule"}
+    used |= {"start", "end"} if mode == "latent" else set()
+    used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
+    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
+    if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":
+        unused.append("reasoning_effort")
+    return unused
 
 
 def _trace(pick: _Picker, max_trace: str) -> Any:

@@ -37,6 +37,9 @@ class Tokenizer(Protocol):
     def find_id(self, token: str) -> int | None:
         """The id of a token of the vocabulary, None if it is not one."""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; they may be part of a character."""
+
     def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
         """Render messages with the model's chat template, up to the answer.
 
@@ -78,6 +81,10 @@ class ByteTokenizer:
         """Single bytes only."""
         data = token.encode()
         return data[0] if len(data) == 1 else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte itself."""
+        return bytes([token_id]) if token_id < 256 else b""
 
     def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
         """One line a message."""

@@ -79,3 +79,5 @@ def test_smollm2_has_weights_tokenizer_and_chat_template() -> None:
     pieces = [stream.push(i) for i in tokenizer.encode(text, add_special_tokens=False)]
     assert "".join(pieces) + stream.flush() == text
     assert not any("\ufffd" in piece for piece in pieces)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(tokenizer.token_bytes(i) for i in ids).decode() == text

@@ -77,6 +77,18 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> 
     assert slow_stub.process.wait(timeout=10) == 0
 
 
+def test_second_signal_ends_it_at_once(slow_stub: Server) -> None:
+    body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+    with httpx.stream("POST", f"{slow_stub.url}/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        slow_stub.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{slow_stub.url}/ready").status_code == 200:
+            pass
+        slow_stub.process.send_signal(signal.SIGTERM)
+        # Without it the answer would take ten seconds, the drain thirty.
+        assert slow_stub.process.wait(timeout=4) != 0
+
+
 def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) -> None:
     """Two clients that closed before the answer was written once ended the process (SIGPIPE)."""
     host, port = slow_stub.url.removeprefix("http://").split(":")
@@ -92,6 +104,7 @@ def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) 
     ("flags", "message"),
     [
         (["/no/such/dir"], "no such model directory"),
+        (["--engine", "stub", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["--port", "70000"], "--port must be in 0..65535"),
         (["--engine", "vllm"], "not part of this version"),
         (["--allowed-reasoning-modes", "cot,foo"], "'foo' is not one of"),
@@ -147,6 +160,9 @@ def test_unknown_or_bad_settings_are_refused(
     with pytest.raises(StartupError, match="COCONUT_API_KEY is empty"):
         parse_args(["serve"], {"COCONUT_API_KEY": ""})
     assert parse_args(["serve"], {"COCONUT_MAX_MODEL_LEN": ""}).max_model_len is None
+    assert parse_args(["serve"], {"COCONUT_STRICT_PARAMS": "on"}).strict_params is True
+    kubernetes = {"COCONUT_PORT": "tcp://10.0.0.1:80", "COCONUT_SERVICE_HOST": "10.0.0.1"}
+    assert parse_args(["serve"], kubernetes).port == 8000
     args = parse_args(["serve", "--strict-params", "m"], {})
     assert (args.model, args.strict_params) == ("m", True)
 

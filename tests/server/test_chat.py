@@ -218,3 +218,24 @@ async def test_greedy_and_seeded_requests_repeat(client: openai.AsyncOpenAI) -> 
         )
         texts.add(answer.choices[0].message.content)
     assert len(texts) == 1
+
+
+async def test_bytes_of_split_characters_join_to_the_text(client: openai.AsyncOpenAI) -> None:
+    """Parts of a character once all came back as U+FFFD."""
+    messages: Any = [{"role": "user", "content": "\U0001f389"}]
+    answer = await client.chat.completions.create(
+        model="m", messages=messages, max_tokens=10, logprobs=True
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    joined = bytes(byte for item in logprobs.content for byte in item.bytes or [])
+    assert joined.decode() == answer.choices[0].message.content == "user: \U0001f389"
+    assert logprobs.content[6].token == "bytes:\\xf0"
+
+
+async def test_request_id_of_the_body_is_the_ids_everywhere(client: openai.AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model="m", messages=MESSAGES, max_tokens=1, extra_body={"request_id": "mine"}
+    )
+    assert (answer.id, answer._request_id) == ("chatcmpl-mine", "mine")

@@ -78,3 +78,17 @@ async def test_last_chunk_has_the_usage(client: openai.AsyncOpenAI) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.total_tokens == 6
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None, None, "length"]
+
+
+async def test_stream_carries_prompt_ids_in_each_choices_first_chunk(
+    client: openai.AsyncOpenAI,
+) -> None:
+    stream = await client.completions.create(
+        model="m", prompt=["ab", "c"], max_tokens=1, stream=True,
+        extra_body={"return_token_ids": True},
+    )  # fmt: skip
+    first: dict[int, Any] = {}
+    async for chunk in stream:
+        choice = chunk.choices[0]
+        first.setdefault(choice.index, (choice.model_extra or {}).get("prompt_token_ids"))
+    assert first == {0: [97, 98], 1: [99]}

@@ -139,3 +139,8 @@ async def test_silent_phase_is_bridged_by_keep_alive_comments() -> None:
         assert response.headers["cache-control"] == "no-cache"
         assert response.headers["x-accel-buffering"] == "no"
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+
+
+async def test_ignored_fields_of_tokenize_are_named(http: httpx.AsyncClient) -> None:
+    response = await http.post("/tokenize", json={"prompt": "a", "foo": 1})
+    assert response.headers["x-coconut-ignored-params"] == "foo"

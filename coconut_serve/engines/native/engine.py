@@ -275,7 +275,10 @@ class NativeEngine:
         self._failures.append(now)
         if len(self._failures) > _MAX_RESTARTS:
             raise EngineDeadError(f"the engine failed too often and stays down: {reason}")
-        self._reset()
+        try:
+            self._reset()
+        except Exception as failure:
+            raise EngineDeadError(f"the engine could not restart: {failure}") from failure
         self._num_restarts += 1
         self._report_idle()
         self._fail_all(EngineDeadError(f"the engine failed: {reason}", retry_after_seconds=1))
