@@ -138,7 +138,7 @@ class PromptBuilder:
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(prompts):
             params = resolved.params
-            if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt):
+            if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
                 # A raw prompt is continued as it is; it thinks only if it ends in a thought.
                 params = replace(params, steps=0, end_token_ids=(), stop_token_id=None)
             room = self._room(prompt, params, max_tokens, ask)
@@ -172,10 +172,10 @@ class PromptBuilder:
             )
         if ask.messages is not None:
             ids = self._chat(ask.messages, mode, ask.chat_template_options)
-            return [self._bound_thinking(ids, mode)]
+            return [self._bound_thinking(ids, mode, _TEMPLATE_TAIL)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
         if mode == "distribution":  # asked for by name, so the phase is opened here too
-            prompts = [self._bound_thinking(p, mode) for p in prompts]
+            prompts = [self._bound_thinking(p, mode, len(p)) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
             is_valid = min(prompt) >= 0 and max(prompt) < self._info.vocab_size
@@ -214,7 +214,7 @@ class PromptBuilder:
         text = self._tokenizer.render_chat(messages, **options)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _bound_thinking(self, ids: tuple[int, ...], mode: str) -> tuple[int, ...]:
+    def _bound_thinking(self, ids: tuple[int, ...], mode: str, tail: int) -> tuple[int, ...]:
         """Open the thinking phase of a thinking model, or close it for `none`.
 
         The template may have opened it already.
@@ -222,18 +222,18 @@ class PromptBuilder:
         start, end = self._model.think_start_id, self._model.think_end_id
         if start is None or end is None or mode == "latent":
             return ids
-        is_open = self._is_thinking_open(ids)
+        is_open = self._is_thinking_open(ids, tail)
         if mode == "none":
             return (*ids, end) if is_open else ids
         return ids if is_open else (*ids, start)
 
-    def _is_thinking_open(self, ids: tuple[int, ...]) -> bool:
-        """Whether a prompt ends inside a thinking phase.
+    def _is_thinking_open(self, ids: tuple[int, ...], tail: int) -> bool:
+        """Whether a prompt ends inside a thinking phase, by the think tokens in its last ids.
 
-        Only its very end counts: think tokens further up may be a user's text.
+        Of a chat only what its template wrote counts: further up they may be a user's text.
         """
         bounds = (self._model.think_start_id, self._model.think_end_id)
-        last = next((i for i in reversed(ids[-_TEMPLATE_TAIL:]) if i in bounds), None)
+        last = next((i for i in reversed(ids[-tail:]) if i in bounds), None)
         return last is not None and last == bounds[0]
 
     def _check_boundary_ids(self, resolved: Resolved) -> None:

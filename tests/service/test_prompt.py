@@ -97,6 +97,8 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     builder = make_builder()
     assert steps("abc", None) == (0, ord("c"))
     assert steps("abc<", None)[0] > 100
+    assert steps("a<" + "b" * 20, None)[0] > 100, "a thought that has gone on for a while"
+    assert steps("a<b>" + "c" * 20, None)[0] == 0
     assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
 
 
