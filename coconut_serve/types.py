@@ -106,7 +106,7 @@ class SamplingParams:
         require(self.top_p > 0, "top_p", "must be above 0")
         require(self.min_tokens <= self.max_tokens, "min_tokens", "must be at most max_tokens")
         num_logprobs = self.num_logprobs or 0
-        require(num_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must be in 0..{MAX_LOGPROBS}")
+        require(0 <= num_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must be in 0..{MAX_LOGPROBS}")
 
     @property
     def is_greedy(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -208,6 +209,8 @@ async def listening(app: FastAPI) -> AsyncGenerator[str, None]:
 
 def write_golden(name: str, into: Path) -> Path:
     """Build a servable directory of a golden model: links to its files and a manifest."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden files are not here")
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         (into / file).symlink_to(GOLDEN / name / file)
     manifest = {

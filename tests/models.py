@@ -1,5 +1,6 @@
 """Tiny seeded models of many families, and the slow, obvious loops they are checked against."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def load_plain(directory: Path) -> PreTrainedModel:
     )
     assert isinstance(model, PreTrainedModel)
     return model.eval()
+
+
+def generate(
+    model: PreTrainedModel, prompt: Sequence[int], max_tokens: int, eos: int | None = None
+) -> list[int]:
+    """transformers' own greedy generate; the end token is part of what it returns."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )
+    answer: list[int] = out[0, len(prompt) :].tolist()
+    return answer
 
 
 @torch.inference_mode()

@@ -124,9 +124,10 @@ class StubEngine:
         params, ids = request.reasoning, request.prompt_token_ids
         lengths = (params.steps, len(params.end_token_ids), request.sampling.max_tokens)
         kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
+        done: Counter[Phase] = Counter()
         for position, phase in enumerate(kinds):
             await self._pace(position)
-            done = Counter(kinds[: position + 1])
+            done[phase] += 1
             is_last = position == len(kinds) - 1
             is_halt = params.steps > 0 and position == params.steps
             halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP

@@ -15,6 +15,7 @@ from coconut_serve.server.parse import read_body
 from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest, openapi_body
 from coconut_serve.server.state import Service, get_service
 from coconut_serve.service.generation import Delta, Generation
+from coconut_serve.service.tokenizer import require_tokenizer
 
 router = APIRouter()
 
@@ -30,8 +31,8 @@ async def create_completion(request: Request) -> Response:
             param="logprobs",
             code="not_yet_supported",
         )
-    if body.echo and service.tokenizer is None:
-        raise InvalidRequestError("this model has no tokenizer", param="echo", code="no_tokenizer")
+    if body.echo:
+        require_tokenizer(service.tokenizer, "echo", "it cannot echo text")
     ask = read_ask(
         request,
         body,

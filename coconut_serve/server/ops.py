@@ -18,7 +18,7 @@ from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
 from coconut_serve.server.state import Service, get_service, ignored_header
 from coconut_serve.server.usage import token_text
 from coconut_serve.service.reasoning import EFFORTS
-from coconut_serve.service.tokenizer import Tokenizer
+from coconut_serve.service.tokenizer import require_tokenizer
 
 router = APIRouter()
 
@@ -141,7 +141,7 @@ async def tokenize(request: Request) -> Response:
     """Text or messages to token ids."""
     service = get_service(request)
     body, ignored = await read_body(request, TokenizeRequest, service.config)
-    tokenizer = _tokenizer(service)
+    tokenizer = require_tokenizer(service.tokenizer)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", param="prompt")
     if body.messages is not None:
@@ -169,12 +169,6 @@ async def detokenize(request: Request) -> Response:
     size = service.engine.info.vocab_size
     if any(i >= size for i in body.tokens):
         raise InvalidRequestError(f"tokens: ids must be below {size}", param="tokens")
-    tokenizer = _tokenizer(service)
+    tokenizer = require_tokenizer(service.tokenizer)
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
     return JSONResponse({"prompt": text}, headers=ignored_header(service, ignored))
-
-
-def _tokenizer(service: Service) -> Tokenizer:
-    if service.tokenizer is None:
-        raise InvalidRequestError("this model has no tokenizer", code="no_tokenizer")
-    return service.tokenizer

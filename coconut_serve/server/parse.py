@@ -26,7 +26,6 @@ from coconut_serve.service.prompt import SamplingAsk
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
 
-_OBJECTS = frozenset({"reasoning", "stream_options"})  # our own objects, where null may stand too
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -78,21 +77,14 @@ async def read_body(
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     try:
-        data = {k: _drop_nulls(v) if k in _OBJECTS else v for k, v in _drop_nulls(data).items()}
-        body = kind.model_validate(data)
+        # null means not given, as clients mean it.
+        body = kind.model_validate({k: v for k, v in data.items() if v is not None})
     except ValidationError as error:
         raise from_validation(error) from None
     except RecursionError:
         raise InvalidRequestError("the body is nested too deep", code="invalid_json") from None
     check_model(body.model, config)
     return body, _check_unknown(body, config)
-
-
-def _drop_nulls(data: Any) -> Any:
-    """Take null for not given, as clients mean it."""
-    if not isinstance(data, dict):
-        return data
-    return {key: value for key, value in data.items() if value is not None}
 
 
 def _refuse_constant(name: str) -> float:

@@ -119,9 +119,9 @@ class ReasoningBody(_Body):
 class StreamOptions(_Body):
     """stream_options."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False  # accepted without effect
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # accepted without effect
 
 
 class NamedBody(_Body):

@@ -51,11 +51,8 @@ class Service:
             StartupError: The manifest names token ids that the model does not have.
         """
         size = engine.info.vocab_size
-        named = (
-            (*manifest.start_token_ids, *manifest.end_token_ids, *manifest.tokens.never_emit)
-            if manifest
-            else ()
-        )
+        told = manifest or Manifest()
+        named = (*told.start_token_ids, *told.end_token_ids, *told.tokens.never_emit)
         if any(token_id >= size for token_id in named):
             raise StartupError(f"latent_config.json names token ids of {size} and above")
         model = ModelReasoning.read(

@@ -95,7 +95,10 @@ def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
     """
     if tokenizer is None:
         return f"token_id:{token_id}"
-    data = tokenizer.token_bytes(token_id)
+    return _text_of(tokenizer.token_bytes(token_id))
+
+
+def _text_of(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -107,9 +110,9 @@ def chat_logprob(token: TokenDelta, tokenizer: Tokenizer | None) -> ChatCompleti
     assert token.logprobs is not None
 
     def fields(token_id: int, logprob: float) -> dict[str, Any]:
-        text = token_text(token_id, tokenizer)
-        data = tokenizer.token_bytes(token_id) if tokenizer else text.encode()
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        name = token_text(token_id, None).encode()
+        data = tokenizer.token_bytes(token_id) if tokenizer else name
+        return {"token": _text_of(data), "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
     return ChatCompletionTokenLogprob(
         **fields(token.token_id, token.logprobs.logprob),

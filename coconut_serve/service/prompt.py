@@ -11,8 +11,8 @@ from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service import reasoning
 from coconut_serve.service.reasoning import ModelReasoning, Resolved
-from coconut_serve.service.tokenizer import ChatMessage, Tokenizer
-from coconut_serve.types import ReasoningParams, Request, SamplingParams, require
+from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
+from coconut_serve.types import MAX_FORCED_TOKENS, ReasoningParams, Request, SamplingParams, require
 
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
 _TEMPLATE_TAIL = 4
@@ -52,6 +52,11 @@ class GenerationAsk:
     reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
     effort: str | None = None
     has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
+
+    @property
+    def text_field(self) -> str:
+        """The field that holds the text."""
+        return "prompt" if self.messages is None else "messages"
 
     @property
     def num_characters(self) -> int:
@@ -107,10 +112,8 @@ class PromptBuilder:
             InvalidRequestError: Something in it cannot be served; `param` names it.
         """
         require(1 <= ask.n <= self._max_n, "n", f"must be in 1..{self._max_n}")
-        if ask.sampling.stop and self._tokenizer is None:
-            raise InvalidRequestError(
-                "this model has no tokenizer: use stop_token_ids", param="stop", code="no_tokenizer"
-            )
+        if ask.sampling.stop:
+            require_tokenizer(self._tokenizer, "stop", "use stop_token_ids")
         preset = reasoning.PRESETS.get(ask.reasoning.get("preset", ""), {})
         mode = ask.mode or preset.get("mode") or self._model.default_mode
         reasoning.check_mode(mode, self._model, ask.reasoning)
@@ -128,7 +131,7 @@ class PromptBuilder:
             max_tokens=max_tokens or 1,
         )
         self._check_boundary_ids(resolved)
-        if manifest_template(self._model) and len(ask.messages or ()) > 1:
+        if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
         prompts = [p + resolved.suffix_ids for p in prompts]
@@ -167,7 +170,7 @@ class PromptBuilder:
         if ask.num_characters > limit * max(1, len(ask.prompts)):
             raise InvalidRequestError(
                 f"the text is longer than {limit} characters, which cannot fit the context",
-                param="prompt" if ask.prompts else "messages",
+                param=ask.text_field,
                 code="context_length_exceeded",
             )
         if ask.messages is not None:
@@ -184,21 +187,16 @@ class PromptBuilder:
         return prompts
 
     def _ids(self, text: str, param: str = "prompt") -> tuple[int, ...]:
-        if self._tokenizer is None:
-            raise InvalidRequestError(
-                "this model has no tokenizer: send token ids to /v1/completions",
-                param=param,
-                code="no_tokenizer",
-            )
+        tokenizer = require_tokenizer(self._tokenizer, param, "send token ids to /v1/completions")
         manifest = self._model.manifest
         add_special = manifest.prompt.add_bos if manifest else True
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special))
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special))
 
     def _chat(
         self, messages: Sequence[ChatMessage], mode: str, options: Mapping[str, object]
     ) -> tuple[int, ...]:
         """Render a chat: the model's chat template, or the manifest's question template."""
-        template = manifest_template(self._model)
+        template = self._model.question_template
         if template is not None:
             question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
             if question is None:
@@ -237,7 +235,8 @@ class PromptBuilder:
         return last is not None and last == bounds[0]
 
     def _check_boundary_ids(self, resolved: Resolved) -> None:
-        require(len(resolved.suffix_ids) <= 8, "reasoning.start", "must be at most 8 tokens")
+        is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS
+        require(is_short, "reasoning.start", f"must be at most {MAX_FORCED_TOKENS} tokens")
         for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
             require(
                 0 <= token_id < self._info.vocab_size,
@@ -261,7 +260,7 @@ class PromptBuilder:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt)} tokens and thinking takes {thinking} positions, "
                 f"but the context holds {limit}",
-                param="prompt" if ask.prompts else "messages",
+                param=ask.text_field,
                 code="context_length_exceeded",
             )
         if max_tokens is not None and max_tokens > room:
@@ -290,12 +289,6 @@ class PromptBuilder:
             num_logprobs=ask.num_logprobs,
             **params,
         )
-
-
-def manifest_template(model: ModelReasoning) -> str | None:
-    """The question template of a model that takes questions, not chats; else None."""
-    prompt = model.manifest.prompt if model.manifest else None
-    return None if prompt is None or prompt.chat_template else prompt.template or "{question}"
 
 
 def _derive_seed(seed: int, number: int) -> int:

@@ -109,6 +109,12 @@ class ModelReasoning:
         """Whether the model has think tokens, which then bound its phases."""
         return self.think_end_id is not None
 
+    @property
+    def question_template(self) -> str | None:
+        """The template of a model that takes questions, not chats; else None."""
+        prompt = (self.manifest or Manifest()).prompt
+        return None if prompt.chat_template else prompt.template or "{question}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:

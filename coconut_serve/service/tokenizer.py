@@ -4,6 +4,8 @@ import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from coconut_serve.errors import InvalidRequestError
+
 ChatMessage = Mapping[str, Any]
 
 
@@ -49,6 +51,21 @@ class Tokenizer(Protocol):
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """Start an incremental decoder."""
+
+
+def require_tokenizer(
+    tokenizer: Tokenizer | None, param: str | None = None, hint: str = "send token ids"
+) -> Tokenizer:
+    """Return the tokenizer of a model that has one.
+
+    Raises:
+        InvalidRequestError: It has none; `param` is the field that needs it.
+    """
+    if tokenizer is None:
+        raise InvalidRequestError(
+            f"this model has no tokenizer: {hint}", param=param, code="no_tokenizer"
+        )
+    return tokenizer
 
 
 class ByteTokenizer:

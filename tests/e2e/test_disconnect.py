@@ -80,10 +80,6 @@ async def send(url: str, body: dict[str, Any]) -> asyncio.StreamWriter:
 async def test_disconnect_frees_all_blocks_within_one_step(
     phase: str, is_streamed: bool, n: int, tmp_path: Path
 ) -> None:
-    from tests.fakes import GOLDEN
-
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files are not here")
     manifest = write_golden("llama", tmp_path) / "latent_config.json"
     manifest.write_text(manifest.read_text().replace('"max_steps": 16', '"max_steps": 64'))
     app = native_app(

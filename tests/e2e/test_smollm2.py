@@ -7,11 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 
 from coconut_serve.checkpoint.weights import resolve_model
 from tests.fakes import listening, make_request, native_app, native_engine, run_all
-from tests.models import load_plain, reference
+from tests.models import generate, load_plain, reference
 
 pytestmark = [
     pytest.mark.torch,
@@ -53,16 +52,7 @@ async def test_greedy_cot_equals_transformers_generate_on_20_prompts() -> None:
         results = await run_all(engine, requests)
     plain = load_plain(directory)
     for prompt, result in zip(prompts, results, strict=True):
-        ids = torch.tensor([prompt])
-        out = plain.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-        expected = out[0, len(prompt) :].tolist()
+        expected = generate(plain, prompt, 24, eos=2)
         assert result.token_ids == (expected[:-1] if expected[-1] == 2 else expected)
 
 

@@ -324,6 +324,13 @@ async def test_null_means_not_given(http: httpx.AsyncClient) -> None:
     body = {**TEXT, "echo": None, "skip_special_tokens": None, "n": None, "reasoning": None}
     response = await http.post("/v1/completions", json=body)
     assert response.status_code == 200
+    nested: dict[str, Any] = {
+        "stream": True,
+        "stream_options": {"include_usage": None},
+        "reasoning": {"steps": None, "mixture": {"top_k": None}, "unheard_of": None},
+    }
+    response = await http.post("/v1/completions", json={**TEXT, **nested})
+    assert response.status_code == 200
 
 
 async def test_two_calls_with_the_same_id_get_their_own_answers(http: httpx.AsyncClient) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from coconut_serve.errors import StartupError
 from tests.fakes import make_request, native_engine, run_all
-from tests.models import FAMILIES, load_plain, reference, save_tiny
+from tests.models import FAMILIES, generate, load_plain, reference, save_tiny
 
 pytestmark = pytest.mark.torch
 
@@ -50,17 +50,7 @@ async def test_cot_equals_transformers_generate(family: str, tmp_path: Path) -> 
     async with native_engine(directory) as engine:
         results = await run_all(engine, requests)
     for prompt, result in zip(PROMPTS, results, strict=True):
-        ids = torch.tensor([prompt])
-        out = plain.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=16,
-            min_new_tokens=16,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert result.token_ids == out[0, len(prompt) :].tolist()
+        assert result.token_ids == generate(plain, prompt, 16)
 
 
 @pytest.mark.parametrize("family", ["bloom", "gptj"])

@@ -1,0 +1,29 @@
+"""Ranges of the records, where no schema stands in front of them."""
+
+from typing import Any
+
+import pytest
+
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "value", "param"),
+    [
+        (SamplingParams, "num_logprobs", -1, "top_logprobs"),
+        (SamplingParams, "num_logprobs", 21, "top_logprobs"),
+        (SamplingParams, "top_p", 0.0, "top_p"),
+        (SamplingParams, "temperature", float("nan"), "temperature"),
+        (SamplingParams, "max_tokens", 0, "max_tokens"),
+        (MixtureParams, "top_k", 0, "reasoning.mixture.top_k"),
+        (HaltParams, "entropy_patience", 0, "reasoning.halt.entropy_patience"),
+        (ReasoningParams, "end_token_ids", (1,) * 9, "reasoning.end"),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(
+    record: Any, field: str, value: object, param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        record(**{field: value})
+    assert caught.value.param == param
