@@ -190,6 +190,11 @@ class ReasoningParams:
         require(is_short, "reasoning.end", f"must be at most {MAX_FORCED_TOKENS} tokens")
 
     @property
+    def num_forced(self) -> int:
+        """How many end tokens are fed after the thinking phase, however short it is."""
+        return len(self.end_token_ids) if self.mode != "none" else 0
+
+    @property
     def has_topk_trace(self) -> bool:
         """Whether each step reports its likeliest tokens."""
         return self.trace in ("topk", "vectors")

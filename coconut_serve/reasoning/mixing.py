@@ -19,36 +19,81 @@ def entropy(log_probs: Tensor) -> Tensor:
     return -(probs * log_probs.clamp_min(-1e30)).sum(-1)
 
 
+def total_weight(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Sum exp((logit - largest) / temperature) over the vocabulary.
+
+    Args:
+        logits: [num_rows, vocab_size] float32.
+        temperature: [num_rows] float32.
+
+    Returns:
+        [num_rows] float32, the weight of all tokens where the likeliest weighs 1.
+    """
+    below = logits - logits.amax(-1, keepdim=True)
+    return below.div_(temperature.unsqueeze(1)).exp_().sum(-1)
+
+
 def filter_candidates(
-    probs: Tensor, *, filter_top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    filter_top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    total: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Keep the likeliest tokens by top-k, then top-p, then min-p, renormalised.
 
     MAX_MIXTURE_TOP_K candidates are enough for exact results: no more than that many are mixed,
-    and each filter looks only at likelier tokens.
+    and each filter looks only at likelier tokens. After a top-k the rest of the vocabulary does
+    not matter, so its softmax is not computed.
 
     Args:
-        probs: [num_rows, vocab_size] float32, each row sums to 1.
+        logits: [num_rows, vocab_size] float32.
+        temperature: [num_rows] float32.
         filter_top_k: [num_rows] int64, 0 = all.
         top_p: [num_rows] float32.
         min_p: [num_rows] float32, relative to the likeliest token.
+        total: [num_rows] float32, `total_weight`; needed if any filter_top_k is 0.
 
     Returns:
         Weights [num_rows, width], likeliest first, zero for dropped tokens, and token ids
         [num_rows, width].
     """
-    width = min(MAX_MIXTURE_TOP_K, probs.shape[-1])
-    p, ids = probs.topk(width, dim=-1)  # both [num_rows, width]
-    rank = torch.arange(width, device=probs.device)
+    width = min(MAX_MIXTURE_TOP_K, logits.shape[-1])
+    values, ids = _top(logits, width)  # both [num_rows, width]
+    p = ((values - values[:, :1]) / temperature.unsqueeze(1)).exp()
+    rank = torch.arange(width, device=logits.device)
     has_top_k = (filter_top_k > 0).unsqueeze(1)
     p = torch.where(has_top_k & (rank >= filter_top_k.unsqueeze(1)), 0.0, p)
-    mass = torch.where(has_top_k, p.sum(-1, keepdim=True), 1.0)
+    mass = p.sum(-1, keepdim=True)
+    if total is not None:
+        mass = torch.where(has_top_k, mass, total.unsqueeze(1))
     p = p / mass
     is_kept = (p.cumsum(-1) - p) < top_p.unsqueeze(1)  # the token that crosses top_p stays
     is_kept &= p >= min_p.unsqueeze(1) * p[:, :1]
     is_kept[:, 0] = True  # however small top_p is
     p = torch.where(is_kept, p, 0.0)
     return p / p.sum(-1, keepdim=True), ids
+
+
+def _top(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The largest `width` of each row and where they are, by chunks where that is faster.
+
+    No more than `width` chunks can hold one of the `width` largest: those whose own largest is
+    among the `width` largest of all chunks.
+    """
+    size = 64
+    num_chunks = logits.shape[1] // size
+    if logits.is_cuda or num_chunks <= 2 * width:
+        return logits.topk(width, dim=-1)
+    best = logits[:, : num_chunks * size].view(-1, num_chunks, size).amax(-1)
+    chunks = best.topk(width, dim=-1).indices  # [num_rows, width]
+    ids = (chunks.unsqueeze(2) * size + torch.arange(size)).flatten(1)
+    rest = torch.arange(num_chunks * size, logits.shape[1]).expand(len(logits), -1)
+    ids = torch.cat([ids, rest], dim=1)
+    values, at = logits.gather(1, ids).topk(width, dim=-1)
+    return values, ids.gather(1, at)
 
 
 def dirichlet_weights(

@@ -26,6 +26,7 @@ class StepContext:
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
     sampled: Tensor | None  # [num_rows] int64, drawn by the row's ordinary sampling settings
     embed_tokens: EmbedTokens
+    has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
 
     def uniform(self, stream: int, columns: Tensor) -> Tensor:
         """Draw numbers in (0, 1) that depend on each row's seed alone; see noise.uniform."""
@@ -58,6 +59,7 @@ class ReasoningMode(ABC):
     name: ClassVar[str]
     needs_logits: ClassVar[bool] = True  # False: rows skip the output head while thinking
     needs_sampled: ClassVar[bool] = False  # True: thinking rows draw a token as answers do
+    feeds_vectors: ClassVar[bool] = True  # False: every input is the token that is reported
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots

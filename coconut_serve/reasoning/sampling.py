@@ -4,14 +4,53 @@ Every operation works along the vocabulary, so a row's token is the same in any 
 comes from its own seed (noise.py).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.slots import Slots
+from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import SamplingParams
 
 _NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
+
+
+class LogitChange(NamedTuple):
+    """A number to add to one logit, while the row has fewer than `until` answer tokens."""
+
+    row: int
+    token_id: int
+    value: float
+    until: int = 2**31
+
+
+def min_tokens_changes(row: int, params: SamplingParams) -> list[LogitChange]:
+    """Forbid a row's stop tokens until it has min_tokens."""
+    if not params.min_tokens:
+        return []
+    return [LogitChange(row, i, -torch.inf, params.min_tokens) for i in params.stop_token_ids]
+
+
+def apply_changes(logits: Tensor, changes: list[LogitChange], num_output_tokens: Tensor) -> Tensor:
+    """Add to some logits.
+
+    Args:
+        logits: [num_rows, vocab_size] float32; not modified.
+        changes: In any order.
+        num_output_tokens: [num_rows] int64, answer tokens so far.
+
+    Returns:
+        [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
+    """
+    if not changes:
+        return logits
+    rows, ids, values, until = zip(*changes, strict=True)
+    at, column = upload(rows, logits.device), upload(ids, logits.device)  # [num_changes]
+    added = upload(values, logits.device, logits.dtype)
+    holds = num_output_tokens[at] < upload(until, logits.device)
+    added = torch.where(holds, added, 0.0)
+    return logits.index_put((at, column), added, accumulate=True)
 
 
 class Sampler:
@@ -60,20 +99,13 @@ class Sampler:
         ids = torch.tensor(prompt_token_ids, device=self._counts.device)
         self._is_in_prompt[slot, ids] = True
 
-    def adjust(
-        self,
-        logits: Tensor,
-        row_slots: Tensor,
-        host_slots: tuple[int, ...],
-        num_output_tokens: tuple[int, ...],
-    ) -> Tensor:
+    def adjust(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
         """Apply penalties, logit bias, banned ids and min_tokens.
 
         Args:
             logits: [num_rows, vocab_size] float32; not modified.
             row_slots: [num_rows] int64.
             host_slots: The same on the host.
-            num_output_tokens: Answer tokens each row has, on the host.
 
         Returns:
             [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
@@ -81,21 +113,12 @@ class Sampler:
         params = [self._params[slot] for slot in host_slots]
         if any(p.has_penalties for p in params):
             logits = self._penalise(logits, row_slots, [p.has_penalties for p in params])
-        rows: list[int] = []
-        ids: list[int] = []
-        values: list[float] = []
-        for row, (p, num_tokens) in enumerate(zip(params, num_output_tokens, strict=True)):
-            changes = list(p.logit_bias) + [(i, -torch.inf) for i in p.banned_token_ids]
-            if num_tokens < p.min_tokens:
-                changes += [(i, -torch.inf) for i in p.stop_token_ids]
-            rows += [row] * len(changes)
-            ids += [token_id for token_id, _ in changes]
-            values += [value for _, value in changes]
-        if not rows:
-            return logits
-        at = torch.tensor([rows, ids], device=logits.device)  # [2, num_changes]
-        added = torch.tensor(values, dtype=logits.dtype, device=logits.device)
-        return logits.index_put((at[0], at[1]), added, accumulate=True)
+        changes = []
+        for row, p in enumerate(params):
+            biases = (*p.logit_bias, *((i, -torch.inf) for i in p.banned_token_ids))
+            changes += [LogitChange(row, i, value) for i, value in biases]
+            changes += min_tokens_changes(row, p)
+        return apply_changes(logits, changes, self._slots.num_output_tokens[row_slots])
 
     def _penalise(self, logits: Tensor, row_slots: Tensor, has_penalties: list[bool]) -> Tensor:
         """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""
@@ -128,7 +151,7 @@ class Sampler:
         filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
         for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
             if indices:
-                rows = torch.tensor(indices, device=logits.device)
+                rows = upload(indices, logits.device)
                 drawn[rows] = draw(logits[rows], row_slots[rows])
         return drawn
 
@@ -199,21 +222,3 @@ def _invert(cumulative: Tensor, u: Tensor) -> Tensor:
     """Find the first column whose cumulative weight exceeds u of the total; -> [num_rows]."""
     target = u.double() * cumulative[:, -1:]
     return (cumulative <= target).sum(-1).clamp_max(cumulative.shape[1] - 1)
-
-
-def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
-    """Read log-probabilities off raw logits.
-
-    Args:
-        logits: [num_rows, vocab_size] float32, before bias and penalties.
-        tokens: [num_rows] int64; -1 reads as token 0 and is to be ignored.
-        num_top: Likeliest tokens wanted.
-
-    Returns:
-        Token ids [num_rows, 1 + num_top] and log-probabilities of the same shape; the first
-        column is `tokens`.
-    """
-    log_probs = logits.log_softmax(-1)
-    values, ids = log_probs.topk(num_top, dim=-1)
-    chosen = tokens.clamp_min(0).unsqueeze(1)
-    return torch.cat([chosen, ids], 1), torch.cat([log_probs.gather(1, chosen), values], 1)

@@ -4,7 +4,7 @@ The reasoning step writes a slot, the next forward reads it; the host never sees
 between. Slots are reused: `admit` of the step, the sampler and each mode set everything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,15 @@ from torch import Tensor
 from coconut_serve.types import MAX_FORCED_TOKENS, ReasoningParams
 
 EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
+
+
+def upload(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Copy numbers to the device without waiting for it; [len(values)]."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class Slots:
         self.is_thinking = self.register("is_thinking", torch.bool)  # [num_slots]
         self.steps_left = self.register("steps_left", torch.int64)  # [num_slots]
         self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
+        self.num_output_tokens = self.register("num_output_tokens", torch.int64)  # of the answer
         self.seed = self.register("seed", torch.int64)  # [num_slots]
         self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS)  # queue, as a ring
         self.forced_left = self.register("forced_left", torch.int64)  # [num_slots]
@@ -61,11 +71,12 @@ class Slots:
         self.is_thinking[slot] = params.steps > 0
         self.steps_left[slot] = params.steps
         self.num_decisions[slot] = 0
+        self.num_output_tokens[slot] = 0
         self.seed[slot] = seed
         end = params.end_token_ids
         # The queue is read from the front by rolling it, so no read position is kept.
-        self.forced[slot] = torch.tensor(end + (0,) * (MAX_FORCED_TOKENS - len(end)))
-        self.forced_left[slot] = len(end) if params.mode != "none" else 0
+        self.forced[slot] = upload(end + (0,) * (MAX_FORCED_TOKENS - len(end)), self.device)
+        self.forced_left[slot] = params.num_forced
 
     def embed(self, embed_tokens: EmbedTokens, row_slots: Tensor) -> Tensor:
         """Build the next inputs.

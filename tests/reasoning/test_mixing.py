@@ -21,9 +21,11 @@ def mix(logits: torch.Tensor, settings: list[dict[str, float]]) -> torch.Tensor:
     def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor([s[name] for s in settings], dtype=dtype)
 
-    probs = (logits / column("temperature").unsqueeze(1)).softmax(-1)
+    temperature = column("temperature")
     weights, ids = mixing.filter_candidates(
-        probs,
+        logits,
+        temperature=temperature,
+        total=mixing.total_weight(logits, temperature),
         filter_top_k=column("filter_top_k", torch.int64),
         top_p=column("top_p"),
         min_p=column("min_p"),
@@ -54,6 +56,17 @@ def test_one_token_is_fed_exactly() -> None:
     logits = torch.randn(1, 200)
     setting = {"top_k": 1, "temperature": 0.6, "top_p": 0.95, "filter_top_k": 30, "min_p": 0.0}
     assert torch.equal(mix(logits, [setting])[0], TABLE[int(logits.argmax())])
+
+
+@pytest.mark.parametrize("size", [100, 8256, 8300, 50_257])
+def test_top_by_chunks_is_the_top(size: int) -> None:
+    logits = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    logits[1, 100:] = -torch.inf
+    values, ids = mixing._top(logits, 64)
+    expected = logits.topk(64, dim=-1)
+    assert torch.equal(values, expected.values)
+    finite = expected.values.isfinite()
+    assert torch.equal(ids[finite], expected.indices[finite])
 
 
 def test_entropy_of_known_distributions() -> None:

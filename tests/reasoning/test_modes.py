@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from coconut_serve.reasoning.registry import load_mode, mode_names
+from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import Progress, ReasoningStep, RowResult, plan_row
+from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
 from coconut_serve.types import HaltParams, HaltReason, MixtureParams, Phase, Request
 from tests.fakes import make_request
 

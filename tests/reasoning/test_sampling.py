@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.sampling import Sampler, top_logprobs
+from coconut_serve.reasoning.sampling import Sampler
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import ReasoningParams, SamplingParams
 
@@ -134,7 +134,7 @@ def test_penalties_are_those_of_the_papers() -> None:
     sampler.count(rows, (0, 1), torch.tensor([10, -1]))
     logits = torch.ones(2, VOCAB)
     logits[:, 2] = -1.0
-    out = sampler.adjust(logits, rows, (0, 1), (2, 1))
+    out = sampler.adjust(logits, rows, (0, 1))
     assert out[0, 10] == pytest.approx(1 / 1.5 - 2 * 0.3 - 0.7)
     assert out[0, 1] == pytest.approx(1 / 1.5), "repetition counts the prompt"
     assert out[0, 2] == pytest.approx(-1.5), "negative logits are multiplied"
@@ -151,10 +151,12 @@ def test_bias_bans_and_min_tokens() -> None:
         banned_token_ids=(8,),
         stop_token_ids=frozenset([9]),
     )
-    sampler, _ = make_sampler(1, [params])
+    sampler, slots = make_sampler(1, [params])
     logits = torch.zeros(1, VOCAB)
-    early = sampler.adjust(logits, torch.tensor([0]), (0,), (1,))
-    late = sampler.adjust(logits, torch.tensor([0]), (0,), (2,))
+    slots.num_output_tokens[0] = 1
+    early = sampler.adjust(logits, torch.tensor([0]), (0,))
+    slots.num_output_tokens[0] = 2
+    late = sampler.adjust(logits, torch.tensor([0]), (0,))
     assert early[0, [7, 8, 9]].tolist() == [5.0, -torch.inf, -torch.inf]
     assert late[0, [7, 8, 9]].tolist() == [5.0, -torch.inf, 0.0]
 
@@ -190,12 +192,3 @@ def test_gamma_draws_have_the_right_moments(shape: float) -> None:
     values = draws.double().exp()
     assert float(values.mean()) == pytest.approx(shape, abs=6 * (shape / 20_000) ** 0.5)
     assert float(values.var()) == pytest.approx(shape, rel=0.6 if shape < 0.1 else 0.2)
-
-
-def test_top_logprobs_put_the_chosen_token_first() -> None:
-    logits = torch.randn(2, VOCAB)
-    ids, values = top_logprobs(logits, torch.tensor([5, -1]), 3)
-    assert ids.shape == values.shape == (2, 4)
-    expected = logits.log_softmax(-1)
-    assert values[0, 0] == expected[0, 5]
-    assert ids[0, 1:].tolist() == logits[0].topk(3).indices.tolist()

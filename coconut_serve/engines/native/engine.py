@@ -28,6 +28,7 @@ from coconut_serve.types import Request, RequestOutput, StepStats, require
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_SIZE = 16
 _MAX_RESTARTS = 3  # failures within the window below after which the engine stays dead
 _RESTART_WINDOW_SECONDS = 60.0
 _AUTO_CACHE_SHARE = "40%"  # of free memory, but on CPU no more than the requests can use
@@ -59,6 +60,7 @@ class NativeEngine:
 
     def __init__(self, config: EngineConfig, modes: tuple[str, ...], on_step: OnStep) -> None:
         self._config = config
+        self._block_size = config.block_size or _BLOCK_SIZE
         self._modes = modes
         self._on_step = on_step
         self._inbox: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
@@ -150,15 +152,15 @@ class NativeEngine:
         self._model = PagedModel.load(config.model, dtype=dtype, device=device)
         positions, max_model_len = self._size_cache()
         self._max_model_len = max_model_len
-        self._num_blocks = positions // config.block_size + 1
+        self._num_blocks = positions // self._block_size + 1
         self._reset()
         digest = hashlib.sha256(f"{self._model.config.to_json_string()}{dtype}{device}".encode())
         self._info = EngineInfo(
             engine="native",
             vocab_size=self._model.vocab_size,
             max_model_len=max_model_len,
-            kv_cache_positions=(self._num_blocks - 1) * config.block_size,
-            block_size=config.block_size,
+            kv_cache_positions=(self._num_blocks - 1) * self._block_size,
+            block_size=self._block_size,
             modes=self._modes,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
@@ -169,7 +171,7 @@ class NativeEngine:
     def _size_cache(self) -> tuple[int, int]:
         """Decide how many positions the cache holds and how long a sequence may be."""
         config, model = self._config, self._model
-        size = config.block_size
+        size = self._block_size
         free = free_memory(model.device)
         wanted = config.max_model_len or model.max_model_len
         text = _AUTO_CACHE_SHARE if config.kv_cache_memory == "auto" else config.kv_cache_memory
@@ -203,7 +205,7 @@ class NativeEngine:
         is_cpu = self._model.device.type == "cpu"
         self._scheduler = Scheduler(
             BlockPool(
-                self._num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_caching
+                self._num_blocks, self._block_size, has_prefix_cache=config.enable_prefix_caching
             ),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or (512 if is_cpu else 2048),
@@ -214,7 +216,7 @@ class NativeEngine:
             self._modes,
             num_slots=config.max_num_seqs,
             num_blocks=self._num_blocks,
-            block_size=config.block_size,
+            block_size=self._block_size,
             max_model_len=self._max_model_len,
         )
 

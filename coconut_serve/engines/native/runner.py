@@ -7,8 +7,9 @@ from coconut_serve.engines.native.batch import BatchBuilder, StepBatch
 from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.engines.native.scheduler import Preemption, Schedule
 from coconut_serve.engines.native.sequence import SavedState, Sequence
+from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import ReasoningStep, RowResult, plan_row
+from coconut_serve.reasoning.step import ReasoningStep, plan_row
 
 
 class Runner:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
-from coconut_serve.reasoning.step import RowResult
+from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.types import FinishReason, HaltReason, Phase, RequestOutput
 
 

@@ -6,8 +6,9 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import SlotSnapshot
-from coconut_serve.reasoning.step import Progress, RowResult
+from coconut_serve.reasoning.step import Progress
 from coconut_serve.types import Phase, Request, SequenceCounts
 
 

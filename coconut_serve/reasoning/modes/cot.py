@@ -13,7 +13,9 @@ class CotMode(ReasoningMode):
     """Feed each sampled token until it is the end-of-thought token."""
 
     name: ClassVar[str] = "cot"
+    needs_logits: ClassVar[bool] = False
     needs_sampled: ClassVar[bool] = True
+    feeds_vectors: ClassVar[bool] = False
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)

@@ -41,6 +41,7 @@ class DistributionMode(ReasoningMode):
         # What the host must know to skip work that no row asked for.
         self._host_noise: list[NoiseKind] = ["none"] * slots.num_slots
         self._host_has_cold_stop = [False] * slots.num_slots
+        self._host_needs_total = [False] * slots.num_slots
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note the mixture and its halting rules."""
@@ -51,28 +52,48 @@ class DistributionMode(ReasoningMode):
         self._noise[slot] = _NOISE[params.mixture.noise]
         self._num_cold[slot] = 0
         self._host_noise[slot] = params.mixture.noise
+        self._host_needs_total[slot] = params.mixture.filter_top_k == 0
         self._host_has_cold_stop[slot] = params.halt.entropy_below > 0.0
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Mix the likeliest tokens and check both halting rules."""
         assert ctx.logits is not None
         rows = ctx.row_slots
-        tempered = ctx.logits / self._params["temperature"][rows].unsqueeze(1)
-        probs = tempered.softmax(-1)  # [num_rows, vocab_size], not filtered
-        weights, ids = mixing.filter_candidates(
-            probs,
-            filter_top_k=self._params["filter_top_k"][rows],
+        temperature, filter_top_k = self._params["temperature"][rows], self._params["filter_top_k"]
+        total = None
+        if ctx.has_trace or any(self._host_needs_total[slot] for slot in ctx.host_slots):
+            total = mixing.total_weight(ctx.logits, temperature)
+        kept, ids = mixing.filter_candidates(
+            ctx.logits,
+            temperature=temperature,
+            filter_top_k=filter_top_k[rows],
             top_p=self._params["top_p"][rows],
             min_p=self._params["min_p"][rows],
+            total=total,
         )
-        weights = self._add_noise(ctx, weights, ids)
+        weights = self._add_noise(ctx, kept, ids)
         token = ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1)
         return StepDecision(
             token=token,
             vector=mixing.mix_embeddings(weights, ids, ctx.embed_tokens),
-            halt=self._halt(ctx, token, tempered),
-            retained_mass=torch.where(weights > 0, probs.gather(1, ids), 0.0).sum(-1),
+            halt=self._halt(ctx, token),
+            retained_mass=self._retained(ctx.logits, weights, ids, temperature, total),
         )
+
+    def _retained(
+        self,
+        logits: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        temperature: Tensor,
+        total: Tensor | None,
+    ) -> Tensor | None:
+        """The probability that the mixed tokens cover; [num_rows], for traces alone."""
+        if total is None:
+            return None
+        below = logits.gather(1, ids) - logits.amax(-1, keepdim=True)
+        p = (below / temperature.unsqueeze(1)).exp() / total.unsqueeze(1)
+        return torch.where(weights > 0, p, 0.0).sum(-1)
 
     def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
         """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after."""
@@ -92,11 +113,13 @@ class DistributionMode(ReasoningMode):
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
         return weights
 
-    def _halt(self, ctx: StepContext, token: Tensor, tempered: Tensor) -> Tensor:
+    def _halt(self, ctx: StepContext, token: Tensor) -> Tensor:
         """Return each row's HaltReason; [num_rows] int64."""
         rows = ctx.row_slots
+        assert ctx.logits is not None
         halt = torch.zeros_like(token)
         if any(self._host_has_cold_stop[slot] for slot in ctx.host_slots):
+            tempered = ctx.logits / self._params["temperature"][rows].unsqueeze(1)
             entropy = mixing.entropy(tempered.log_softmax(-1))
             is_cold = entropy < self._params["entropy_below"][rows]
             num_cold = torch.where(is_cold, self._num_cold[rows] + 1, 0)

@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.scheduler import Schedule, Scheduler
 from coconut_serve.engines.native.sequence import SavedState, Sequence
-from coconut_serve.reasoning.step import RowResult
+from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.types import HaltReason, Phase, RequestOutput
 from tests.fakes import make_request
 

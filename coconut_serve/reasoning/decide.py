@@ -1,0 +1,117 @@
+"""Lets each mode decide the next input of its rows, and writes the slots.
+
+The core that both real engines share. It works on device tensors alone and never waits for them.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext
+from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.rows import StepRows
+from coconut_serve.reasoning.slots import EmbedTokens, Slots, SlotSnapshot
+from coconut_serve.types import HaltReason, ReasoningParams
+
+
+class Decider:
+    """Decides for all rows of a batch, whatever their modes; logits and samples are given.
+
+    Args:
+        slots: The engine's slots.
+        mode_names: Modes the model supports.
+        embed_tokens: The model's own embedding call.
+    """
+
+    def __init__(
+        self, slots: Slots, mode_names: Iterable[str], *, embed_tokens: EmbedTokens
+    ) -> None:
+        self._slots = slots
+        self._modes: dict[str, ReasoningMode] = {n: load_mode(n)(slots) for n in mode_names}
+        self._embed_tokens = embed_tokens
+
+    def admit(
+        self,
+        slot: int,
+        params: ReasoningParams,
+        *,
+        seed: int,
+        next_token_id: int,
+        snapshot: SlotSnapshot | None = None,
+    ) -> None:
+        """Set a slot up for a sequence; with a snapshot, go on where it was taken."""
+        self._slots.admit(slot, params, seed, next_token_id)
+        self._modes[params.mode].admit(slot, params)
+        if snapshot is not None:
+            self._slots.restore(slot, snapshot)
+
+    def decide(self, step: StepRows) -> None:
+        """Decide the next input of each row and write it to the row's slot.
+
+        Args:
+            step: With the logits and the drawn tokens of the rows that need them.
+        """
+        slots, rows = self._slots, step.row_slots
+        is_thinking = slots.is_thinking[rows]
+        has_steps = slots.steps_left[rows] > 0
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(step.rows):
+            if row.may_think:
+                groups.setdefault(row.mode, []).append(i)
+        for name, members in groups.items():
+            self._decide_group(step, self._modes[name], members)
+        step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
+        step.halt = torch.where(is_thinking, step.halt, 0)
+        step.thinks = is_thinking & (step.halt == 0)
+        has_forced = slots.forced_left[rows] > 0
+        step.is_forced = ~step.thinks & has_forced
+        step.is_vector &= step.thinks
+        token = torch.where(step.thinks, step.text, step.sampled)
+        step.token = torch.where(step.is_forced, slots.forced[rows, 0], token)
+        is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)
+        step.halt = torch.where(is_bad & ~step.is_forced, int(HaltReason.NUMERICAL), step.halt)
+        self._write(step)
+
+    def _decide_group(self, step: StepRows, mode: ReasoningMode, members: list[int]) -> None:
+        """Ask one mode about its rows and scatter the answer."""
+        ctx = StepContext(
+            slots=self._slots,
+            row_slots=step.select(step.row_slots, members),
+            host_slots=tuple(step.rows[i].slot for i in members),
+            hidden=step.select(step.hidden, members),
+            logits=step.logits_of(members) if mode.needs_logits else None,
+            sampled=step.select(step.sampled, members) if mode.needs_sampled else None,
+            embed_tokens=self._embed_tokens,
+            has_trace=any(step.rows[i].wanted.trace_top_k is not None for i in members),
+        )
+        decision = mode.decide(ctx)
+        step.assign(step.text, members, decision.token)
+        if decision.halt is not None:
+            step.assign(step.halt, members, decision.halt)
+        if decision.retained_mass is not None:
+            step.assign(step.retained_mass, members, decision.retained_mass)
+        if decision.vector is None:
+            return
+        vector = decision.vector.to(step.vector.dtype)
+        flags = decision.is_vector
+        if flags is None:
+            flags = torch.ones(len(members), dtype=torch.bool, device=vector.device)
+        # NaN or Inf must end this row alone: it is zeroed here, so nothing spreads.
+        is_finite = vector.isfinite().all(-1)
+        step.assign(step.is_bad_vector, members, flags & ~is_finite)
+        step.assign(step.vector, members, torch.where(is_finite.unsqueeze(1), vector, 0.0))
+        step.assign(step.is_vector, members, flags)
+
+    def _write(self, step: StepRows) -> None:
+        """Write the next input and the counters of every row."""
+        slots, rows = self._slots, step.row_slots
+        slots.token[rows] = step.token.clamp_min(0)
+        slots.is_vector[rows] = step.is_vector
+        slots.vector[rows] = step.vector
+        slots.is_thinking[rows] = step.thinks
+        slots.steps_left[rows] -= step.thinks.to(torch.int64)
+        slots.num_decisions[rows] += 1
+        slots.num_output_tokens[rows] += (~step.thinks & ~step.is_forced).to(torch.int64)
+        rolled = slots.forced[rows].roll(-1, dims=1)
+        slots.forced[rows] = torch.where(step.is_forced.unsqueeze(1), rolled, slots.forced[rows])
+        slots.forced_left[rows] -= step.is_forced.to(torch.int64)

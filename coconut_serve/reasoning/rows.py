@@ -1,0 +1,137 @@
+"""The rows of one step: what is planned for each, its tensors while it is decided, its result."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.types import HaltReason, Phase, ReasoningTrace, Request, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a client wants to know of each step, beyond the token."""
+
+    num_logprobs: int | None = None  # of answer tokens; None: off
+    trace_top_k: int | None = None  # of thinking steps; None: no trace; 0: no logit lens
+    wants_vector: bool = False
+
+    @classmethod
+    def read(cls, request: Request) -> "Wanted":
+        """Read it off a request."""
+        params = request.reasoning
+        has_trace = params.steps > 0 and params.trace != "none"
+        return cls(
+            num_logprobs=request.sampling.num_logprobs,
+            trace_top_k=(params.trace_top_k if params.has_topk_trace else 0) if has_trace else None,
+            wants_vector=params.trace == "vectors",
+        )
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether log-probabilities are needed for it."""
+        return self.num_logprobs is not None or self.trace_top_k is not None
+
+    @property
+    def num_top(self) -> int:
+        """Likeliest tokens that a report of it holds."""
+        least = 0 if self.trace_top_k is None else 1  # the likeliest gives max_prob
+        return max(self.num_logprobs or 0, self.trace_top_k or 0, least)
+
+
+NOTHING = Wanted()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlan:
+    """What the host knows of one row before the step; it never waits for a tensor to know it.
+
+    Every flag may be True without need: that costs time, not exactness.
+    """
+
+    slot: int
+    mode: str
+    may_think: bool  # False once the host has seen the phase end
+    needs_logits: bool
+    needs_sampled: bool  # a token is drawn from the logits
+    wanted: Wanted = NOTHING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowResult:
+    """What the step decided for one row, on the host."""
+
+    phase: Phase
+    token_id: int | None  # None: a step without text
+    is_vector: bool
+    halt_reason: HaltReason  # set on the decision that ended the thinking phase
+    logprobs: TokenLogprobs | None = None
+    trace: ReasoningTrace | None = None
+
+
+class StepRows:
+    """Tensors of one step while it is being decided; all [num_rows, ...]."""
+
+    def __init__(self, rows: list[RowPlan], hidden: Tensor, slots: Slots) -> None:
+        num_rows, device = len(rows), hidden.device
+        self.rows = rows
+        self.hidden = hidden
+        self.host_slots = tuple(row.slot for row in rows)
+        self.row_slots = upload(self.host_slots, device)
+        self.raw_logits: Tensor | None = None  # [num_logit_rows, vocab_size]
+        self.logits: Tensor | None = None  # the same, adjusted
+        self._logit_row: dict[int, int] = {}  # row -> its row in the logits
+        self.sampled = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+        self.text = self.sampled.clone()  # the token a thinking step stands for
+        self.token = self.sampled  # decided: next input, or the text of a vector
+        self.halt = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.thinks = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.is_forced = self.thinks.clone()
+        self.is_vector = self.thinks.clone()
+        self.is_bad_vector = self.thinks.clone()  # NaN or Inf in what would be fed
+        self.is_bad_sample = self.thinks.clone()  # the same in the logits drawn from
+        self.vector = torch.zeros(
+            num_rows, slots.hidden_size, dtype=slots.vector.dtype, device=device
+        )
+        self.retained_mass = torch.ones(num_rows, device=device)
+
+    def _is_all(self, members: list[int], num_rows: int) -> bool:
+        return len(members) == num_rows
+
+    def select(self, tensor: Tensor, members: list[int]) -> Tensor:
+        """Take rows; `members` is sorted, so taking all of them copies nothing."""
+        if self._is_all(members, tensor.shape[0]):
+            return tensor
+        return tensor[upload(members, tensor.device)]
+
+    def assign(self, tensor: Tensor, members: list[int], values: Tensor) -> None:
+        """Write rows in place."""
+        if self._is_all(members, tensor.shape[0]):
+            tensor.copy_(values)
+        else:
+            tensor[upload(members, tensor.device)] = values
+
+    def spread(self, values: Tensor, members: list[int]) -> Tensor:
+        """Give every row of the step its columns; zeros where a row is no member."""
+        if self._is_all(members, len(self.rows)):
+            return values
+        whole = values.new_zeros(len(self.rows), values.shape[1])
+        self.assign(whole, members, values)
+        return whole
+
+    def set_logits(self, members: list[int], raw: Tensor, adjusted: Tensor) -> None:
+        """Keep the logits of `members`, in that order; [len(members), vocab_size] float32."""
+        self.raw_logits, self.logits = raw, adjusted
+        self._logit_row = {row: k for k, row in enumerate(members)}
+
+    def logits_of(self, members: list[int], *, is_raw: bool = False) -> Tensor:
+        """Logits of rows that have them; [len(members), vocab_size]."""
+        logits = self.raw_logits if is_raw else self.logits
+        assert logits is not None
+        return self.select(logits, [self._logit_row[i] for i in members])
+
+    @property
+    def emitted(self) -> Tensor:
+        """The token each row emits, -1 for none and for forced ones; [num_rows] int64."""
+        return torch.where(self.is_forced, -1, self.token)
