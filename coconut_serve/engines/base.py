@@ -22,6 +22,7 @@ class EngineInfo:
     dtype: str = "none"
     device: str = "none"
     fingerprint: str = ""  # of the weights and what they run on
+    unsupported_features: tuple[str, ...] = ()  # what such an engine could have and this refuses
 
 
 class Engine(Protocol):

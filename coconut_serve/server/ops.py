@@ -101,6 +101,7 @@ def _model(service: Service, name: str) -> Model:
         "reasoning_mode": mode or service.model.default_mode,
         "reasoning_modes": list(service.model.modes),
         "unsupported_modes": [m for m in mode_names() if m not in service.model.modes],
+        "unsupported_features": list(service.engine.info.unsupported_features),
         "reasoning_effort": {"none": "mode none", **EFFORTS},
         "manifest": manifest.model_dump(by_alias=True) if manifest else None,
     }

@@ -106,7 +106,7 @@ def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) 
         (["/no/such/dir"], "no such model directory"),
         (["--engine", "stub", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["--port", "70000"], "--port must be in 0..65535"),
-        (["--engine", "vllm"], "not part of this version"),
+        (["--", "--enforce-eager"], "needs --engine vllm"),
         (["--allowed-reasoning-modes", "cot,foo"], "'foo' is not one of"),
         (["--config", "/no/such/file"], "cannot read --config"),
     ],

@@ -1,0 +1,1 @@
+"""The modes inside vLLM, through its own extension points; the only package that imports vllm."""

@@ -1,0 +1,393 @@
+"""The vLLM engine: our protocol over AsyncLLM in this process, its workers with our hooks."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from coconut_serve.config import EngineConfig
+from coconut_serve.engines.base import EngineInfo, OnStep
+from coconut_serve.engines.vllm import plugin
+from coconut_serve.engines.vllm.follow import Follower
+from coconut_serve.engines.vllm.options import build_engine_args, check_adapter
+from coconut_serve.engines.vllm.params import thinking_of, to_extra_args
+from coconut_serve.engines.vllm.stats import StepObserver
+from coconut_serve.errors import (
+    CoconutError,
+    EngineDeadError,
+    GenerationError,
+    InvalidRequestError,
+    StartupError,
+)
+from coconut_serve.types import Request, RequestOutput, require
+
+logger = logging.getLogger(__name__)
+
+_MAX_RESTARTS = 3  # deaths within the window below after which the engine stays dead
+_RESTART_WINDOW_SECONDS = 600.0
+
+
+@dataclass(slots=True)
+class _Life:
+    """One AsyncLLM, from start to death."""
+
+    llm: Any
+    observer: StepObserver
+    death: EngineDeadError | None = None
+
+
+@dataclass(slots=True)
+class _Deaths:
+    times: list[float] = field(default_factory=list)
+
+    def is_too_often(self) -> bool:
+        now = time.monotonic()
+        self.times = [t for t in self.times if now - t < _RESTART_WINDOW_SECONDS] + [now]
+        return len(self.times) > _MAX_RESTARTS
+
+
+class VllmEngine:
+    """All modes inside vLLM: its scheduler, kernels, parallelism, quantisation and LoRA.
+
+    Args:
+        config: Model and limits.
+        modes: Reasoning modes to support.
+        on_step: Called after each step with its facts.
+        flags: vLLM's own command-line flags.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        modes: tuple[str, ...],
+        on_step: OnStep,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        self._config = config
+        self._modes = modes
+        self._on_step = on_step
+        self._flags = flags
+        self._life: _Life | None = None
+        self._death: EngineDeadError | None = EngineDeadError("the engine is not running")
+        self._deaths = _Deaths()
+        self._num_restarts = 0
+        self._revival: asyncio.Task[None] | None = None
+        self._info: EngineInfo | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine can do."""
+        assert self._info is not None, "the engine has not started"
+        return self._info
+
+    @property
+    def num_restarts(self) -> int:
+        """How often vLLM was started anew after it died."""
+        return self._num_restarts
+
+    async def start(self) -> None:
+        """Start vLLM and its workers and see that the hooks are live in each.
+
+        Raises:
+            StartupError: vLLM is missing, of another version, or cannot run this.
+        """
+        plugin.check_version()
+        self._life = await self._begin()
+        self._death = None
+
+    async def _begin(self) -> _Life:
+        """Start one AsyncLLM."""
+        _set_environment()
+        async with _progress(self._config):
+            try:
+                return await self._launch()
+            except CoconutError:
+                raise
+            except Exception as error:
+                logger.debug("vLLM did not start", exc_info=True)
+                raise StartupError(f"vLLM did not start: {error}") from error
+
+    async def _launch(self) -> _Life:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        observer = StepObserver(self._on_step)
+        self._adapter = check_adapter(self._flags)
+        args = build_engine_args(self._config, self._flags)
+
+        def create() -> Any:
+            plugin.install()
+            from coconut_serve.engines.vllm.hooks import check_config
+
+            config = args.create_engine_config()
+            check_config(config)  # here, where the reason can be told; the workers check again
+            return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: observer])
+
+        llm = await asyncio.to_thread(create)
+        try:
+            await self._check_workers(llm)
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown)
+            raise
+        cache = llm.vllm_config.cache_config
+        observer.num_blocks = cache.num_gpu_blocks or 0
+        self._info = _describe(llm.vllm_config, self._modes)
+        self._hidden_size = llm.vllm_config.model_config.get_inputs_embeds_size()
+        return _Life(llm, observer)
+
+    async def _check_workers(self, llm: Any) -> None:
+        """Ask every worker whether the hooks are live."""
+        for rank, status in enumerate(await llm.collective_rpc("coconut_status")):
+            logger.info("vLLM worker %s: %s", rank, status)
+            if not status["is_live"]:
+                raise StartupError(
+                    f"the hooks are not live in vLLM worker {rank} ({status}); is coconut-serve "
+                    "installed there, and is it in VLLM_PLUGINS if that is set?"
+                )
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError if vLLM cannot work."""
+        life = self._life
+        if self._death is None and life is not None and life.llm.errored:
+            self._note_death(life)
+        if self._death is not None:
+            raise EngineDeadError(
+                self._death.message, retry_after_seconds=self._death.retry_after_seconds
+            )
+
+    def _note_death(self, life: _Life) -> None:
+        """Refuse what comes and start vLLM anew, unless it dies too often."""
+        if self._life is not life or self._death is not None:
+            return
+        if self._deaths.is_too_often():
+            self._death = EngineDeadError("vLLM died too often and stays down")
+            return
+        self._death = EngineDeadError("vLLM died and is being started anew", retry_after_seconds=30)
+        self._revival = asyncio.get_running_loop().create_task(self._revive(life))
+
+    async def _revive(self, life: _Life) -> None:
+        logger.error("vLLM died; starting it anew")
+        try:
+            await asyncio.to_thread(life.llm.shutdown)
+            self._life = await self._begin()
+        except Exception as error:
+            logger.exception("vLLM could not be started anew")
+            self._death = EngineDeadError(f"vLLM could not be started anew: {error}")
+            return
+        self._num_restarts += 1
+        self._death = None
+
+    async def stop(self) -> None:
+        """End what runs and shut vLLM down."""
+        self._death = EngineDeadError("the engine is shutting down")
+        if self._revival is not None:
+            self._revival.cancel()
+            await asyncio.gather(self._revival, return_exceptions=True)
+        life, self._life = self._life, None
+        if life is None:
+            return
+        # Shutting down wakes nobody who waits for an output.
+        life.llm.output_processor.propagate_error(self._death)
+        await asyncio.sleep(0)
+        await asyncio.to_thread(life.llm.shutdown)
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Yield what each step adds to one sequence; closing aborts it."""
+        await self.check_health()
+        life = self._life
+        assert life is not None
+        self._check(request)
+        counter, mode = life.observer.waiting, request.reasoning.mode
+        counter[mode] += 1
+        try:
+            async with contextlib.aclosing(self._outputs(life, request)) as outputs:
+                async for output in outputs:
+                    if counter is life.observer.waiting:
+                        counter[mode] -= 1
+                        counter = life.observer.running
+                        counter[mode] += 1
+                    yield output
+        finally:
+            counter[mode] -= 1
+            life.observer.note_end()
+
+    async def _outputs(self, life: _Life, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Follow one request through vLLM, with our errors."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
+
+        hidden = next(i for i in range(self.info.vocab_size) if i not in _stops(request))
+        thinking = thinking_of(request, hidden_size=self._hidden_size, hidden_token_id=hidden)
+        follower = Follower(request, thinking)
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        params = _sampling_params(request, to_extra_args(thinking), thinking.report_width)
+        stream = life.llm.generate(prompt, params, request.request_id, lora_request=self._adapter)
+        try:
+            async with contextlib.aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    for output in _read(chunk, follower):
+                        self._count(life, request, output)
+                        yield output
+                        if output.finish_reason is not None:
+                            return
+        except VllmDeadError as error:
+            self._note_death(life)
+            raise EngineDeadError("vLLM died", retry_after_seconds=30) from error
+        except VLLMClientError as error:
+            raise InvalidRequestError(
+                str(error), param=getattr(error, "parameter", None)
+            ) from error
+        except CoconutError:
+            raise
+        except Exception as error:
+            if self._death is not None:
+                raise EngineDeadError(self._death.message) from error
+            raise GenerationError(f"vLLM failed: {error}") from error
+        raise GenerationError("vLLM ended the request without a reason")
+
+    def _count(self, life: _Life, request: Request, output: RequestOutput) -> None:
+        mode = request.reasoning.mode
+        life.observer.count_row(mode, mode if output.is_vector else "decode")
+
+    def _check(self, request: Request) -> None:
+        """Refuse what can never run."""
+        ids, info = request.prompt_token_ids, self.info
+        require(bool(ids), "prompt", "must not be empty")
+        require(len(ids) < info.max_model_len, "prompt", f"must be < {info.max_model_len} tokens")
+        require(
+            min(ids) >= 0 and max(ids) < info.vocab_size,
+            "prompt",
+            f"has token ids outside 0..{info.vocab_size - 1}",
+        )
+        if request.reasoning.mode not in self._modes:
+            raise InvalidRequestError(
+                f"reasoning_mode {request.reasoning.mode!r} is not one of {self._modes}",
+                param="reasoning_mode",
+                code="unsupported_reasoning_mode",
+            )
+
+
+def _stops(request: Request) -> frozenset[int]:
+    """Ids at which vLLM itself may stop: the end of a thought is forced and must not be one."""
+    return request.sampling.stop_token_ids - {*request.reasoning.end_token_ids}
+
+
+def _sampling_params(request: Request, extra_args: dict[str, Any], report_width: int) -> Any:
+    """Say it in vLLM's terms. Thinking positions are output tokens there."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling, params = request.sampling, request.reasoning
+    num_thinking = params.steps + params.num_forced
+    has_known_length = params.is_fixed or not params.steps
+    bias = dict(sampling.logit_bias) | dict.fromkeys(sampling.banned_token_ids, -100.0)
+    return SamplingParams(
+        max_tokens=num_thinking + sampling.max_tokens,
+        min_tokens=num_thinking + sampling.min_tokens
+        if sampling.min_tokens and has_known_length
+        else 0,
+        temperature=0.0 if sampling.is_greedy else sampling.temperature,
+        top_p=1.0 if sampling.is_greedy else sampling.top_p,
+        top_k=0 if sampling.is_greedy else sampling.top_k,
+        min_p=0.0 if sampling.is_greedy else sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=bias or None,
+        seed=sampling.seed,
+        stop_token_ids=sorted(_stops(request)),
+        ignore_eos=True,  # the stop ids hold it, if it is to stop anything
+        logprobs=report_width - 1 if report_width else None,
+        flat_logprobs=report_width > 0,
+        detokenize=False,
+        skip_clone=True,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args=extra_args,
+    )
+
+
+def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
+    """Read all tokens of a chunk; vLLM joins what nobody fetched in time."""
+    [completion] = chunk.outputs
+    metrics = chunk.metrics
+    if completion.finish_reason in ("abort", "error"):
+        raise GenerationError(f"vLLM ended the request: {completion.finish_reason}")
+    tokens, flat = list(completion.token_ids), completion.logprobs
+    outputs = []
+    for i, token_id in enumerate(tokens):
+        columns = None
+        if flat:
+            columns = flat.logprobs[flat.start_indices[i] : flat.end_indices[i]]
+        output = follower.follow(
+            token_id,
+            columns,
+            is_last=chunk.finished and i == len(tokens) - 1,
+            num_cached=chunk.num_cached_tokens or 0,
+            num_preemptions=metrics.num_preemptions if metrics else 0,
+            queue_seconds=max(0.0, metrics.scheduled_ts - metrics.queued_ts) if metrics else 0.0,
+        )
+        outputs.append(output)
+        if output.finish_reason is not None:
+            break
+    return outputs
+
+
+def _describe(config: Any, modes: tuple[str, ...]) -> EngineInfo:
+    """Read off vLLM's configuration what it can do."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    facts = {
+        "model": model.hf_config.to_dict(),
+        "dtype": str(model.dtype),
+        "vllm": plugin.vllm_version(),
+        "quantization": str(model.quantization),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    return EngineInfo(
+        engine="vllm",
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        kv_cache_positions=(cache.num_gpu_blocks or 0) * cache.block_size,
+        block_size=cache.block_size,
+        modes=modes,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(config.device_config.device_type),
+        unsupported_features=plugin.UNSUPPORTED,
+        fingerprint=digest.hexdigest()[:12],
+    )
+
+
+def _set_environment() -> None:
+    """Tell the processes that vLLM starts to install the hooks."""
+    os.environ[plugin.ENABLED] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "coconut_serve" not in allowed.split(","):
+        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "coconut_serve")))
+
+
+@contextlib.asynccontextmanager
+async def _progress(config: EngineConfig) -> AsyncIterator[None]:
+    """Show that time passes: vLLM loads, compiles and captures in other processes."""
+    bar = tqdm(
+        desc="starting vLLM", bar_format="{desc}: {elapsed}", disable=not config.show_progress
+    )
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(1)
+            bar.refresh()
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield
+    finally:
+        ticking.cancel()
+        bar.close()

@@ -1,0 +1,323 @@
+"""The seam to vLLM's Model Runner V2: a mixin for its model state and one for its sampler.
+
+vLLM picks a model state for each architecture; ours is that class with ReasoningStateMixin in
+front, so no architecture needs a class of its own. The sampler stays vLLM's: rows that think get
+their token replaced after it has drawn and before log-probabilities are gathered.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.triton_utils import HAS_TRITON
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+
+from coconut_serve.engines.vllm.params import Thinking, from_extra_args
+from coconut_serve.engines.vllm.worker import Decided, WorkerReasoning, WorkerRow
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.sampling import LogitChange, apply_changes
+from coconut_serve.reasoning.slots import upload
+
+_REFUSED = (
+    ("speculative_config", None, "speculative decoding: drafts cannot follow a vector"),
+    ("kv_transfer_config", None, "KV transfer: blocks that hold thoughts would move under ids"),
+    ("watermark_config", None, "watermarking: thoughts have no tokens to mark"),
+    ("parallel_config.pipeline_parallel_size", 1, "pipeline parallelism: hidden states are on the "
+     "last rank, embeddings on the first; use tensor or data parallelism"),
+    ("parallel_config.prefill_context_parallel_size", 1, "prefill context parallelism"),
+    ("parallel_config.enable_batch_sharded_sampling", None, "batch-sharded sampling"),
+    ("parallel_config.enable_dbo", False, "dual batch overlap"),
+)  # fmt: skip
+
+
+def check_config(config: Any) -> None:
+    """Refuse what reasoning inside vLLM cannot work with.
+
+    Args:
+        config: vLLM's VllmConfig.
+
+    Raises:
+        ValueError: Naming what is in the way.
+    """
+    for path, allowed, reason in _REFUSED:
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name, allowed)
+        if value != allowed and value:
+            raise ValueError(f"coconut-serve does not work with {reason}")
+    if not (HAS_TRITON and config.use_v2_model_runner):
+        raise ValueError(
+            "coconut-serve needs vLLM's Model Runner V2, which needs Triton and so a GPU; "
+            "--engine native serves the same modes without one"
+        )
+    if not config.model_config.enable_prompt_embeds:
+        raise ValueError("coconut-serve needs --enable-prompt-embeds")
+    checks = [str(p) for p in config.model_config.logits_processors or ()]
+    if not any("ReasoningParamsCheck" in check for check in checks):
+        raise ValueError(
+            "coconut-serve needs --logits-processors "
+            "coconut_serve.engines.vllm.params:ReasoningParamsCheck"
+        )
+
+
+class ReasoningStateMixin:
+    """Feeds vectors, keeps the slots, and hands the sampler what it needs."""
+
+    def __init__(
+        self, vllm_config: Any, model: nn.Module, encoder_cache: Any, device: torch.device
+    ) -> None:
+        check_config(vllm_config)
+        name = type(model).__name__
+        if getattr(model, "requires_raw_input_tokens", False):
+            raise ValueError(f"coconut-serve does not work with {name}: it needs token ids")
+        super().__init__(vllm_config, model, encoder_cache, device)  # type: ignore[call-arg]
+        config = vllm_config.model_config
+        self._model = model
+        self.reasoning = WorkerReasoning(
+            num_slots=vllm_config.scheduler_config.max_num_seqs,
+            hidden_size=config.get_inputs_embeds_size(),
+            modes=mode_names(),
+            embed_tokens=self._embed,
+            dtype=config.dtype,
+            device=device,
+        )
+        self.captured: Tensor | None = None  # hidden states that the logits were made from
+        self.batch: Any = None  # the batch whose inputs were prepared last
+        self.inputs: Tensor | None = None  # [num_tokens, hidden_size], its inputs
+        self._compute_logits = model.compute_logits
+        model.compute_logits = self._capture  # type: ignore[assignment]  # on the instance
+
+    def _capture(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep what the output head is given; it is a gathered copy, safe from graph replays."""
+        self.captured = hidden
+        return self._compute_logits(hidden, *args, **kwargs)  # type: ignore[operator]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Call the model's embedding; [...] int64 -> [..., hidden_size]."""
+        with _without_adapters(self._model):
+            rows = self._model.embed_input_ids(ids.flatten())  # type: ignore[operator]
+        return rows.view(*ids.shape, -1)  # type: ignore[no-any-return]
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Set a slot up for a request that thinks."""
+        super().add_request(req_index, new_req_data)  # type: ignore[misc]
+        sampling = new_req_data.sampling_params
+        thinking = read_thinking(sampling)
+        if thinking is None or not new_req_data.prefill_token_ids:
+            return
+        counts = self.reasoning.add(
+            req_index,
+            new_req_data.req_id,
+            thinking,
+            num_prompt=new_req_data.prompt_len,
+            prefill_token_ids=new_req_data.prefill_token_ids,
+        )
+        if counts is not None:
+            self._sampler.restored.append((req_index, counts))
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Note which requests ended, before vLLM removes ended and preempted ones alike."""
+        self.reasoning.forget(request_ids)
+
+    def remove_request(self, req_id: str) -> None:
+        """Keep what a preempted request needs."""
+        super().remove_request(req_id)  # type: ignore[misc]
+        slot = self.reasoning.slot_of(req_id)
+        if slot is not None:
+            penalties = self._sampler.penalties_state
+            has_penalties = bool(penalties.use_penalty[slot])
+            self.reasoning.remove(req_id, penalties.output_bin_counts if has_penalties else None)
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any
+    ) -> Tensor:
+        """Embed the tokens and put the fed vectors over them."""
+        embeds: Tensor = super().prepare_inputs_embeds(  # type: ignore[misc]
+            scheduled_encoder_inputs, input_batch, req_states
+        )
+        self.reasoning.overlay(embeds, input_batch)
+        self.batch, self.inputs = input_batch, embeds
+        return embeds
+
+    def custom_sampler(self, sampler: Any) -> None:
+        """Give vLLM's own sampler our methods and keep it."""
+        if super().custom_sampler(sampler) is not None:  # type: ignore[misc]
+            raise ValueError("coconut-serve does not work with models that bring a sampler")
+        kind = type(sampler)
+        sampler.__class__ = type(f"Reasoning{kind.__name__}", (ReasoningSamplerMixin, kind), {})
+        sampler.state, sampler.decided, sampler.restored = self, None, []
+        self._sampler = sampler
+
+    def postprocess_state(
+        self, idx_mapping: Tensor, num_sampled: Tensor, num_computed_tokens: Tensor | None = None
+    ) -> None:
+        """Take tokens that the model did not say out of the penalty counts again."""
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)  # type: ignore[misc]
+        decided, self._sampler.decided = self._sampler.decided, None
+        if decided is not None:
+            self._sampler.uncount(decided)
+
+
+class ReasoningSamplerMixin:
+    """Replaces the tokens of rows that think, between drawing and log-probabilities."""
+
+    state: ReasoningStateMixin
+    decided: tuple[Decided, Tensor] | None  # of the running step, and what vLLM saw as tokens
+    restored: list[tuple[int, Tensor]]  # penalty counts to put back: slot, [vocab_size]
+
+    def apply_staged_writes(self) -> None:
+        """Put penalty counts back after vLLM has counted the outputs of resumed requests."""
+        super().apply_staged_writes()  # type: ignore[misc]
+        for slot, counts in self.restored:
+            self.penalties_state.output_bin_counts[slot] = counts  # type: ignore[attr-defined]
+        self.restored.clear()
+
+    def get_logprobs_dims(
+        self, idx_mapping_np: np.ndarray, include_token_ids: bool = True
+    ) -> tuple[int, int] | None:
+        """Gather none where the report of the step takes their place."""
+        rows = self.state.reasoning.rows
+        if rows and any(
+            row is not None and row.thinking.report_width
+            for row in map(rows.get, idx_mapping_np.tolist())
+        ):
+            return None
+        return super().get_logprobs_dims(  # type: ignore[misc,no-any-return]
+            idx_mapping_np, include_token_ids
+        )
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+        """Sample, and send the report as if it were log-probabilities."""
+        output = super().__call__(logits, input_batch)  # type: ignore[misc]
+        inputs = self.state.inputs
+        if self.decided is None or inputs is None:
+            return output
+        packed = self.state.reasoning.pack(self.decided[0], inputs, input_batch.logits_indices)
+        if packed is not None:
+            # Ids that differ: where chunks are joined, vLLM keeps one value for each id.
+            columns = torch.arange(packed.shape[1], dtype=torch.int32, device=packed.device)
+            output.logprobs_tensors = LogprobsTensors(
+                logprob_token_ids=columns.expand_as(packed),
+                logprobs=packed,
+                selected_token_ranks=packed.new_zeros(packed.shape[0], dtype=torch.int64),
+            )
+        return output
+
+    def sample(
+        self,
+        logits: Tensor,
+        expanded_idx_mapping: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: Tensor,
+        input_ids: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        return_logprobs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw as vLLM does, then let the modes decide for the rows that think."""
+        state, hidden = self.state, self.state.captured
+        state.captured = None
+        found = state.reasoning.deciding(idx_mapping_np, seq_lens_upper_bound_np)
+        context = LogitsContext(
+            expanded_idx_mapping=expanded_idx_mapping,
+            idx_mapping=idx_mapping,
+            idx_mapping_np=idx_mapping_np,
+            expanded_local_pos=expanded_local_pos,
+            input_ids=input_ids,
+            pos=pos,
+            seq_lens_upper_bound_np=seq_lens_upper_bound_np,
+        )
+        sampled, processed = super().sample(  # type: ignore[misc]
+            self._forbid_stops(logits, found, idx_mapping),
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            input_ids,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+            return_logprobs=return_logprobs,
+        )
+        if not found or hidden is None:
+            return sampled, processed
+        decided = state.reasoning.decide(
+            found,
+            hidden=hidden,
+            logits=logits,
+            adjusted=self._adjust(logits, found, context),
+            sampled=sampled,
+        )
+        self.decided = (decided, sampled)
+        return sampled, processed
+
+    def _forbid_stops(
+        self, logits: Tensor, found: list[tuple[int, int, WorkerRow, int]], idx_mapping: Tensor
+    ) -> Tensor:
+        """Apply min_tokens to rows whose thinking has no known length."""
+        changes = [
+            LogitChange(i, token_id, -torch.inf, row.thinking.min_tokens)
+            for i, _, row, _ in found
+            if row.thinking.min_tokens
+            for token_id in row.thinking.stop_token_ids
+        ]
+        if not changes:
+            return logits
+        num_output = self.state.reasoning.slots.num_output_tokens[idx_mapping]
+        return apply_changes(logits, changes, num_output)
+
+    def _adjust(
+        self, logits: Tensor, found: list[tuple[int, int, WorkerRow, int]], context: LogitsContext
+    ) -> Tensor:
+        """Apply penalties and biases for the modes that look at logits, where a row has any."""
+        needs: np.ndarray = self.needs_logits_processing  # type: ignore[attr-defined]
+        slots = [slot for _, slot, row, decision in found if row.plan(slot, decision).needs_logits]
+        if not slots or not needs[slots].any():
+            return logits
+        changed = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
+        for processor in self.logits_processors:  # type: ignore[attr-defined]
+            changed = processor.apply(changed, context)
+        return changed
+
+    def uncount(self, decided: tuple[Decided, Tensor]) -> None:
+        """Undo the penalty counts of hidden and forced tokens of this step."""
+        penalties = self.penalties_state  # type: ignore[attr-defined]
+        rows, sampled = decided
+        if not penalties.use_penalty[rows.slots].any():
+            return
+        step = rows.step
+        token = sampled[upload(rows.members, sampled.device)].long()
+        is_silent = (step.emitted < 0).to(torch.int32)
+        counts = penalties.output_bin_counts
+        counts.index_put_((step.row_slots, token), -is_silent, accumulate=True)
+
+
+def read_thinking(sampling: Any) -> Thinking | None:
+    """Read the settings of a request; they were checked when it came in."""
+    if sampling is None:
+        return None
+    thinking = from_extra_args(sampling.extra_args)
+    if thinking is None:
+        return None
+    thinks = thinking.params.steps > 0 or thinking.params.num_forced > 0
+    return thinking if thinks or thinking.report_width or thinking.min_tokens else None
+
+
+@contextlib.contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Embed with the base weights: a LoRA layer would look for the batch that it was set up for.
+
+    Adapters that change the embedding are refused when the engine starts.
+    """
+    layers = [m for m in model.modules() if type(m).__name__ == "VocabParallelEmbeddingWithLoRA"]
+    for layer in layers:
+        layer.forward = layer.base_layer.forward  # type: ignore[assignment,union-attr]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,344 @@
+"""What a vLLM worker keeps and computes for rows that think: slots, fed vectors, decisions.
+
+vLLM sees a thinking position as one more output token. Decision j of a request (counted from its
+first output token) is made at position P - 1 + j, where P is the length of its prompt, and its
+result is the input of position P + j; so the batch layout that vLLM gives says all the host must
+know, in decoding, chunked prefill and after preemption alike. Nothing here waits for the device.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coconut_serve.engines.vllm.params import Thinking
+from coconut_serve.reasoning import report
+from coconut_serve.reasoning.decide import Decider
+from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.rows import RowPlan, StepRows
+from coconut_serve.reasoning.slots import EmbedTokens, Slots, SlotSnapshot, upload
+from coconut_serve.types import HaltReason
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRow:
+    """One request that thinks."""
+
+    request_id: str
+    thinking: Thinking
+    num_prompt: int  # positions
+    num_prefill: int  # positions to compute before the next decision: the prompt, and after a
+    # preemption the outputs so far
+    fed: list[tuple[Tensor, int]] = field(default_factory=list)  # decision -> log, its row there
+    replay: Tensor | None = None  # [num_decisions, hidden_size + 1] while it is rebuilt
+
+    @property
+    def num_decisions(self) -> int:
+        """Decisions that can be part of the thinking phase: its steps, its end, forced tokens."""
+        params = self.thinking.params
+        return params.steps + max(params.num_forced, 1 if params.steps else 0)
+
+    def needs_step(self, decision: int) -> bool:
+        """Whether a decision is more than sampling."""
+        thinking = self.thinking
+        is_counted = thinking.report_width > 0 or thinking.min_tokens > 0
+        return decision < self.num_decisions or is_counted
+
+    def plan(self, slot: int, decision: int) -> RowPlan:
+        """Plan a decision; the host knows no more than that thinking cannot last longer."""
+        params, thinking = self.thinking.params, self.thinking
+        may_think = decision <= params.steps and params.steps > 0
+        needs_logits = may_think and load_mode(params.mode).needs_logits
+        return RowPlan(
+            slot=slot,
+            mode=params.mode,
+            may_think=may_think,
+            needs_logits=needs_logits or (thinking.wanted.has_scores and thinking.report_width > 0),
+            needs_sampled=True,
+            wanted=thinking.wanted,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRow:
+    """What a preempted request needs to go on."""
+
+    row: WorkerRow
+    snapshot: SlotSnapshot
+    num_output: Tensor | None  # [vocab_size], vLLM's counts for its penalties
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Which rows of a batch were decided, and how."""
+
+    members: list[int]  # rows of the batch, rising
+    slots: list[int]
+    step: StepRows
+
+
+class WorkerReasoning:
+    """The reasoning of one worker. Slots are vLLM's own request indices.
+
+    Args:
+        num_slots: vLLM's max_num_seqs.
+        hidden_size: Of the model's input embeddings and of what its output head takes.
+        modes: Modes to support.
+        embed_tokens: The model's own embedding call.
+        dtype: Of the hidden states.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        hidden_size: int,
+        modes: Iterable[str],
+        embed_tokens: EmbedTokens,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.slots = Slots(num_slots, hidden_size, dtype=dtype, device=device)
+        self.decider = Decider(self.slots, modes, embed_tokens=embed_tokens)
+        self._hidden_token = self.slots.register("hidden_token", torch.int64)
+        self._failure_token = self.slots.register("failure_token", torch.int64)  # -1: none
+        self.rows: dict[int, WorkerRow] = {}  # slot -> row
+        self._slot_of: dict[str, int] = {}
+        self._saved: dict[str, SavedRow] = {}
+
+    # ---- requests come and go ------------------------------------------------------------
+
+    def add(
+        self,
+        slot: int,
+        request_id: str,
+        thinking: Thinking,
+        *,
+        num_prompt: int,
+        prefill_token_ids: list[int],
+    ) -> Tensor | None:
+        """Set a slot up; a request that was preempted goes on where it stopped.
+
+        Returns:
+            vLLM's penalty counts to put back, if they were kept.
+        """
+        saved = self._saved.pop(request_id, None)
+        if saved is None:
+            row = WorkerRow(request_id, thinking, num_prompt, len(prefill_token_ids))
+        else:
+            row = saved.row
+            row.num_prefill = len(prefill_token_ids)
+            row.replay = self._gather(row.fed)
+        self.rows[slot] = row
+        self._slot_of[request_id] = slot
+        self.decider.admit(
+            slot,
+            thinking.params,
+            seed=thinking.seed,
+            next_token_id=prefill_token_ids[-1],
+            snapshot=saved.snapshot if saved else None,
+        )
+        stops = thinking.stop_token_ids
+        self._hidden_token[slot] = thinking.hidden_token_id
+        self._failure_token[slot] = stops[0] if stops else -1
+        return saved.num_output if saved else None
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop requests that ended; whatever is removed without that is preempted."""
+        for request_id in request_ids:
+            self._saved.pop(request_id, None)
+            slot = self._slot_of.pop(request_id, None)
+            if slot is not None:
+                del self.rows[slot]
+
+    def remove(self, request_id: str, num_output: Tensor | None) -> None:
+        """Keep what a preempted request needs to go on; nothing if it ended.
+
+        Args:
+            request_id: As vLLM names it.
+            num_output: [max_num_seqs, vocab_size], vLLM's penalty counts, if the request uses any.
+        """
+        slot = self._slot_of.pop(request_id, None)
+        if slot is None:
+            return
+        row = self.rows.pop(slot)
+        row.replay = None
+        counts = num_output[slot].clone() if num_output is not None else None
+        self._saved[request_id] = SavedRow(row, self.slots.save(slot), counts)
+
+    @property
+    def num_saved(self) -> int:
+        """Preempted requests whose state is kept."""
+        return len(self._saved)
+
+    def slot_of(self, request_id: str) -> int | None:
+        """The slot of a thinking request that runs."""
+        return self._slot_of.get(request_id)
+
+    # ---- inputs --------------------------------------------------------------------------
+
+    def overlay(self, embeds: Tensor, batch: Any) -> None:
+        """Put fed vectors over the embeddings of the tokens that stand for them.
+
+        Args:
+            embeds: [num_tokens, hidden_size], written in place.
+            batch: vLLM's InputBatch.
+        """
+        if not self.rows:
+            return
+        slots, at = [], []
+        starts, computed = batch.query_start_loc_np, batch.num_computed_tokens_np
+        for i, slot in enumerate(batch.idx_mapping_np.tolist()):
+            row = self.rows.get(slot)
+            if row is None or not row.thinking.feeds_vectors:
+                continue
+            first = int(computed[i]) - row.num_prompt  # decision that the first position feeds
+            if int(computed[i]) < row.num_prefill:
+                self._put_back(row, embeds[int(starts[i]) : int(starts[i + 1])], first)
+            elif 0 <= first < row.thinking.params.steps:
+                row.replay = None  # rebuilt
+                slots.append(slot)
+                at.append(int(starts[i]))
+        if not slots:
+            return
+        rows = upload(slots, embeds.device)
+        index = upload(at, embeds.device)
+        is_vector = self.slots.is_vector[rows].unsqueeze(1)
+        vector = self.slots.vector[rows].to(embeds.dtype)
+        embeds[index] = torch.where(is_vector, vector, embeds[index])
+
+    def _put_back(self, row: WorkerRow, embeds: Tensor, first: int) -> None:
+        """Replay the vectors of a chunk whose first position is fed by decision `first`."""
+        if row.replay is None:
+            return
+        low, high = max(0, first), min(first + embeds.shape[0], row.replay.shape[0])
+        if low >= high:
+            return
+        part = row.replay[low:high]
+        target = embeds[low - first : high - first]
+        vector, is_vector = part[:, :-1].to(target.dtype), part[:, -1:] > 0
+        target.copy_(torch.where(is_vector, vector, target))
+
+    def _gather(self, fed: list[tuple[Tensor, int]]) -> Tensor | None:
+        """Bring logged vectors back to the device, in order."""
+        if not fed:
+            return None
+        size, device = self.slots.hidden_size + 1, self.slots.device
+        whole = torch.empty(len(fed), size, dtype=self.slots.vector.dtype, device=device)
+        for target, (log, index) in zip(whole, fed, strict=True):
+            target.copy_(log[index], non_blocking=True)
+        return whole
+
+    def _log(self, decided: Decided, decisions: list[int]) -> None:
+        """Keep what was fed, off the device: its memory is planned to the last byte.
+
+        Copies to and from the host are queued on one stream, so they need no waiting.
+        """
+        kept = [
+            k
+            for k, (slot, j) in enumerate(zip(decided.slots, decisions, strict=True))
+            if self.rows[slot].thinking.feeds_vectors and j < self.rows[slot].thinking.params.steps
+        ]
+        if not kept:
+            return
+        step = decided.step
+        is_vector = step.is_vector.unsqueeze(1).to(step.vector.dtype)
+        log = step.select(torch.cat([step.vector, is_vector], dim=1), kept)
+        if log.device.type != "cpu":
+            log = torch.empty(log.shape, dtype=log.dtype, pin_memory=True).copy_(
+                log, non_blocking=True
+            )
+        for index, k in enumerate(kept):
+            self.rows[decided.slots[k]].fed.append((log, index))
+
+    # ---- decisions -----------------------------------------------------------------------
+
+    def deciding(
+        self, slots: np.ndarray, num_positions: np.ndarray
+    ) -> list[tuple[int, int, WorkerRow, int]]:
+        """Find the rows of a batch that need the reasoning step now.
+
+        Args:
+            slots: [num_rows].
+            num_positions: [num_rows], positions known after this step's forward pass.
+
+        Returns:
+            (row of the batch, slot, its record, number of its decision) for each.
+        """
+        found = []
+        for i, slot in enumerate(slots.tolist() if self.rows else ()):
+            row = self.rows.get(slot)
+            if row is None or int(num_positions[i]) < row.num_prefill:
+                continue  # it does not think, or a chunk of its prefill is still to come
+            decision = int(num_positions[i]) - row.num_prompt
+            if row.needs_step(decision):
+                found.append((i, slot, row, decision))
+        return found
+
+    def decide(
+        self,
+        found: list[tuple[int, int, WorkerRow, int]],
+        *,
+        hidden: Tensor,
+        logits: Tensor,
+        adjusted: Tensor,
+        sampled: Tensor,
+    ) -> Decided:
+        """Decide the found rows and write what vLLM is to see as their tokens.
+
+        Args:
+            found: What `deciding` found.
+            hidden: [num_batch_rows, hidden_size], after the final norm.
+            logits: [num_batch_rows, vocab_size], raw.
+            adjusted: The same with penalties and biases.
+            sampled: [num_batch_rows] int64, vLLM's draws; overwritten.
+        """
+        members = [i for i, _, _, _ in found]
+        plans = [row.plan(slot, decision) for _, slot, row, decision in found]
+        index = upload(members, hidden.device)
+        step = StepRows(plans, hidden[index], self.slots)
+        scored = [k for k, plan in enumerate(plans) if plan.needs_logits]
+        if scored:
+            rows = [members[k] for k in scored]
+            raw = _take(logits, rows)
+            step.set_logits(scored, raw, raw if adjusted is logits else _take(adjusted, rows))
+        step.sampled = sampled[index]
+        self.decider.decide(step)
+        decided = Decided(members, [slot for _, slot, _, _ in found], step)
+        self._log(decided, [decision for _, _, _, decision in found])
+        token = torch.where(step.token < 0, self._hidden_token[step.row_slots], step.token)
+        failure = self._failure_token[step.row_slots]
+        has_failed = (step.halt == int(HaltReason.NUMERICAL)) & (failure >= 0)
+        sampled[index] = torch.where(has_failed, failure, token).to(sampled.dtype)
+        return decided
+
+    def pack(self, decided: Decided, inputs: Tensor, fed_at: Tensor) -> Tensor | None:
+        """Make the report of a batch; None when nobody wants one.
+
+        Args:
+            decided: What `decide` returned.
+            inputs: [num_tokens, hidden_size], what the forward pass was fed.
+            fed_at: [num_rows] int64, where the last input of each row of the batch is in there.
+
+        Returns:
+            [num_rows, width] float32; zeros for rows that were not decided.
+        """
+        widths = [self.rows[slot].thinking.report_width for slot in decided.slots]
+        if not any(widths):
+            return None
+        index = upload(decided.members, inputs.device)
+        packed = report.pack(decided.step, inputs[fed_at[index]])
+        whole = packed.new_zeros(fed_at.shape[0], max(packed.shape[1], *widths))
+        whole[index, : packed.shape[1]] = packed
+        return whole
+
+
+def _take(logits: Tensor, rows: list[int]) -> Tensor:
+    """Rows of the logits in float32; all of them are not copied."""
+    if len(rows) < logits.shape[0]:
+        logits = logits[upload(rows, logits.device)]
+    return logits.float()

@@ -1,0 +1,238 @@
+"""Nothing around a request changes what it gets, and it is what the native engine gives."""
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coconut_serve.types import FinishReason, HaltParams, HaltReason, MixtureParams, Phase
+from tests.engines.vllm.support import Engines
+from tests.fakes import Result, make_request, native_engine, run, run_all
+
+pytestmark = pytest.mark.vllm
+
+TINY_POOL = ("--num-gpu-blocks-override", "7")
+
+
+def requests(*, is_greedy: bool = False) -> list[Any]:
+    from tests.engines.native.test_exactness import mixed_requests
+
+    mixed = mixed_requests()
+    return [r for r in mixed if r.sampling.is_greedy] if is_greedy else mixed
+
+
+def summary(result: Result) -> tuple[object, ...]:
+    counts = result.counts
+    return (
+        result.token_ids,
+        result.thinking_ids,
+        [o.phase for o in result.outputs],
+        [o.halt_reason for o in result.outputs],
+        result.finish_reason,
+        result.stop_reason,
+        counts.num_reasoning_steps,
+        counts.num_vector_steps,
+        counts.num_forced_tokens,
+    )
+
+
+async def late(engine: Any, request: Any, seconds: float) -> Result:
+    await asyncio.sleep(seconds)
+    return await run(engine, request)
+
+
+async def test_greedy_rows_get_what_the_native_engine_gives(
+    wide_llama: Path, engines: Engines
+) -> None:
+    """All modes, soft noise, penalties, halting, end tokens; alone, batched and preempted."""
+    asked = requests(is_greedy=True)
+    assert {r.reasoning.mode for r in asked} == {"none", "latent", "distribution", "cot"}
+    async with native_engine(wide_llama) as engine:
+        expected = [summary(r) for r in await run_all(engine, asked)]
+    async with engines.open(wide_llama) as engine:
+        assert [summary(await run(engine, request)) for request in asked] == expected
+        assert [summary(r) for r in await run_all(engine, asked)] == expected
+    async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
+        for _ in range(3):  # the second time some prompts are cached
+            results = await run_all(engine, asked)
+            assert [summary(r) for r in results] == expected
+
+
+async def test_sampled_rows_do_not_depend_on_batch_mates_or_preemption(
+    wide_llama: Path, engines: Engines
+) -> None:
+    asked = requests()
+    order = random.Random(3).sample(range(16), 16)
+    async with engines.open(wide_llama) as engine:
+        alone = [summary(await run(engine, request)) for request in asked]
+        jobs = [late(engine, r, 0.1 * order[i]) for i, r in enumerate(asked)]
+        assert [summary(r) for r in await asyncio.gather(*jobs)] == alone
+    async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
+        results = await run_all(engine, asked)
+        assert [summary(r) for r in results] == alone
+        assert sum(r.counts.num_preemptions for r in results) > 0
+
+
+async def test_reader_that_lags_behind_gets_every_step(wide_llama: Path, engines: Engines) -> None:
+    """Chunks that nobody fetched are joined; that once lost all but one column of a report."""
+    halt = HaltParams(entropy_below=20.0, entropy_patience=4)
+    asked = make_request("a", mode="distribution", steps=20, reasoning={"halt": halt})
+    async with engines.open(wide_llama) as engine:
+        expected = summary(await run(engine, asked))
+        stream = engine.generate(asked)
+        outputs = [await anext(stream)]
+        await run(engine, make_request("meanwhile", max_tokens=60))
+        outputs += [output async for output in stream]
+        assert summary(Result(outputs)) == expected
+
+
+@pytest.mark.parametrize("mode", ["latent", "distribution"])
+async def test_prefix_cache_never_shares_thoughts(
+    mode: str, wide_llama: Path, engines: Engines
+) -> None:
+    """A prompt that spells what vLLM calls another request's thoughts.
+
+    31 soft steps of a random model amplify rounding, so thoughts are compared on one engine.
+    """
+    generator = random.Random(9)
+    prompt = tuple(generator.randrange(3, 120) for _ in range(33))
+    thinking = make_request("a", prompt, mode=mode, steps=31, max_tokens=8)
+    async with native_engine(wide_llama) as native, engines.open(wide_llama) as engine:
+        first = await run(engine, thinking)
+        seen_as = [0 if t is None else t for t in first.thinking_ids]  # 0: the hidden token
+        spelled = make_request("b", (*prompt, *seen_as), max_tokens=8)
+        second = await run(engine, spelled)
+        assert second.token_ids == (await run(native, spelled)).token_ids
+        assert second.counts.num_cached_tokens == 32, "the prompt's full block is shared"
+        again = await run(engine, thinking)
+        assert summary(again) == summary(first)
+        assert again.counts.num_cached_tokens == 32
+
+
+async def test_halting_on_the_device_ends_where_native_ends(
+    wide_llama: Path, engines: Engines
+) -> None:
+    """Cold stop, stop token, min_tokens after thinking of unknown length."""
+    cold = {"halt": HaltParams(entropy_below=20.0, entropy_patience=3)}
+    soft = {"mode": "distribution", "steps": 20, "max_tokens": 6}
+    async with native_engine(wide_llama) as native, engines.open(wide_llama) as engine:
+        free = await run(native, make_request(mode="cot", steps=20, max_tokens=6))
+        stop = free.thinking_ids[4]
+        assert stop is not None
+        answer = await run(native, make_request(reasoning=cold, **soft))  # type: ignore[arg-type]
+        ends = frozenset([answer.token_ids[2]])
+        asked = [
+            make_request("cold", reasoning=cold, end=(126,), **soft),  # type: ignore[arg-type]
+            make_request("no-end", reasoning=cold, **soft),  # type: ignore[arg-type]
+            make_request("ends", reasoning=cold, stop_token_ids=ends, **soft),  # type: ignore[arg-type]
+            make_request("min", reasoning=cold, stop_token_ids=ends, min_tokens=5, **soft),  # type: ignore[arg-type]
+            make_request(
+                "stop", mode="cot", steps=20, end=(stop,), reasoning={"stop_token_id": stop}
+            ),
+            make_request("stop2", mode="cot", steps=20, reasoning={"stop_token_id": stop}),
+            make_request(
+                "stop3", mode="cot", steps=20, end=(126,), reasoning={"stop_token_id": stop}
+            ),
+            make_request("end-is-stop", mode="latent", steps=3, end=(9,), stop_token_ids={9}),
+        ]
+        expected = [summary(r) for r in await run_all(native, asked)]
+        results = await run_all(engine, asked)
+        assert [summary(r) for r in results] == expected
+        assert results[0].counts.num_reasoning_steps < 20
+        assert results[2].finish_reason is FinishReason.STOP
+        halts = [o.halt_reason for r in results for o in r.outputs]
+        assert {HaltReason.COLD_STOP, HaltReason.STOP_TOKEN, HaltReason.FIXED} <= {*halts}
+
+
+async def test_logprobs_and_traces_are_those_of_native(wide_llama: Path, engines: Engines) -> None:
+    trace = {"trace": "vectors", "trace_top_k": 4}
+    asked = [
+        make_request("a", mode="latent", steps=4, end=(126,), num_logprobs=3, reasoning=trace),
+        make_request(
+            "b",
+            mode="distribution",
+            steps=4,
+            num_logprobs=2,
+            reasoning={"trace": "topk", "mixture": MixtureParams(noise="gumbel")},
+        ),
+        make_request("c", num_logprobs=0),
+        make_request("d", mode="cot", steps=3, end=(126,), reasoning={"trace": "summary"}),
+    ]
+    async with native_engine(wide_llama) as native:
+        expected = await run_all(native, asked)
+    async with engines.open(wide_llama) as engine:
+        results = await run_all(engine, asked)
+    for result, wanted in zip(results, expected, strict=True):
+        assert summary(result) == summary(wanted)
+        for ours, theirs in zip(result.outputs, wanted.outputs, strict=True):
+            assert (ours.logprobs is None) == (theirs.logprobs is None)
+            if ours.logprobs and theirs.logprobs:
+                assert ours.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=1e-4)
+                assert [i for i, _ in ours.logprobs.top] == [i for i, _ in theirs.logprobs.top]
+            assert (ours.trace is None) == (theirs.trace is None)
+            if ours.trace and theirs.trace:
+                for name in ("entropy", "max_prob", "norm", "cosine", "retained_mass"):
+                    value, goal = getattr(ours.trace, name), getattr(theirs.trace, name)
+                    assert value == pytest.approx(goal, abs=1e-3), name
+                if theirs.trace.vector:
+                    assert ours.trace.vector == pytest.approx(theirs.trace.vector, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["none", "cot", "latent", "distribution"])
+async def test_abort_in_every_phase_leaves_nothing(
+    mode: str, wide_llama: Path, engines: Engines
+) -> None:
+    stats: list[Any] = []
+    async with engines.open(wide_llama, stats.append) as engine:
+        expected = await run(engine, make_request("x", mode="latent", steps=5, end=(126,)))
+        steps = 0 if mode == "none" else 10
+        for num_outputs in (0, 1, 5, 12):
+            request = make_request("gone", mode=mode, steps=steps, max_tokens=60)
+            stream = engine.generate(request)
+            task = asyncio.ensure_future(anext(stream))
+            if num_outputs:
+                await task
+                for _ in range(num_outputs - 1):
+                    await anext(stream)
+            else:
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            await stream.aclose()
+        async with asyncio.timeout(10):
+            while stats[-1].num_used_blocks or sum(stats[-1].num_running.values()):
+                await asyncio.sleep(0.01)
+        again = await run(engine, make_request("y", mode="latent", steps=5, end=(126,)))
+        assert summary(again) == summary(expected)
+        [status] = await engine._life.llm.collective_rpc("coconut_status")
+        assert status["num_rows"] == status["num_saved"] == 0
+
+
+async def test_row_that_goes_numerically_wrong_ends_alone(
+    wide_llama: Path, engines: Engines, tmp_path: Path
+) -> None:
+    """NaN in the final norm's weight of one model: vectors are NaN, answers are not touched."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in wide_llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    stops = frozenset([2])
+    asked = [
+        make_request("a", mode="latent", steps=4, stop_token_ids=stops),
+        make_request("b", mode="distribution", steps=4, stop_token_ids=stops),
+        make_request("c", mode="latent", steps=4, reasoning={"trace": "summary"}),
+    ]
+    async with engines.open(broken) as engine:
+        for result in await run_all(engine, asked):
+            assert result.finish_reason is FinishReason.STOP
+            assert result.stop_reason == "numerical"
+            assert [o.phase for o in result.outputs][:1] != [Phase.BOUNDARY]
+            assert result.token_ids == []

@@ -1,0 +1,1 @@
+"""A Triton backend for the CPU that compiles nothing."""
