@@ -15,6 +15,7 @@ MAX_MIXTURE_TOP_K = 64
 MAX_STEPS = 1024
 MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows float32
 MAX_FORCED_TOKENS = 8
+MAX_STOP_TOKENS = 8
 MAX_LOGPROBS = 20
 
 _SAMPLING_RANGES = {
@@ -27,10 +28,22 @@ _MIXTURE_RANGES = {
     "filter_top_k": (0, MAX_MIXTURE_TOP_K), "min_p": (0, 0.99), "noise_temperature": (0.01, 10),
     "dirichlet_alpha": (0.01, 10_000),
 }  # fmt: skip
-_HALT_RANGES = {"entropy_below": (0, 20), "entropy_patience": (1, 10**6)}
+_HALT_RANGES = {
+    "stop_temperature": (0.01, 100), "stop_prob": (0, 1), "entropy_below": (0, 20),
+    "entropy_above": (0, 20), "entropy_patience": (1, 10**6), "converge_below": (0, 100),
+    "converge_patience": (1, 10**6),
+}  # fmt: skip
+_REASONING_RANGES = {
+    "steps": (0, 2**31), "min_steps": (0, 2**31), "noise_std": (0, 10),
+    "latent_temperature": (0, 5), "soft_weight": (0, 1), "trace_top_k": (1, MAX_LOGPROBS),
+}  # fmt: skip
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
 NoiseKind = Literal["none", "gumbel", "dirichlet"]
+Source = Literal["hidden", "constant"]
+StopTest = Literal["argmax", "sampled"]
+EntropyUnit = Literal["nats", "normalized"]
+ConvergeMetric = Literal["none", "cosine", "rel_l2", "argmax_stable"]
 
 
 class FinishReason(StrEnum):
@@ -57,6 +70,9 @@ class HaltReason(IntEnum):
     STOP_TOKEN = 3
     COLD_STOP = 4
     NUMERICAL = 5
+    LEARNED = 6
+    UNCERTAIN = 7
+    CONVERGED = 8
 
     @property
     def label(self) -> str:
@@ -155,14 +171,56 @@ class MixtureParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HaltParams:
-    """When a thinking phase ends before its steps are spent."""
+    """When a thinking phase ends before its steps are spent: the first rule that holds.
 
-    entropy_below: float = 0.0  # nats; 0 = off (Soft Thinking's Cold Stop)
+    Each rule is off by default. reasoning/halting.py says what they look at.
+    """
+
+    stop_token_ids: tuple[int, ...] = ()  # the step's text, or what its logits give, is one
+    stop_test: StopTest = "argmax"  # how logits give a token, where a step has no text
+    learned_token_ids: tuple[int, ...] = ()  # continue, stop: two rows of the output head
+    stop_temperature: float = 1.0  # of both, where they draw
+    stop_prob: float = 0.5  # learned: stops at this probability
+    sample: bool = False  # learned: draws instead
+    entropy_below: float = 0.0  # 0 = off (Soft Thinking's Cold Stop)
     entropy_patience: int = 256  # consecutive steps below the threshold
+    entropy_above: float = 0.0  # 0 = off
+    entropy_unit: EntropyUnit = "nats"  # normalized: divided by ln vocab_size
+    converge_metric: ConvergeMetric = "none"
+    converge_below: float = 0.0
+    converge_patience: int = 1  # consecutive steps
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "reasoning.halt.", _HALT_RANGES)
+        path = "reasoning.halt."
+        _check_ranges(self, path, _HALT_RANGES)
+        num_stops, num_learned = len(self.stop_token_ids), len(self.learned_token_ids)
+        require(num_stops <= MAX_STOP_TOKENS, path + "stop_tokens", f"takes {MAX_STOP_TOKENS} ids")
+        require(num_learned in (0, 2), path + "learned", "needs two token ids: continue, stop")
+        is_measured = self.converge_metric != "argmax_stable" or self.converge_below == 0
+        require(is_measured, path + "converge_below", "has no meaning for argmax_stable")
+
+    @property
+    def may_halt(self) -> bool:
+        """Whether any rule is on."""
+        return bool(self.stop_token_ids) or self.needs_logits(has_text=True)
+
+    def needs_logits(self, *, has_text: bool) -> bool:
+        """Whether a rule that is on looks at logits; a step with text stops by its text."""
+        if self.learned_token_ids or (self.stop_token_ids and not has_text):
+            return True
+        has_bound = self.entropy_below > 0 or self.entropy_above > 0
+        return has_bound or self.converge_metric != "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """Weights between the hidden state and the next input, as a manifest declares them."""
+
+    type: str
+    activation: str = "gelu"
+    file: str = "latent/adapter.safetensors"  # engines load all weights beside config.json
+    emb_std: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,9 +233,16 @@ class ReasoningParams:
 
     mode: str = "none"
     steps: int = 0
-    is_fixed: bool = False  # the step count is exact (latent), not a cap
+    min_steps: int = 0  # halting rules are not looked at before
+    is_fixed: bool = False  # the step count is exact, not a cap
     end_token_ids: tuple[int, ...] = ()
-    stop_token_id: int | None = None  # this token, sampled or likeliest, ends the phase
+    end_adds_vector: bool = False  # the first end token is added to the last vector, not instead
+    source: Source = "hidden"  # latent: what is fed; constant: a control run
+    constant_token_id: int | None = None  # the token of source "constant"
+    adapter: str = "none"  # latent: its name in the manifest, or "realign"
+    noise_std: float = 0.0  # additive Gaussian noise on fed vectors
+    latent_temperature: float = 1.0  # scales the noise of adapters that draw
+    soft_weight: float = 0.0  # latent: adds so much of the soft token
     mixture: MixtureParams = field(default_factory=MixtureParams)
     halt: HaltParams = field(default_factory=HaltParams)
     trace: TraceLevel = "none"
@@ -185,7 +250,12 @@ class ReasoningParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "reasoning.", {"steps": (0, 2**31), "trace_top_k": (1, MAX_LOGPROBS)})
+        _check_ranges(self, "reasoning.", _REASONING_RANGES)
+        thinks = self.mode != "none" or self.steps == 0
+        require(thinks, "reasoning.steps", "must be 0 in mode none")
+        require(self.min_steps <= self.steps, "reasoning.min_steps", "must be at most steps")
+        has_constant = self.source != "constant" or self.constant_token_id is not None
+        require(has_constant, "reasoning.source", "'constant' needs a token to feed")
         is_short = len(self.end_token_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.end", f"must be at most {MAX_FORCED_TOKENS} tokens")
 

@@ -1,11 +1,13 @@
 """Tiny seeded models of many families, and the slow, obvious loops they are checked against."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 128
@@ -98,6 +100,30 @@ def save_tiny(family: str, folder: Path, **overrides: Any) -> Path:
     return directory
 
 
+def with_projection(source: Path, target: Path) -> tuple[Path, nn.Module]:
+    """Write a model again with a random projection of CODI's kind, and return that too."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    size = json.loads((source / "config.json").read_text())["hidden_size"]
+    torch.manual_seed(13)
+    first, second, norm = nn.Linear(size, 48), nn.Linear(48, size), nn.LayerNorm(size)
+    parts = {"linear_1": first, "linear_2": second, "norm": norm}
+    tensors = {
+        f"default.{name}.{key}": value.detach().clone()
+        for name, module in parts.items()
+        for key, value in module.state_dict().items()
+    }
+    (target / "latent").mkdir()
+    save_file(tensors, target / "latent" / "adapter.safetensors")
+    manifest = {
+        "schema": 1, "method": "codi", "modes": ["none", "cot", "latent", "distribution"],
+        "adapters": {"default": {"type": "mlp_ln"}}, "steps": 4, "boundary": "none",
+    }  # fmt: skip
+    (target / "latent_config.json").write_text(json.dumps(manifest))
+    return target, nn.Sequential(first, nn.GELU(), second, norm)
+
+
 def load_plain(directory: Path) -> PreTrainedModel:
     """transformers' own model, float32, eager attention: shares no code with ours."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -135,6 +161,7 @@ def reference(
     end: tuple[int, ...] = (),
     top_k: int = 10,
     eos: int | None = None,
+    adapter: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[list[int], list[Tensor]]:
     """Greedy generation that recomputes the whole sequence at each position.
 
@@ -155,7 +182,7 @@ def reference(
 
     for _ in range(steps):
         hidden, logits = forward()
-        vector = hidden if mode == "latent" else soft_token(logits, embed, top_k)
+        vector = adapter(hidden) if mode == "latent" else soft_token(logits, embed, top_k)
         fed.append(vector)
         feed(vector)
     for token in end:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_serve.errors import StartupError
-from coconut_serve.types import MAX_STEPS
+from coconut_serve.types import MAX_STEPS, AdapterSpec
 
 FILE_NAME = "latent_config.json"
 
@@ -46,12 +46,14 @@ class Tokens(_Strict):
 
 
 class Prompt(_Strict):
-    """How a question becomes a prompt."""
+    """How a question becomes a prompt, and what is fed when a latent phase ends."""
 
     template: str | None = None  # with {question}; None: the text as it is
     chat_template: bool = True  # chat messages go through the tokenizer's template
     add_bos: bool = True
-    suffix_ids: list[int] | None = None  # appended in latent mode; None: the start token
+    suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
+    end_ids: list[int] | None = None  # forced after it; None: the end token
+    speed: int | str | None = None  # fills {speed} of the template (CoLaR)
 
 
 class Hidden(_Strict):
@@ -63,10 +65,39 @@ class Hidden(_Strict):
 
 
 class Distribution(_Strict):
-    """The mixture the checkpoint was trained with."""
+    """The mixture the checkpoint was trained with; names as in a request's reasoning.mixture."""
 
+    kind: str | None = None
     top_k: int | None = None
     temperature: float | None = None
+    top_p: float | None = None
+    filter_top_k: int | None = None
+    min_p: float | None = None
+    slots: Literal["text", "latent"] = "text"  # latent: soft vectors stand where hidden ones would
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """What is declared of the mixture."""
+        return self.model_dump(exclude_none=True, exclude={"slots"})
+
+
+class Adapter(_Strict):
+    """Weights between the hidden state and the next input; see reasoning/adapters.py."""
+
+    type: str
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    file: str = "latent/adapter.safetensors"  # tensors NAME.PART.weight, NAME.PART.bias
+    emb_std: float = 1.0  # gaussian_head: scale of what it gives
+
+
+class Halting(_Strict):
+    """When the checkpoint ends its latent phase by itself."""
+
+    rule: Literal["fixed", "binary_rows", "stop_token"] = "fixed"
+    token_ids: list[int] = []  # binary_rows: continue, stop; stop_token: any of these
+    test: Literal["argmax", "sampled"] = "argmax"
+    temperature: float = 1.0
+    end_adds_latent: bool = False  # the end token's embedding is added to the last latent
 
 
 class Answer(_Strict):
@@ -84,7 +115,7 @@ class Manifest(_Strict):
     default_mode: str | None = None
     base_model: str | None = None
     tokens: Tokens = Tokens()
-    boundary: Literal["forced", "none"] = "forced"
+    boundary: Literal["forced", "model_emitted", "none"] = "forced"
     prompt: Prompt = Prompt()
     steps: int = Field(default=6, ge=0, le=MAX_STEPS)
     trained_steps: list[int] | None = None  # None: [steps]
@@ -92,6 +123,8 @@ class Manifest(_Strict):
     c_thought: int = Field(default=1, ge=1)
     variable_steps: bool = False
     hidden: Hidden = Hidden()
+    adapters: dict[str, Adapter] = {}
+    halting: Halting = Halting()
     distribution: Distribution = Distribution()
     answer: Answer = Answer()
     provenance: dict[str, Any] = {}
@@ -107,8 +140,15 @@ class Manifest(_Strict):
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """What is forced after the last latent."""
+        if self.prompt.end_ids is not None:
+            return tuple(self.prompt.end_ids)
         end = self.tokens.end
-        return (end.id,) if end and self.boundary == "forced" else ()
+        return (end.id,) if end and self.boundary != "none" else ()
+
+    @property
+    def adapter_specs(self) -> dict[str, AdapterSpec]:
+        """The adapters, as engines load them."""
+        return {name: AdapterSpec(**each.model_dump()) for name, each in self.adapters.items()}
 
     @property
     def is_trained_for(self) -> list[int]:
@@ -117,8 +157,6 @@ class Manifest(_Strict):
 
 
 _NOT_YET = {
-    "adapters": "adapters between the hidden state and the next input",
-    "halting": "learned halting",
     "weights": "weights in a foreign layout; convert them first",
     "readout": "a readout decoder",
     "compat": "compatibility switches",

@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from coconut_serve.types import Request, RequestOutput, StepStats
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.types import Request, RequestOutput, StepStats, require
 
 OnStep = Callable[[StepStats], None]  # called from the engine's own thread
 
@@ -22,7 +23,35 @@ class EngineInfo:
     dtype: str = "none"
     device: str = "none"
     fingerprint: str = ""  # of the weights and what they run on
+    adapters: tuple[str, ...] = ()  # what may stand between hidden states and inputs
     unsupported_features: tuple[str, ...] = ()  # what such an engine could have and this refuses
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """Refuse what an engine can never run.
+
+    Raises:
+        InvalidRequestError: The prompt does not fit, or the way of thinking is not there.
+    """
+    ids, reasoning = request.prompt_token_ids, request.reasoning
+    last = info.vocab_size - 1
+    require(bool(ids), "prompt", "must not be empty")
+    require(len(ids) < info.max_model_len, "prompt", f"must be < {info.max_model_len} tokens")
+    require(min(ids) >= 0 and max(ids) <= last, "prompt", f"has token ids outside 0..{last}")
+    if reasoning.mode not in info.modes:
+        raise InvalidRequestError(
+            f"reasoning_mode {reasoning.mode!r} is not one of {', '.join(info.modes)}",
+            param="reasoning_mode",
+            code="unsupported_reasoning_mode",
+        )
+    adapters = ("none", *info.adapters)
+    is_known = reasoning.adapter in adapters
+    require(is_known, "reasoning.adapter", f"must be one of {', '.join(adapters)}")
+    halt = reasoning.halt
+    named = [*reasoning.end_token_ids, *halt.stop_token_ids, *halt.learned_token_ids]
+    named += [reasoning.constant_token_id] if reasoning.constant_token_id is not None else []
+    is_inside = all(0 <= token_id <= last for token_id in named)
+    require(is_inside, "reasoning", f"names token ids outside 0..{last}")
 
 
 class Engine(Protocol):

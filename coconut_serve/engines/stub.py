@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from coconut_serve.config import StubConfig
-from coconut_serve.engines.base import EngineInfo, OnStep
+from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.errors import EngineDeadError, GenerationError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.types import (
@@ -24,7 +24,6 @@ from coconut_serve.types import (
     SequenceCounts,
     StepStats,
     TokenLogprobs,
-    require,
 )
 
 _VECTOR_MODES = frozenset({"latent", "distribution"})
@@ -87,8 +86,7 @@ class StubEngine:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield the steps of one request."""
         await self.check_health()
-        limit = self.info.max_model_len
-        require(0 < len(request.prompt_token_ids) < limit, "prompt", f"must have 1..{limit} ids")
+        check_request(request, self.info)
         arrival = time.monotonic()
         mode = request.reasoning.mode
         self._waiting[mode] += 1

@@ -6,11 +6,16 @@ The core that both real engines share. It works on device tensors alone and neve
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext
+from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.adapters import AdapterBank
+from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.halting import Controller, View
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
-from coconut_serve.reasoning.slots import EmbedTokens, Slots, SlotSnapshot
+from coconut_serve.reasoning.slots import Slots, SlotSnapshot
 from coconut_serve.types import HaltReason, ReasoningParams
 
 
@@ -20,15 +25,28 @@ class Decider:
     Args:
         slots: The engine's slots.
         mode_names: Modes the model supports.
-        embed_tokens: The model's own embedding call.
+        embedding: The model's input embedding.
+        adapters: What stands between hidden states and inputs.
     """
 
     def __init__(
-        self, slots: Slots, mode_names: Iterable[str], *, embed_tokens: EmbedTokens
+        self,
+        slots: Slots,
+        mode_names: Iterable[str],
+        *,
+        embedding: Embedding,
+        adapters: AdapterBank,
     ) -> None:
         self._slots = slots
         self._modes: dict[str, ReasoningMode] = {n: load_mode(n)(slots) for n in mode_names}
-        self._embed_tokens = embed_tokens
+        self._controller = Controller(slots)
+        self._embedding = embedding
+        self._adapters = adapters
+        self._noise_std = slots.register("noise_std", torch.float32)  # [num_slots]
+        self._end_adds = slots.register("end_adds_vector", torch.bool)  # [num_slots]
+        # What the host must know to skip work that no row asked for.
+        self._host_has_noise = [False] * slots.num_slots
+        self._host_end_adds = [False] * slots.num_slots
 
     def admit(
         self,
@@ -42,6 +60,11 @@ class Decider:
         """Set a slot up for a sequence; with a snapshot, go on where it was taken."""
         self._slots.admit(slot, params, seed, next_token_id)
         self._modes[params.mode].admit(slot, params)
+        self._controller.admit(slot, params)
+        self._noise_std[slot] = params.noise_std
+        self._end_adds[slot] = params.end_adds_vector
+        self._host_has_noise[slot] = params.noise_std > 0
+        self._host_end_adds[slot] = params.end_adds_vector
         if snapshot is not None:
             self._slots.restore(slot, snapshot)
 
@@ -54,45 +77,59 @@ class Decider:
         slots, rows = self._slots, step.row_slots
         is_thinking = slots.is_thinking[rows]
         has_steps = slots.steps_left[rows] > 0
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, bool], list[int]] = {}
         for i, row in enumerate(step.rows):
             if row.may_think:
-                groups.setdefault(row.mode, []).append(i)
-        for name, members in groups.items():
-            self._decide_group(step, self._modes[name], members)
+                groups.setdefault((row.mode, row.thinks_on_logits), []).append(i)
+        for (name, has_logits), members in groups.items():
+            self._decide_group(step, self._modes[name], members, has_logits=has_logits)
         step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
         step.halt = torch.where(is_thinking, step.halt, 0)
         step.thinks = is_thinking & (step.halt == 0)
         has_forced = slots.forced_left[rows] > 0
         step.is_forced = ~step.thinks & has_forced
-        step.is_vector &= step.thinks
+        is_last = (step.halt > 0) & step.is_forced  # the first end token is fed next
+        if any(self._host_end_adds[slot] for slot in step.host_slots):
+            self._add_end(step, is_last & self._end_adds[rows] & step.is_vector)
+        step.is_vector &= step.thinks | step.adds_end
         token = torch.where(step.thinks, step.text, step.sampled)
         step.token = torch.where(step.is_forced, slots.forced[rows, 0], token)
         is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)
         step.halt = torch.where(is_bad & ~step.is_forced, int(HaltReason.NUMERICAL), step.halt)
         self._write(step)
 
-    def _decide_group(self, step: StepRows, mode: ReasoningMode, members: list[int]) -> None:
+    def _add_end(self, step: StepRows, adds: Tensor) -> None:
+        """Let the first end token come on top of the last vector, where `adds`."""
+        end = self._embedding(self._slots.forced[step.row_slots, 0])
+        whole = (step.vector.float() + end.float()).to(step.vector.dtype)
+        step.vector = torch.where(adds.unsqueeze(1), whole, step.vector)
+        step.adds_end = adds
+
+    def _decide_group(
+        self, step: StepRows, mode: ReasoningMode, members: list[int], *, has_logits: bool
+    ) -> None:
         """Ask one mode about its rows and scatter the answer."""
         ctx = StepContext(
             slots=self._slots,
             row_slots=step.select(step.row_slots, members),
             host_slots=tuple(step.rows[i].slot for i in members),
             hidden=step.select(step.hidden, members),
-            logits=step.logits_of(members) if mode.needs_logits else None,
-            sampled=step.select(step.sampled, members) if mode.needs_sampled else None,
-            embed_tokens=self._embed_tokens,
+            logits=step.logits_of(members) if has_logits else None,
+            sampled=step.select(step.sampled, members),
+            embedding=self._embedding,
+            adapters=self._adapters,
             has_trace=any(step.rows[i].wanted.trace_top_k is not None for i in members),
         )
         decision = mode.decide(ctx)
         step.assign(step.text, members, decision.token)
-        if decision.halt is not None:
-            step.assign(step.halt, members, decision.halt)
+        halt = self._halt(ctx, decision, has_text=mode.has_text)
+        if halt is not None:
+            step.assign(step.halt, members, halt)
         if decision.retained_mass is not None:
             step.assign(step.retained_mass, members, decision.retained_mass)
         if decision.vector is None:
             return
-        vector = decision.vector.to(step.vector.dtype)
+        vector = self._add_noise(ctx, decision.vector).to(step.vector.dtype)
         flags = decision.is_vector
         if flags is None:
             flags = torch.ones(len(members), dtype=torch.bool, device=vector.device)
@@ -101,6 +138,29 @@ class Decider:
         step.assign(step.is_bad_vector, members, flags & ~is_finite)
         step.assign(step.vector, members, torch.where(is_finite.unsqueeze(1), vector, 0.0))
         step.assign(step.is_vector, members, flags)
+
+    def _halt(self, ctx: StepContext, decision: StepDecision, *, has_text: bool) -> Tensor | None:
+        """Ask the rules that rows have on."""
+        view = View(
+            slots=self._slots,
+            row_slots=ctx.row_slots,
+            logits=ctx.logits,
+            token=decision.token,
+            has_text=has_text,
+            vector=decision.vector,
+        )
+        return self._controller.check(view, ctx.host_slots)
+
+    def _add_noise(self, ctx: StepContext, vector: Tensor) -> Tensor:
+        """Add Gaussian noise to the rows that want it (LatentTTS, Soft Tokens 2509.19170)."""
+        if not any(self._host_has_noise[slot] for slot in ctx.host_slots):
+            return vector
+        columns = torch.arange(vector.shape[1], device=vector.device).unsqueeze(0)
+        rows, slots = ctx.row_slots, self._slots
+        drawn = noise.normal(
+            slots.seed[rows], slots.num_decisions[rows], noise.VECTOR_STREAM, columns
+        )
+        return vector.float() + self._noise_std[rows].unsqueeze(1) * drawn
 
     def _write(self, step: StepRows) -> None:
         """Write the next input and the counters of every row."""

@@ -146,6 +146,20 @@ def keep_top(p: Tensor, top_k: Tensor) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+def heaviest(weights: Tensor, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Keep the `width` heaviest columns of each row, which hold all the weight there is.
+
+    Args:
+        weights: [num_rows, any] float32.
+        ids: [num_rows, any] int64.
+        width: Columns to keep, at least as many as have weight.
+    """
+    if weights.shape[1] <= width:
+        return weights, ids
+    kept, at = weights.topk(width, dim=-1)
+    return kept, ids.gather(1, at)
+
+
 def mix_embeddings(weights: Tensor, ids: Tensor, embed_tokens: EmbedTokens) -> Tensor:
     """Average embeddings by weight.
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.slots import EmbedTokens, Slots
+from coconut_serve.reasoning.adapters import AdapterBank
+from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import ReasoningParams
 
 
@@ -23,9 +25,11 @@ class StepContext:
     row_slots: Tensor  # [num_rows] int64
     host_slots: tuple[int, ...]  # the same, for branches on what `admit` noted on the host
     hidden: Tensor  # [num_rows, hidden_size], after the final norm
-    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
-    sampled: Tensor | None  # [num_rows] int64, drawn by the row's ordinary sampling settings
-    embed_tokens: EmbedTokens
+    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
+    # neither the mode nor a halting rule looks at them
+    sampled: Tensor  # [num_rows] int64, drawn by the row's ordinary sampling settings, -1 for none
+    embedding: Embedding
+    adapters: AdapterBank
     has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
 
     def uniform(self, stream: int, columns: Tensor) -> Tensor:
@@ -44,7 +48,6 @@ class StepDecision:
     token: Tensor  # [num_rows] int64: the text of the step, -1 for none
     vector: Tensor | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
     is_vector: Tensor | None = None  # [num_rows] bool; None: all rows if `vector` is given
-    halt: Tensor | None = None  # [num_rows] int64, a HaltReason; None: nobody halts
     retained_mass: Tensor | None = None  # [num_rows] float32; None: 1
 
 
@@ -57,12 +60,26 @@ class ReasoningMode(ABC):
     """
 
     name: ClassVar[str]
-    needs_logits: ClassVar[bool] = True  # False: rows skip the output head while thinking
-    needs_sampled: ClassVar[bool] = False  # True: thinking rows draw a token as answers do
     feeds_vectors: ClassVar[bool] = True  # False: every input is the token that is reported
+    has_text: ClassVar[bool] = True  # False: a step stands for no token
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
+
+    @classmethod
+    def needs_logits(cls, params: ReasoningParams) -> bool:
+        """Whether thinking steps look at logits; False lets rows skip the output head."""
+        return True
+
+    @classmethod
+    def thinks_on_logits(cls, params: ReasoningParams) -> bool:
+        """Whether the mode or a halting rule looks at logits while a row thinks."""
+        return cls.needs_logits(params) or params.halt.needs_logits(has_text=cls.has_text)
+
+    @classmethod
+    def needs_sampled(cls, params: ReasoningParams) -> bool:
+        """Whether thinking steps draw a token as answers do."""
+        return False
 
     def admit(self, slot: int, params: ReasoningParams) -> None:  # noqa: B027 (optional hook)
         """Set up the mode's own buffers for a new sequence."""

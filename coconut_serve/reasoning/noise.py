@@ -11,6 +11,9 @@ from torch import Tensor
 SAMPLE_STREAM = 1
 GUMBEL_STREAM = 2
 GAMMA_STREAM = 3
+ADAPTER_STREAM = 4
+VECTOR_STREAM = 5
+HALT_STREAM = 6
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -56,6 +59,12 @@ def uniform(seed: Tensor, counter: Tensor, stream: int, columns: Tensor) -> Tens
 def gumbel(u: Tensor) -> Tensor:
     """Turn uniform numbers into standard Gumbel noise of the same shape."""
     return -torch.log(-torch.log(u))
+
+
+def normal(seed: Tensor, counter: Tensor, stream: int, columns: Tensor) -> Tensor:
+    """Draw standard normal numbers (Box and Muller, 1958); arguments and shape as `uniform`."""
+    radius = torch.sqrt(-2.0 * torch.log(uniform(seed, counter, stream, 2 * columns)))
+    return radius * torch.cos(2 * torch.pi * uniform(seed, counter, stream, 2 * columns + 1))
 
 
 def log_gamma_draw(shape: Tensor, seed: Tensor, counter: Tensor, columns: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class RowPlan:
     may_think: bool  # False once the host has seen the phase end
     needs_logits: bool
     needs_sampled: bool  # a token is drawn from the logits
+    thinks_on_logits: bool = False  # the mode or a halting rule looks at them
     wanted: Wanted = NOTHING
 
 
@@ -88,6 +89,7 @@ class StepRows:
         self.halt = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.thinks = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.is_forced = self.thinks.clone()
+        self.adds_end = self.thinks.clone()  # the end token is fed on top of the last vector
         self.is_vector = self.thinks.clone()
         self.is_bad_vector = self.thinks.clone()  # NaN or Inf in what would be fed
         self.is_bad_sample = self.thinks.clone()  # the same in the logits drawn from

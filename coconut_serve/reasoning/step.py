@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coconut_serve.reasoning import report
+from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
+from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.mode import ProjectLogits
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
 from coconut_serve.reasoning.sampling import Sampler
-from coconut_serve.reasoning.slots import EmbedTokens, Slots, SlotSnapshot
+from coconut_serve.reasoning.slots import Slots, SlotSnapshot
 from coconut_serve.types import Phase, ReasoningParams, Request
 
 
@@ -50,10 +52,11 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
     params = request.reasoning
     mode = load_mode(params.mode)
     may_think = progress.is_thinking
-    may_halt = params.halt.entropy_below > 0 or params.stop_token_id is not None
+    may_halt = params.halt.may_halt
     may_leave = not may_think or progress.num_steps_left <= 0 or may_halt
     may_answer = may_leave and progress.num_forced_left == 0
-    needs_sampled = may_answer or (may_think and mode.needs_sampled)
+    needs_sampled = may_answer or (may_think and mode.needs_sampled(params))
+    thinks_on_logits = may_think and mode.thinks_on_logits(params)
     wanted = Wanted.read(request)
     if not may_think:
         wanted = Wanted(num_logprobs=wanted.num_logprobs)
@@ -62,8 +65,9 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
         slot=slot,
         mode=params.mode,
         may_think=may_think,
-        needs_logits=needs_sampled or has_trace or (may_think and mode.needs_logits),
+        needs_logits=needs_sampled or has_trace or thinks_on_logits,
         needs_sampled=needs_sampled,
+        thinks_on_logits=thinks_on_logits,
         wanted=wanted,
     )
 
@@ -75,7 +79,8 @@ class ReasoningStep:
         slots: The engine's slots.
         mode_names: Modes the model supports.
         vocab_size: Columns of the logits.
-        embed_tokens: The model's own embedding call.
+        embedding: The model's input embedding.
+        adapters: What stands between hidden states and inputs.
         project_logits: The output head with its scaling and soft-caps.
     """
 
@@ -85,11 +90,12 @@ class ReasoningStep:
         mode_names: Iterable[str],
         *,
         vocab_size: int,
-        embed_tokens: EmbedTokens,
+        embedding: Embedding,
+        adapters: AdapterBank,
         project_logits: ProjectLogits,
     ) -> None:
         self._slots = slots
-        self._decider = Decider(slots, mode_names, embed_tokens=embed_tokens)
+        self._decider = Decider(slots, mode_names, embedding=embedding, adapters=adapters)
         self._sampler = Sampler(slots, vocab_size)
         self._project_logits = project_logits
 

@@ -37,16 +37,13 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "min_steps", "max_blocks", "pad_positions", "source", "latent_noise_std",
-        "latent_temperature", "speed", "soft_weight", "switch", "after", "branches", "select",
+        "max_blocks", "pad_positions", "speed", "switch", "after", "branches", "select",
         "seed", "max_total_steps", "mixture.weights", "mixture.replacement", "mixture.moi_beta",
-        "mixture.norm", "mixture.noise_clamp", "halt.stop_prob", "halt.sample",
-        "halt.stop_tokens", "halt.stop_test", "halt.entropy_above", "halt.entropy_unit",
-        "halt.converge_metric", "halt.converge_below", "halt.converge_patience",
+        "mixture.norm", "mixture.noise_clamp",
     )),
-    "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "latentmas", "later_free"),
+    "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "later_free"),
     "mixture.kind": ("full", "multiplex", "moi", "gated"),
-    "halt.rule": ("fixed", "cold_stop", "learned", "stop_token", "converged"),
+    "halt.converge_metric": ("kl",),
 }  # fmt: skip
 
 
@@ -95,8 +92,18 @@ class HaltBody(_Body):
     """reasoning.halt."""
 
     rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
+    stop_tokens: list[int] | None = None
+    stop_test: Literal["argmax", "sampled"] | None = None
+    stop_temperature: Number | None = None
+    stop_prob: Number | None = None
+    sample: bool | None = None
     entropy_below: Number | None = None
     entropy_patience: int | None = None
+    entropy_above: Number | None = None
+    entropy_unit: Literal["nats", "normalized"] | None = None
+    converge_metric: Literal["none", "cosine", "rel_l2", "kl", "argmax_stable"] | None = None
+    converge_below: Number | None = None
+    converge_patience: int | None = None
 
 
 class ReasoningBody(_Body):
@@ -107,9 +114,14 @@ class ReasoningBody(_Body):
     summary: str | None = None  # OpenAI's; accepted without effect
     preset: str | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
+    min_steps: Annotated[int, Field(ge=0)] | None = None
     start: str | int | list[int] | None = None
     end: str | int | list[int] | None = None
+    source: Literal["hidden", "distribution", "constant"] | None = None
     adapter: str | None = None
+    latent_noise_std: Number | None = None
+    latent_temperature: Number | None = None
+    soft_weight: Number | None = None
     mixture: MixtureBody | None = None
     halt: HaltBody | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
@@ -301,9 +313,6 @@ def _check_values(asked: Mapping[str, Any]) -> None:
         raise InvalidRequestError(
             f"reasoning.preset must be one of {known}", param="reasoning.preset"
         )
-    adapter = asked.get("adapter")
-    if adapter not in (None, "auto", "none", "realign"):
-        raise not_yet("reasoning.adapter", adapter)
     for name in ("start", "end"):
         value = asked.get(name)
         if isinstance(value, str) and value not in ("auto", "none"):

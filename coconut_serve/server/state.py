@@ -62,6 +62,7 @@ class Service:
             allowed_modes=config.allowed_reasoning_modes,
             default_mode=config.default_reasoning_mode,
             max_model_len=engine.info.max_model_len,
+            adapters=engine.info.adapters,
         )
         prompts = PromptBuilder(
             tokenizer=tokenizer,

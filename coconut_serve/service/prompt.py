@@ -12,7 +12,14 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service import reasoning
 from coconut_serve.service.reasoning import ModelReasoning, Resolved
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
-from coconut_serve.types import MAX_FORCED_TOKENS, ReasoningParams, Request, SamplingParams, require
+from coconut_serve.types import (
+    MAX_FORCED_TOKENS,
+    HaltParams,
+    ReasoningParams,
+    Request,
+    SamplingParams,
+    require,
+)
 
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
 _TEMPLATE_TAIL = 4
@@ -116,7 +123,7 @@ class PromptBuilder:
             require_tokenizer(self._tokenizer, "stop", "use stop_token_ids")
         preset = reasoning.PRESETS.get(ask.reasoning.get("preset", ""), {})
         mode = ask.mode or preset.get("mode") or self._model.default_mode
-        reasoning.check_mode(mode, self._model, ask.reasoning)
+        reasoning.check_mode(mode, self._model, {**preset, **ask.reasoning})
         prompts = self._tokenise(ask, mode)
         max_tokens = ask.sampling.max_tokens
         if max_tokens is None and ask.has_default_max_tokens:
@@ -143,7 +150,7 @@ class PromptBuilder:
             params = resolved.params
             if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
                 # A raw prompt is continued as it is; it thinks only if it ends in a thought.
-                params = replace(params, steps=0, end_token_ids=(), stop_token_id=None)
+                params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             room = self._room(prompt, params, max_tokens, ask)
             sampling = self._sampling(ask.sampling, room)
             for choice in range(ask.n):
@@ -177,7 +184,9 @@ class PromptBuilder:
             ids = self._chat(ask.messages, mode, ask.chat_template_options)
             return [self._bound_thinking(ids, mode, _TEMPLATE_TAIL)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
-        if mode == "distribution":  # asked for by name, so the phase is opened here too
+        is_implied = self._model.is_thinker and self._model.think_start_id is None
+        # Asked for by name, so the phase is opened here too, or closed where prompts open it.
+        if mode == "distribution" or (mode == "none" and is_implied):
             prompts = [self._bound_thinking(p, mode, len(p)) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
@@ -218,21 +227,26 @@ class PromptBuilder:
         The template may have opened it already.
         """
         start, end = self._model.think_start_id, self._model.think_end_id
-        if start is None or end is None or mode == "latent":
+        if (
+            end is None
+            or mode == "latent"
+            or (mode == "distribution" and self._model.has_latent_slots)
+        ):
             return ids
         is_open = self._is_thinking_open(ids, tail)
         if mode == "none":
             return (*ids, end) if is_open else ids
-        return ids if is_open else (*ids, start)
+        return ids if is_open or start is None else (*ids, start)
 
     def _is_thinking_open(self, ids: tuple[int, ...], tail: int) -> bool:
         """Whether a prompt ends inside a thinking phase, by the think tokens in its last ids.
 
-        Of a chat only what its template wrote counts: further up they may be a user's text.
+        Of a chat only what its template wrote counts: further up they may be a user's text. A
+        model without a start token thinks from the end of the prompt on.
         """
         bounds = (self._model.think_start_id, self._model.think_end_id)
         last = next((i for i in reversed(ids[-tail:]) if i in bounds), None)
-        return last is not None and last == bounds[0]
+        return last == bounds[0]
 
     def _check_boundary_ids(self, resolved: Resolved) -> None:
         is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS

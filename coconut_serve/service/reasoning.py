@@ -2,18 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.tokenizer import Tokenizer
-from coconut_serve.types import MAX_STEPS, HaltParams, MixtureParams, ReasoningParams, require
+from coconut_serve.types import (
+    MAX_STEPS,
+    HaltParams,
+    MixtureParams,
+    ReasoningParams,
+    Source,
+    require,
+)
 
 T = TypeVar("T")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "coconut": {"mode": "latent"},
+    "codi": {"mode": "latent"},
+    "latentmas": {"mode": "latent", "adapter": "realign", "steps": 40},
     "soft_thinking": {
         "mode": "distribution",
         "mixture.top_k": 10,
@@ -41,6 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 EFFORTS: dict[str, float] = {
     "minimal": 0.25, "low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0,
 }  # fmt: skip
+_HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
+_REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
 _EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
 
@@ -55,6 +66,7 @@ class ModelReasoning:
     think_start_id: int | None
     think_end_id: int | None
     max_model_len: int
+    adapters: tuple[str, ...] = ()  # the engine's
 
     @classmethod
     def read(
@@ -66,6 +78,7 @@ class ModelReasoning:
         allowed_modes: tuple[str, ...] | None,
         default_mode: str | None,
         max_model_len: int,
+        adapters: tuple[str, ...] = (),
     ) -> "ModelReasoning":
         """Combine manifest, tokenizer and server settings.
 
@@ -92,9 +105,9 @@ class ModelReasoning:
         start = manifest.tokens.think_start if manifest else None
         end = manifest.tokens.think_end if manifest else None
         find = tokenizer.find_id if tokenizer else lambda _: None
-        start_id = start.id if start else find("<think>")
         end_id = end.id if end else find("</think>")
-        is_thinker = start_id is not None and end_id is not None
+        start_id = start.id if start else None if end else find("<think>")
+        is_thinker = end_id is not None and (end is not None or start_id is not None)
         return cls(
             modes=modes,
             default_mode=preferred if preferred in modes else fallback,
@@ -102,12 +115,18 @@ class ModelReasoning:
             think_start_id=start_id if is_thinker else None,
             think_end_id=end_id if is_thinker else None,
             max_model_len=max_model_len,
+            adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
         )
 
     @property
     def is_thinker(self) -> bool:
-        """Whether the model has think tokens, which then bound its phases."""
+        """Whether an end-of-thought token bounds the model's thinking."""
         return self.think_end_id is not None
+
+    @property
+    def has_latent_slots(self) -> bool:
+        """Whether soft tokens stand where hidden states would: the model was trained for that."""
+        return self.manifest is not None and self.manifest.distribution.slots == "latent"
 
     @property
     def question_template(self) -> str | None:
@@ -150,13 +169,13 @@ def check_mode(mode: str, model: ModelReasoning, asked: Mapping[str, Any]) -> No
     """
     if mode in model.modes:
         return
-    if mode == "latent" and asked.get("adapter") == "realign":
-        raise not_yet("reasoning.adapter", "realign")
+    if mode == "latent" and asked.get("adapter") == _REALIGN and _REALIGN in model.adapters:
+        return
     hint = ""
     if mode == "latent":
         hint = (
             f": it has no {'latent mode in its ' if model.manifest else ''}latent_config.json; "
-            'the training-free adapter "realign" would be needed'
+            'the training-free adapter "realign" would be needed, where the engine has it'
         )
     raise InvalidRequestError(
         f"reasoning_mode {mode!r} is not supported by this model{hint}. "
@@ -198,29 +217,29 @@ def resolve(
         InvalidRequestError: A setting is out of range or not supported.
     """
     preset = PRESETS.get(asked.get("preset", ""), {})
-    declared = (model.manifest or Manifest()).distribution.model_dump(exclude_none=True)
-    from_manifest = {f"mixture.{name}": value for name, value in declared.items()}
-    pick = _Picker([("request", asked), ("preset", preset), ("manifest", from_manifest)])
+    manifest = model.manifest or Manifest()
+    declared = _declared(manifest, mode)
+    pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
     warnings: list[str] = []
-    suffix: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-    stop_id: int | None = None
-    steps = 0
-    if mode == "latent":
-        suffix, end = _latent_bounds(asked, model)
-        steps = _latent_steps(pick, model, effort, warnings)
-    elif mode != "none":
-        steps, stop_id = _token_steps(pick, mode, model, effort, num_prompt_tokens, max_tokens)
-        end = (stop_id,) if stop_id is not None else ()
+    phase = _Phase()
     is_soft = mode == "distribution"
+    if mode == "latent" or (is_soft and model.has_latent_slots):
+        phase = _latent_phase(pick, asked, model, effort, warnings)
+    elif mode != "none":
+        phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
+    thinks = phase.steps > 0
+    halt = _halt(pick, phase.stop_ids) if thinks else HaltParams()
     params = ReasoningParams(
         mode=mode,
-        steps=steps,
-        is_fixed=mode == "latent",
-        end_token_ids=end,
-        stop_token_id=stop_id,
+        steps=phase.steps,
+        min_steps=pick("min_steps", 0) if thinks else 0,
+        is_fixed=phase.is_counted and not halt.may_halt,
+        end_token_ids=phase.end_ids,
+        end_adds_vector=mode == "latent" and manifest.halting.end_adds_latent,
+        noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         mixture=_pick_all(pick, MixtureParams, "mixture") if is_soft else MixtureParams(),
-        halt=_pick_all(pick, HaltParams, "halt") if is_soft else HaltParams(),
+        halt=halt,
+        **(_latent_input(pick, manifest, warnings) if mode == "latent" else {}),
         trace=_trace(pick, max_trace),
         trace_top_k=pick("trace_top_k", 5),
     )
@@ -228,14 +247,87 @@ def resolve(
     if unused:
         warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
-        params=params, suffix_ids=suffix, parameters=pick.parameters, warnings=tuple(warnings)
-    )
+        params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
+        warnings=tuple(warnings),
+    )  # fmt: skip
 
 
-def _latent_bounds(
-    asked: Mapping[str, Any], model: ModelReasoning
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and end tokens of a latent phase: the manifest's unless the request says."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phase:
+    """How a thinking phase is bounded."""
+
+    steps: int = 0
+    is_counted: bool = False  # the count is exact, unless a halting rule is on
+    start_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # the model's own end of thought
+
+
+def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
+    """What the manifest says of settings, by the names of a request."""
+    declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
+    halting = manifest.halting
+    if mode == "latent" and halting.rule != "fixed":
+        is_drawn = halting.test == "sampled"
+        declared["halt.stop_temperature"] = halting.temperature
+        if halting.rule == "binary_rows":
+            declared |= {"halt.learned_token_ids": halting.token_ids, "halt.sample": is_drawn}
+            declared["min_steps"] = 1  # the rows are asked after a latent, not before the first
+        else:
+            declared |= {"halt.stop_tokens": halting.token_ids, "halt.stop_test": halting.test}
+    return declared
+
+
+def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:
+    """What a latent step feeds."""
+    adapter = pick("adapter", "auto")
+    if adapter == "auto":
+        adapter = "default" if "default" in manifest.adapters else "none"
+    if adapter == _REALIGN:
+        warnings.append("adapter 'realign': this model was not trained to think in latents")
+    source = pick("source", "hidden")
+    is_known = source in get_args(Source)
+    require(is_known, "reasoning.source", f"must be one of {', '.join(get_args(Source))} here")
+    token = manifest.tokens.latent or manifest.tokens.start
+    return {
+        "adapter": adapter,
+        "source": source,
+        "constant_token_id": token.id if token and source == "constant" else None,
+        "latent_temperature": pick("latent_temperature", 1.0),
+        "soft_weight": pick("soft_weight", 0.0),
+    }
+
+
+def _halt(pick: _Picker, stop_ids: tuple[int, ...]) -> HaltParams:
+    """The halting rules; `stop_ids` end the phase whatever else is asked."""
+    rule = pick("halt.rule", "auto")
+    if rule == "fixed":
+        return HaltParams(stop_token_ids=stop_ids)
+    values = {
+        f.name: pick(f"halt.{_HALT_NAMES.get(f.name, f.name)}", f.default)
+        for f in fields(HaltParams)
+    }
+    values["stop_token_ids"] = (*stop_ids, *(values["stop_token_ids"] or ()))
+    values["learned_token_ids"] = tuple(values["learned_token_ids"])
+    if rule == "cold_stop" and not values["entropy_below"]:
+        values["entropy_below"] = PRESETS["soft_thinking"]["halt.entropy_below"]
+    if rule == "converged" and values["converge_metric"] == "none":
+        values["converge_metric"] = "cosine"
+    halt = HaltParams(**values)
+    needed = {"learned": halt.learned_token_ids, "stop_token": halt.stop_token_ids}
+    has_what_it_takes = bool(needed.get(rule, True))
+    require(has_what_it_takes, "reasoning.halt.rule", f"{rule!r} is not declared by this model")
+    return halt
+
+
+def _latent_phase(
+    pick: _Picker,
+    asked: Mapping[str, Any],
+    model: ModelReasoning,
+    effort: str | None,
+    warnings: list[str],
+) -> _Phase:
+    """A phase in latent slots: start and end are the manifest's unless the request says."""
     manifest = model.manifest or Manifest()
 
     def ids(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -246,7 +338,12 @@ def _latent_bounds(
             return ()
         return tuple(value) if isinstance(value, list) else (value,)
 
-    return ids("start", manifest.start_token_ids), ids("end", manifest.end_token_ids)
+    return _Phase(
+        steps=_latent_steps(pick, model, effort, warnings),
+        is_counted=True,
+        start_ids=ids("start", manifest.start_token_ids),
+        end_ids=ids("end", manifest.end_token_ids),
+    )
 
 
 def _latent_steps(
@@ -264,17 +361,17 @@ def _latent_steps(
     return steps
 
 
-def _token_steps(
+def _token_phase(
     pick: _Picker,
     mode: str,
     model: ModelReasoning,
     effort: str | None,
     num_prompt_tokens: int,
     max_tokens: int,
-) -> tuple[int, int | None]:
-    """Step budget and stop token of `cot` and `distribution`."""
+) -> _Phase:
+    """A phase of `cot` or `distribution` in the text: capped, and ended by the think token."""
     if not model.is_thinker and mode != "distribution":
-        return 0, None  # without think tokens cot is plain decoding
+        return _Phase()  # without think tokens cot is plain decoding
     room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - 1)
     scale = 1.0 if effort is None else EFFORTS[effort]
     if model.is_thinker:
@@ -284,7 +381,8 @@ def _token_steps(
         default, limit = round(_DEFAULT_SOFT_STEPS * scale), MAX_STEPS
     steps = int(pick("steps", default))
     require(0 <= steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
-    return steps, model.think_end_id
+    stop_ids = () if model.think_end_id is None else (model.think_end_id,)
+    return _Phase(steps=steps, end_ids=stop_ids, stop_ids=stop_ids)
 
 
 def _pick_all(pick: _Picker, kind: type[T], prefix: str) -> T:
@@ -296,7 +394,7 @@ def _pick_all(pick: _Picker, kind: type[T], prefix: str) -> T:
 def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
     """Name what the request asked for and the mode does not look at."""
     asked = pick.layers[0][1]
-    used = {*pick.parameters, "adapter", "mixture.kind", "halt.rule"}
+    used = {*pick.parameters, "mixture.kind"}
     used |= {"start", "end"} if mode == "latent" else set()
     used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
     unused = sorted(f"reasoning.{name}" for name in asked if name not in used)

@@ -58,9 +58,7 @@ def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
         ({"schema": 1, "steps": 9, "max_steps": 3}, "steps"),
         ({"schema": 1, "default_mode": "latent"}, "default_mode"),
         ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
-        ({"schema": 1, "adapters": {"default": {"type": "mlp_ln"}}}, "not yet supported"),
-        ({"schema": 1, "halting": {"rule": "binary_rows"}}, "not yet supported"),
-        ({"schema": 1, "boundary": "model_emitted"}, "boundary"),
+        ({"schema": 1, "boundary": "telepathic"}, "boundary"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, data: Any, message: str) -> None:

@@ -112,12 +112,16 @@ async def test_stock_client_gets_sensible_answers_in_every_mode(client: openai.A
         assert "4" in text
 
 
-async def test_latent_without_manifest_is_refused(client: openai.AsyncOpenAI) -> None:
+async def test_latent_without_manifest_needs_realign(client: openai.AsyncOpenAI) -> None:
     messages: Any = [{"role": "user", "content": "What is 2+2?"}]
-    for adapter, code in ((None, "unsupported_reasoning_mode"), ("realign", "not_yet_supported")):
-        body: dict[str, Any] = {"reasoning_mode": "latent"}
-        if adapter:
-            body["reasoning"] = {"adapter": adapter}
-        with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(model="m", messages=messages, extra_body=body)
-        assert caught.value.code == code
+    body: dict[str, Any] = {"reasoning_mode": "latent"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="m", messages=messages, extra_body=body)
+    assert caught.value.code == "unsupported_reasoning_mode"
+    body["reasoning"] = {"preset": "latentmas", "steps": 3}
+    answer: Any = await client.chat.completions.create(
+        model="m", messages=messages, extra_body=body, max_tokens=8
+    )
+    assert answer.usage.reasoning["latent_steps"] == 3
+    assert answer.usage.reasoning["parameters"]["adapter"]["value"] == "realign"
+    assert "not trained" in answer.usage.reasoning["warnings"][0]

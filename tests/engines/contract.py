@@ -62,8 +62,10 @@ class EngineContract:
     async def test_closing_frees_everything(self) -> None:
         async with self.engine() as (engine, stats):
             streams = [
-                engine.generate(make_request(f"{i}", mode=mode, steps=20, max_tokens=20))
-                for i, mode in enumerate(("cot", "latent", "distribution", "none"))
+                engine.generate(make_request(f"{i}", mode=mode, steps=steps, max_tokens=20))
+                for i, (mode, steps) in enumerate(
+                    (("cot", 20), ("latent", 20), ("distribution", 20), ("none", 0))
+                )
             ]
             for stream in streams:
                 await anext(stream)

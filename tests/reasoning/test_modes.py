@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coconut_serve.reasoning.adapters import AdapterBank
+from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
@@ -27,7 +29,8 @@ def make_step(num_slots: int = 8) -> tuple[ReasoningStep, Slots]:
         slots,
         mode_names(),
         vocab_size=VOCAB,
-        embed_tokens=lambda ids: TABLE[ids],
+        embedding=Embedding(lambda ids: TABLE[ids], TABLE),
+        adapters=AdapterBank(),
         project_logits=lambda hidden: hidden @ TABLE.T,
     )
     return step, slots
@@ -103,7 +106,8 @@ def test_latent_steps_skip_the_output_head() -> None:
 
 
 def test_cot_ends_on_its_stop_token() -> None:
-    request = make_request(mode="cot", steps=10, end=(7,), reasoning={"stop_token_id": 7})
+    halt = HaltParams(stop_token_ids=(7,))
+    request = make_request(mode="cot", steps=10, end=(7,), reasoning={"halt": halt})
     results = drive(request, [pointing_at(3), pointing_at(7), pointing_at(4)])
     assert [r.phase for r in results] == [Phase.THINK, Phase.BOUNDARY, Phase.ANSWER]
     assert [r.token_id for r in results] == [3, 7, 4]
@@ -111,7 +115,8 @@ def test_cot_ends_on_its_stop_token() -> None:
 
 
 def test_distribution_ends_when_the_likeliest_token_is_the_stop_token() -> None:
-    request = make_request(mode="distribution", steps=10, end=(7,), reasoning={"stop_token_id": 7})
+    halt = HaltParams(stop_token_ids=(7,))
+    request = make_request(mode="distribution", steps=10, end=(7,), reasoning={"halt": halt})
     results = drive(request, [pointing_at(3), pointing_at(7), pointing_at(4)])
     assert [r.phase for r in results] == [Phase.THINK, Phase.BOUNDARY, Phase.ANSWER]
     assert [r.is_vector for r in results] == [True, False, False]

@@ -1,5 +1,6 @@
 """Which settings win, and what a model without them gets."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,14 +101,14 @@ def test_model_without_think_tokens() -> None:
     assert model.default_mode == "cot"
     assert resolved("cot", model).params.steps == 0, "cot and none are the same"
     soft = resolved("distribution", model).params
-    assert (soft.steps, soft.end_token_ids, soft.stop_token_id) == (16, (), None)
+    assert (soft.steps, soft.end_token_ids, soft.halt.stop_token_ids) == (16, (), ())
 
 
 def test_thinking_model_is_bounded_by_its_think_tokens() -> None:
     tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
     model = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
     params = resolved("cot", model).params
-    assert params.stop_token_id == 21
+    assert params.halt.stop_token_ids == (21,)
     assert params.end_token_ids == (21,)
     assert params.steps == 1000 - 50 - 30 - 1, "what is left after prompt and answer"
     assert resolved("cot", model, steps=8).params.steps == 8
@@ -117,9 +118,10 @@ def test_mode_that_the_model_lacks_is_refused_with_the_list() -> None:
     with pytest.raises(InvalidRequestError, match="none, cot, distribution") as caught:
         check_mode("latent", make_model(None), {})
     assert caught.value.code == "unsupported_reasoning_mode"
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidRequestError, match="where the engine has it"):
         check_mode("latent", make_model(None), {"adapter": "realign"})
-    assert caught.value.code == "not_yet_supported"
+    able = replace(make_model(None), adapters=("realign",))
+    check_mode("latent", able, {"adapter": "realign"})
 
 
 def test_server_can_narrow_the_modes() -> None:

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.config import EngineConfig, parse_memory
-from coconut_serve.engines.base import EngineInfo, OnStep
+from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.engines.native.runner import Runner
 from coconut_serve.engines.native.scheduler import Schedule, ScheduledRow, Scheduler
 from coconut_serve.engines.native.sequence import Sequence
-from coconut_serve.errors import EngineDeadError, InvalidRequestError, StartupError
-from coconut_serve.types import Request, RequestOutput, StepStats, require
+from coconut_serve.errors import EngineDeadError, StartupError
+from coconut_serve.reasoning.adapters import REALIGN, AdapterBank
+from coconut_serve.types import Request, RequestOutput, StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class NativeEngine:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Yield what each step adds to one sequence; closing aborts it."""
         self._require_alive()
-        self._check(request)
+        check_request(request, self._info)
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._inbox.put(_Add(Sequence(request), outputs))
         self._require_alive()  # death is set before the inbox is emptied, so one of both sees it
@@ -122,23 +124,6 @@ class NativeEngine:
             if not is_finished:
                 self._inbox.put(_Abort(request.request_id))
 
-    def _check(self, request: Request) -> None:
-        """Refuse what can never run."""
-        ids, info = request.prompt_token_ids, self._info
-        require(bool(ids), "prompt", "must not be empty")
-        require(len(ids) < info.max_model_len, "prompt", f"must be < {info.max_model_len} tokens")
-        require(
-            min(ids) >= 0 and max(ids) < info.vocab_size,
-            "prompt",
-            f"has token ids outside 0..{info.vocab_size - 1}",
-        )
-        if request.reasoning.mode not in self._modes:
-            raise InvalidRequestError(
-                f"reasoning_mode {request.reasoning.mode!r} is not one of {self._modes}",
-                param="reasoning_mode",
-                code="unsupported_reasoning_mode",
-            )
-
     # ---- loading -------------------------------------------------------------------------
 
     def _load(self) -> None:
@@ -149,6 +134,9 @@ class NativeEngine:
             transformers_logging.disable_progress_bar()
         started = time.monotonic()
         self._num_threads = default_num_threads() if device.type == "cpu" else 1
+        manifest = load_manifest(config.model)
+        specs = manifest.adapter_specs if manifest else {}
+        self._adapters = AdapterBank.load(config.model, specs, device)
         self._model = PagedModel.load(config.model, dtype=dtype, device=device)
         positions, max_model_len = self._size_cache()
         self._max_model_len = max_model_len
@@ -164,6 +152,7 @@ class NativeEngine:
             modes=self._modes,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
+            adapters=(*self._adapters.names, REALIGN),
             fingerprint=digest.hexdigest()[:12],
         )
         logger.info("model loaded in %.1f s", time.monotonic() - started)
@@ -214,6 +203,7 @@ class NativeEngine:
         self._runner = Runner(
             self._model,
             self._modes,
+            self._adapters,
             num_slots=config.max_num_seqs,
             num_blocks=self._num_blocks,
             block_size=self._block_size,

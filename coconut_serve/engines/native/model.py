@@ -14,6 +14,7 @@ from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
 from coconut_serve.engines.native.linear import pack_linears
 from coconut_serve.errors import StartupError
+from coconut_serve.reasoning.embedding import Embedding
 
 _TEST_LENGTH = 24  # positions of the self-test's prompt
 
@@ -59,6 +60,7 @@ class PagedModel:
         self.device = device
         self.dtype = model.dtype
         self.embed_tokens: Callable[[Tensor], Tensor] = model.get_input_embeddings()
+        self.embedding = Embedding(self.embed_tokens, model.get_input_embeddings().weight)
         config = model.config.get_text_config()
         self.config = config
         self.hidden_size: int = config.hidden_size
@@ -117,6 +119,11 @@ class PagedModel:
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Apply the output head alone; [n, hidden] -> [n, vocab]."""
+        logits: Tensor = self._head(hidden)
+        return logits
 
     def project_logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, scaled and capped as the model does; [n, hidden] -> [n, vocab]."""

@@ -7,6 +7,7 @@ from coconut_serve.engines.native.batch import BatchBuilder, StepBatch
 from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.engines.native.scheduler import Preemption, Schedule
 from coconut_serve.engines.native.sequence import SavedState, Sequence
+from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import ReasoningStep, plan_row
@@ -21,6 +22,7 @@ class Runner:
     Args:
         model: The loaded model.
         mode_names: Modes to support.
+        adapters: What the checkpoint has between hidden states and inputs.
         num_slots: Sequences that run at once.
         num_blocks: Blocks of the cache, the null block included.
         block_size: Positions of a block.
@@ -31,6 +33,7 @@ class Runner:
         self,
         model: PagedModel,
         mode_names: tuple[str, ...],
+        adapters: AdapterBank,
         *,
         num_slots: int,
         num_blocks: int,
@@ -38,6 +41,7 @@ class Runner:
         max_model_len: int,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._block_size = block_size
         num_cache_slots = num_blocks * block_size
         self._caches = model.make_caches(num_cache_slots)
@@ -49,7 +53,8 @@ class Runner:
             self._slots,
             mode_names,
             vocab_size=model.vocab_size,
-            embed_tokens=model.embed_tokens,
+            embedding=model.embedding,
+            adapters=adapters,
             project_logits=model.project_logits,
         )
         self._builder = BatchBuilder(
@@ -101,6 +106,11 @@ class Runner:
     def _admit(self, sequence: Sequence) -> None:
         """Set up a slot, from what preemption saved if there is such."""
         assert sequence.slot is not None
+        if sequence.request.reasoning.adapter == REALIGN and REALIGN not in self._adapters.names:
+            model = self._model
+            like = self._inputs
+            built = build_realign(model.embedding, model.project, model.hidden_size, like)
+            self._adapters.add(REALIGN, built)
         saved, sequence.saved = sequence.saved, None
         sequence.replay = saved.vectors if saved else None
         snapshot = saved.snapshot if saved else None

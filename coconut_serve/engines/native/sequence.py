@@ -82,7 +82,7 @@ class Sequence:
     def note(self, result: RowResult) -> None:
         """Follow one decision: its input is the new pending one."""
         self.progress.note(result)
-        self.num_vector_steps += result.is_vector
+        self.num_vector_steps += result.is_vector and result.phase is Phase.THINK
         self.num_forced_tokens += result.phase is Phase.BOUNDARY
         self.inputs.append(None if result.is_vector else result.token_id)
 

@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.config import EngineConfig
-from coconut_serve.engines.base import EngineInfo, OnStep
+from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.vllm import plugin
 from coconut_serve.engines.vllm.follow import Follower
 from coconut_serve.engines.vllm.options import build_engine_args, check_adapter
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_RESTARTS = 3  # deaths within the window below after which the engine stays dead
 _RESTART_WINDOW_SECONDS = 600.0
+_MAX_STOPS = 128  # vLLM's own, of a request with min_tokens
+_MAX_BIASES = 1024  # vLLM's own
 
 
 @dataclass(slots=True)
@@ -138,7 +142,8 @@ class VllmEngine:
             raise
         cache = llm.vllm_config.cache_config
         observer.num_blocks = cache.num_gpu_blocks or 0
-        self._info = _describe(llm.vllm_config, self._modes)
+        observer.num_engines = llm.vllm_config.parallel_config.data_parallel_size
+        self._info = _describe(llm.vllm_config, self._modes, _adapter_names(self._config.model))
         self._hidden_size = llm.vllm_config.model_config.get_inputs_embeds_size()
         return _Life(llm, observer)
 
@@ -223,7 +228,8 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-        hidden = next(i for i in range(self.info.vocab_size) if i not in _stops(request))
+        stops = request.sampling.stop_token_ids
+        hidden = next(i for i in range(self.info.vocab_size) if i not in stops)
         thinking = thinking_of(request, hidden_size=self._hidden_size, hidden_token_id=hidden)
         follower = Follower(request, thinking)
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
@@ -257,21 +263,19 @@ class VllmEngine:
         life.observer.count_row(mode, mode if output.is_vector else "decode")
 
     def _check(self, request: Request) -> None:
-        """Refuse what can never run."""
-        ids, info = request.prompt_token_ids, self.info
-        require(bool(ids), "prompt", "must not be empty")
-        require(len(ids) < info.max_model_len, "prompt", f"must be < {info.max_model_len} tokens")
-        require(
-            min(ids) >= 0 and max(ids) < info.vocab_size,
-            "prompt",
-            f"has token ids outside 0..{info.vocab_size - 1}",
-        )
-        if request.reasoning.mode not in self._modes:
-            raise InvalidRequestError(
-                f"reasoning_mode {request.reasoning.mode!r} is not one of {self._modes}",
-                param="reasoning_mode",
-                code="unsupported_reasoning_mode",
-            )
+        """Refuse what can never run; vLLM's own limits would end its worker."""
+        check_request(request, self.info)
+        sampling = request.sampling
+        num_stops = len(sampling.stop_token_ids) if sampling.min_tokens else 0
+        require(num_stops <= _MAX_STOPS, "stop_token_ids", f"takes {_MAX_STOPS} with min_tokens")
+        num_biases = len(_biases(request))
+        require(num_biases <= _MAX_BIASES, "logit_bias", f"takes {_MAX_BIASES} with banned tokens")
+
+
+def _biases(request: Request) -> dict[int, float]:
+    """logit_bias and banned tokens."""
+    sampling = request.sampling
+    return dict(sampling.logit_bias) | dict.fromkeys(sampling.banned_token_ids, -100.0)
 
 
 def _stops(request: Request) -> frozenset[int]:
@@ -287,7 +291,6 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
     sampling, params = request.sampling, request.reasoning
     num_thinking = params.steps + params.num_forced
     has_known_length = params.is_fixed or not params.steps
-    bias = dict(sampling.logit_bias) | dict.fromkeys(sampling.banned_token_ids, -100.0)
     return SamplingParams(
         max_tokens=num_thinking + sampling.max_tokens,
         min_tokens=num_thinking + sampling.min_tokens
@@ -300,7 +303,7 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        logit_bias=bias or None,
+        logit_bias=_biases(request) or None,
         seed=sampling.seed,
         stop_token_ids=sorted(_stops(request)),
         ignore_eos=True,  # the stop ids hold it, if it is to stop anything
@@ -339,7 +342,13 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
     return outputs
 
 
-def _describe(config: Any, modes: tuple[str, ...]) -> EngineInfo:
+def _adapter_names(model: Path) -> tuple[str, ...]:
+    """What the manifest has between hidden states and inputs; the workers load it."""
+    manifest = load_manifest(model)
+    return tuple(manifest.adapters) if manifest else ()
+
+
+def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) -> EngineInfo:
     """Read off vLLM's configuration what it can do."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
@@ -359,6 +368,7 @@ def _describe(config: Any, modes: tuple[str, ...]) -> EngineInfo:
         modes=modes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(config.device_config.device_type),
+        adapters=adapters,
         unsupported_features=plugin.UNSUPPORTED,
         fingerprint=digest.hexdigest()[:12],
     )

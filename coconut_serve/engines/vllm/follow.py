@@ -96,7 +96,8 @@ class Follower:
             num_output_tokens=counts.num_output_tokens + (result.phase is Phase.ANSWER),
             num_reasoning_steps=counts.num_reasoning_steps + (result.phase is Phase.THINK),
             num_forced_tokens=counts.num_forced_tokens + (result.phase is Phase.BOUNDARY),
-            num_vector_steps=counts.num_vector_steps + result.is_vector,
+            num_vector_steps=counts.num_vector_steps
+            + (result.is_vector and result.phase is Phase.THINK),
         )
 
     def _infer(self, token_id: int) -> RowResult:
@@ -107,9 +108,9 @@ class Follower:
             is_text = not load_mode(params.mode).feeds_vectors
             if progress.num_steps_left <= 0:
                 halt = HaltReason.CAP
-            elif is_text and params.stop_token_id == token_id:
+            elif is_text and token_id in params.halt.stop_token_ids:
                 halt = HaltReason.STOP_TOKEN
-            elif not is_text and token_id in self._thinking.stop_token_ids:
+            elif not is_text and token_id in self._thinking.answer_stop_token_ids:
                 halt = HaltReason.NUMERICAL  # nothing else ends a row whose positions have no token
             else:
                 return RowResult(

@@ -7,21 +7,28 @@ their token replaced after it has drawn and before log-probabilities are gathere
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
+from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.engines.vllm.params import Thinking, from_extra_args
 from coconut_serve.engines.vllm.worker import Decided, WorkerReasoning, WorkerRow
+from coconut_serve.reasoning.adapters import AdapterBank
+from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.sampling import LogitChange, apply_changes
-from coconut_serve.reasoning.slots import upload
+from coconut_serve.reasoning.slots import EmbedTokens, upload
 
+_LORA_LAYER = "VocabParallelEmbeddingWithLoRA"
 _REFUSED = (
     ("speculative_config", None, "speculative decoding: drafts cannot follow a vector"),
     ("kv_transfer_config", None, "KV transfer: blocks that hold thoughts would move under ids"),
@@ -81,13 +88,16 @@ class ReasoningStateMixin:
             num_slots=vllm_config.scheduler_config.max_num_seqs,
             hidden_size=config.get_inputs_embeds_size(),
             modes=mode_names(),
-            embed_tokens=self._embed,
+            embedding=_embedding(model, self._embed),
+            adapters=_load_adapters(config.model, device),
+            vocab_size=config.get_vocab_size(),
             dtype=config.dtype,
             device=device,
         )
         self.captured: Tensor | None = None  # hidden states that the logits were made from
         self.batch: Any = None  # the batch whose inputs were prepared last
-        self.inputs: Tensor | None = None  # [num_tokens, hidden_size], its inputs
+        self.inputs: Tensor | None = None  # [num_rows, hidden_size], the last input of each row
+        self._adapted: list[nn.Module] | None = None  # embedding layers that LoRA wraps
         self._compute_logits = model.compute_logits
         model.compute_logits = self._capture  # type: ignore[assignment]  # on the instance
 
@@ -98,7 +108,9 @@ class ReasoningStateMixin:
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Call the model's embedding; [...] int64 -> [..., hidden_size]."""
-        with _without_adapters(self._model):
+        if self._adapted is None:
+            self._adapted = [m for m in self._model.modules() if type(m).__name__ == _LORA_LAYER]
+        with _without_adapters(self._adapted):
             rows = self._model.embed_input_ids(ids.flatten())  # type: ignore[operator]
         return rows.view(*ids.shape, -1)  # type: ignore[no-any-return]
 
@@ -140,7 +152,9 @@ class ReasoningStateMixin:
             scheduled_encoder_inputs, input_batch, req_states
         )
         self.reasoning.overlay(embeds, input_batch)
-        self.batch, self.inputs = input_batch, embeds
+        self.batch, self.inputs = input_batch, None
+        if self.reasoning.wants_inputs(input_batch.idx_mapping_np):
+            self.inputs = embeds[input_batch.logits_indices]  # layers may write over `embeds`
         return embeds
 
     def custom_sampler(self, sampler: Any) -> None:
@@ -193,10 +207,10 @@ class ReasoningSamplerMixin:
     def __call__(self, logits: Tensor, input_batch: Any) -> Any:
         """Sample, and send the report as if it were log-probabilities."""
         output = super().__call__(logits, input_batch)  # type: ignore[misc]
-        inputs = self.state.inputs
-        if self.decided is None or inputs is None:
+        if self.decided is None:
             return output
-        packed = self.state.reasoning.pack(self.decided[0], inputs, input_batch.logits_indices)
+        num_rows = input_batch.logits_indices.shape[0]
+        packed = self.state.reasoning.pack(self.decided[0], self.state.inputs, num_rows)
         if packed is not None:
             # Ids that differ: where chunks are joined, vLLM keeps one value for each id.
             columns = torch.arange(packed.shape[1], dtype=torch.int32, device=packed.device)
@@ -232,8 +246,9 @@ class ReasoningSamplerMixin:
             pos=pos,
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
+        allowed = self._forbid_stops(logits, found, idx_mapping)
         sampled, processed = super().sample(  # type: ignore[misc]
-            self._forbid_stops(logits, found, idx_mapping),
+            allowed,
             expanded_idx_mapping,
             idx_mapping,
             idx_mapping_np,
@@ -249,7 +264,7 @@ class ReasoningSamplerMixin:
             found,
             hidden=hidden,
             logits=logits,
-            adjusted=self._adjust(logits, found, context),
+            adjusted=self._adjust(allowed, found, context),
             sampled=sampled,
         )
         self.decided = (decided, sampled)
@@ -263,7 +278,7 @@ class ReasoningSamplerMixin:
             LogitChange(i, token_id, -torch.inf, row.thinking.min_tokens)
             for i, _, row, _ in found
             if row.thinking.min_tokens
-            for token_id in row.thinking.stop_token_ids
+            for token_id in row.thinking.answer_stop_token_ids
         ]
         if not changes:
             return logits
@@ -307,15 +322,35 @@ def read_thinking(sampling: Any) -> Thinking | None:
     return thinking if thinks or thinking.report_width or thinking.min_tokens else None
 
 
+def _load_adapters(model: str, device: torch.device) -> AdapterBank:
+    """Load what the manifest has between hidden states and inputs; every worker does."""
+    manifest = load_manifest(Path(model))
+    return AdapterBank.load(Path(model), manifest.adapter_specs if manifest else {}, device)
+
+
+def _embedding(model: nn.Module, call: EmbedTokens) -> Embedding:
+    """The input embedding with its table: this rank's part, where it is not quantised."""
+    table = next((m for m in model.modules() if isinstance(m, VocabParallelEmbedding)), None)
+    weight = getattr(table, "weight", None)
+    if table is None or weight is None or not weight.is_floating_point():
+        return Embedding(call, None)
+    shard = table.shard_indices
+    return Embedding(
+        call,
+        weight.data[: shard.num_org_elements],
+        first_id=shard.org_vocab_start_index,
+        reduce=tensor_model_parallel_all_reduce if table.tp_size > 1 else None,
+    )
+
+
 @contextlib.contextmanager
-def _without_adapters(model: nn.Module) -> Iterator[None]:
+def _without_adapters(layers: list[Any]) -> Iterator[None]:
     """Embed with the base weights: a LoRA layer would look for the batch that it was set up for.
 
     Adapters that change the embedding are refused when the engine starts.
     """
-    layers = [m for m in model.modules() if type(m).__name__ == "VocabParallelEmbeddingWithLoRA"]
     for layer in layers:
-        layer.forward = layer.base_layer.forward  # type: ignore[assignment,union-attr]
+        layer.forward = layer.base_layer.forward
     try:
         yield
     finally:

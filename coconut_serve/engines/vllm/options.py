@@ -43,7 +43,7 @@ def build_engine_args(config: EngineConfig, flags: tuple[str, ...]) -> Any:
         "model": str(config.model),
         "skip_tokenizer_init": True,
         "enable_prompt_embeds": True,
-        "logits_processors": ["coconut_serve.engines.vllm.params:ReasoningParamsCheck"],
+        "logits_processors": ["coconut_serve.engines.vllm.params:OwnReasoningParamsCheck"],
         "worker_extension_cls": "coconut_serve.engines.vllm.plugin.WorkerStatus",
         "max_logprobs": 10**6,  # the step report goes in their place
         "dtype": config.dtype,
@@ -117,8 +117,8 @@ def check_adapter(flags: tuple[str, ...]) -> Any:
         settings = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot read the adapter {path}: {error}", param=path) from error
-    touched = [*(settings.get("target_modules") or []), *(settings.get("modules_to_save") or [])]
-    if any("embed" in str(each) for each in touched):
+    touched = (settings.get("target_modules"), settings.get("modules_to_save"))
+    if "embed" in json.dumps(touched):  # lists of names, or one pattern
         raise StartupError(
             f"the adapter {name} changes the embedding: soft tokens would miss that",
             param="--lora-modules",

@@ -5,9 +5,10 @@ field of ReasoningParams, MixtureParams or HaltParams, such as `reasoning_mode`,
 `reasoning_top_k` or `reasoning_entropy_below`.
 """
 
+import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
@@ -16,23 +17,16 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.report import width
 from coconut_serve.reasoning.rows import NOTHING, Wanted
-from coconut_serve.types import (
-    HaltParams,
-    MixtureParams,
-    NoiseKind,
-    ReasoningParams,
-    Request,
-    require,
-)
+from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams, Request, require
 
 _PREFIX = "reasoning_"
-_PLAIN = {"mode": str, "steps": int, "is_fixed": bool, "stop_token_id": int}
-_NESTED: dict[str, type[MixtureParams] | type[HaltParams]] = {
-    f.name: kind for kind in (MixtureParams, HaltParams) for f in fields(kind)
-}
-_OWN = {"seed": int, "hidden_token_id": int, "min_tokens": int, "report_width": int}
-_WANTED = {"num_logprobs": int, "trace_top_k": int, "wants_vector": bool}
-_LISTS = ("end_token_ids", "stop_token_ids")
+_NESTED = (MixtureParams, HaltParams, Wanted)
+_NOT_PLAIN = ("mixture", "halt", "trace", "trace_top_k")
+_PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
+_OWN = ("seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width")
+# What only our engine sends: it reads the report, and its service has counted the tokens.
+_INTERNAL = (*_OWN[2:], *(f.name for f in fields(Wanted)))
+_MAX_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,52 +36,89 @@ class Thinking:
     params: ReasoningParams
     seed: int = 0
     hidden_token_id: int = 0  # what vLLM sees of a position that has no token
-    stop_token_ids: tuple[int, ...] = ()  # the first one ends a row that went numerically wrong
+    answer_stop_token_ids: tuple[int, ...] = ()  # the first ends a row that goes numerically wrong
     min_tokens: int = 0  # of the answer; 0: vLLM counts by itself
     wanted: Wanted = NOTHING
     report_width: int = 0  # columns of the step report sent in place of log-probabilities; 0: none
 
     @property
-    def feeds_vectors(self) -> bool:
-        """Whether positions of the thinking phase may hold vectors instead of tokens."""
-        return self.params.steps > 0 and load_mode(self.params.mode).feeds_vectors
+    def num_fed(self) -> int:
+        """Positions after the prompt that may hold vectors instead of tokens."""
+        params = self.params
+        if params.steps == 0 or not load_mode(params.mode).feeds_vectors:
+            return 0
+        return params.steps + params.end_adds_vector
+
+    def within(self, vocab_size: int) -> "Thinking":
+        """The same with every id in the vocabulary: a worker must not write beyond its tables."""
+
+        def inside(ids: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(min(i, vocab_size - 1) for i in ids)
+
+        params, last = self.params, vocab_size - 1
+        constant = params.constant_token_id
+        halt = replace(
+            params.halt,
+            stop_token_ids=inside(params.halt.stop_token_ids),
+            learned_token_ids=inside(params.halt.learned_token_ids),
+        )
+        params = replace(
+            params,
+            end_token_ids=inside(params.end_token_ids),
+            constant_token_id=None if constant is None else min(constant, last),
+            halt=halt,
+        )
+        return replace(
+            self,
+            params=params,
+            hidden_token_id=min(self.hidden_token_id, last),
+            answer_stop_token_ids=inside(self.answer_stop_token_ids),
+        )
 
 
 def thinking_of(request: Request, *, hidden_size: int, hidden_token_id: int) -> Thinking:
     """Say what the workers must know of a request of ours."""
     params, sampling, wanted = request.reasoning, request.sampling, Wanted.read(request)
-    has_report = wanted.has_scores or not _is_legible(params)
     stop_token_ids = tuple(sorted(sampling.stop_token_ids))
+    has_report = wanted.has_scores or not _is_legible(params, has_stop=bool(stop_token_ids))
     return Thinking(
         params=params,
         seed=sampling.seed,
         hidden_token_id=hidden_token_id,
-        stop_token_ids=stop_token_ids,
+        answer_stop_token_ids=stop_token_ids,
         min_tokens=0 if params.is_fixed or not params.steps else sampling.min_tokens,
         wanted=wanted,
         report_width=width(wanted, hidden_size) if has_report else 0,
     )
 
 
-def _is_legible(params: ReasoningParams) -> bool:
-    """Whether the tokens that vLLM sees tell where the phases end; a report costs time."""
-    if params.steps == 0 or params.is_fixed:
+def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
+    """Whether the tokens that vLLM sees tell where the phases end; a report costs time.
+
+    A row that goes numerically wrong is ended by a stop token, so it has to have one.
+    """
+    if params.steps == 0:
         return True
-    if load_mode(params.mode).feeds_vectors:
-        return False
+    mode, halt = load_mode(params.mode), params.halt
+    if mode.feeds_vectors:
+        return params.is_fixed and not mode.has_text and has_stop
+    is_plain = not halt.needs_logits(has_text=True) and params.min_steps == 0
     ends = params.end_token_ids
-    return params.stop_token_id is None or not ends or params.stop_token_id == ends[0]
+    return is_plain and (not halt.stop_token_ids or not ends or halt.stop_token_ids == ends[:1])
 
 
 def to_extra_args(thinking: Thinking) -> dict[str, Any]:
     """Write settings as flat scalars and lists."""
     params = thinking.params
     flat: dict[str, Any] = {name: getattr(params, name) for name in _PLAIN}
-    flat |= asdict(params.mixture) | asdict(params.halt) | asdict(thinking.wanted)
     flat |= {name: getattr(thinking, name) for name in _OWN}
-    flat["end_token_ids"] = list(params.end_token_ids)
-    flat["stop_token_ids"] = list(thinking.stop_token_ids)
-    return {_PREFIX + name: value for name, value in flat.items() if value is not None}
+    for record in (params.mixture, params.halt, thinking.wanted):
+        flat |= asdict(record)
+    return {
+        _PREFIX + name: list(value) if isinstance(value, tuple) else value
+        for name, value in flat.items()
+        if value is not None
+    }
 
 
 def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
@@ -100,8 +131,7 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
     if not flat:
         return None
     read = {key.removeprefix(_PREFIX): _typed(key, value) for key, value in flat.items()}
-    mode = read.get("mode", "none")
-    known = mode_names()
+    mode, known = read.get("mode", "none"), mode_names()
     require(mode in known, "reasoning_mode", f"must be one of {', '.join(known)}")
 
     def pick(names: Any) -> dict[str, Any]:
@@ -110,32 +140,40 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
     def nested(kind: Any) -> Any:
         return kind(**pick(f.name for f in fields(kind)))
 
-    params = ReasoningParams(
-        **pick((*_PLAIN, "end_token_ids")), mixture=nested(MixtureParams), halt=nested(HaltParams)
-    )
-    wanted = Wanted(**pick(_WANTED))
-    return Thinking(params=params, wanted=wanted, **pick((*_OWN, "stop_token_ids")))
+    params = ReasoningParams(**pick(_PLAIN), mixture=nested(MixtureParams), halt=nested(HaltParams))
+    return Thinking(params=params, wanted=nested(Wanted), **pick(_OWN))
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The type of each key that may be sent."""
+    hints = {name: hint for kind in _NESTED for name, hint in get_type_hints(kind).items()}
+    hints |= {name: get_type_hints(ReasoningParams)[name] for name in _PLAIN}
+    return hints | {name: get_type_hints(Thinking)[name] for name in _OWN}
 
 
 def _typed(key: str, value: Any) -> Any:
     """Check the type of one value; JSON has no difference between 1 and 1.0."""
     name = key.removeprefix(_PREFIX)
-    if name in _LISTS:
-        is_list = isinstance(value, list | tuple) and all(type(i) is int for i in value)
-        require(is_list, key, "must be a list of token ids")
-        return tuple(value)
-    if name == "noise":
-        require(value in get_args(NoiseKind), key, f"must be one of {get_args(NoiseKind)}")
+    require(name in _hints(), key, "is not known")
+    hint = _hints()[name]
+    if get_origin(hint) is Literal:
+        require(value in get_args(hint), key, f"must be one of {', '.join(get_args(hint))}")
         return value
-    kind = {**_PLAIN, **_OWN, **_WANTED}.get(name)
-    if kind is None:
-        require(name in _NESTED, key, "is not known")
-        kind = type(getattr(_NESTED[name](), name))
+    if get_origin(hint) is tuple:
+        is_list = isinstance(value, list | tuple) and all(type(i) is int for i in value)
+        is_inside = is_list and all(0 <= i <= _MAX_ID for i in value)
+        require(is_inside, key, "must be a list of token ids")
+        return tuple(value)
+    kind = next(each for each in (get_args(hint) or (hint,)) if each is not type(None))
+    if isinstance(value, float) and kind is int and value.is_integer():
+        value = int(value)
     if kind is float and type(value) is int:
-        return float(value)
-    if kind in (int, float) and isinstance(value, float) and kind(value) == value:
-        return kind(value)
+        value = float(value)
     require(type(value) is kind, key, f"must be a {kind.__name__}")
+    if kind is int:
+        low, high = (-(2**63), 2**63 - 1) if name == "seed" else (0, _MAX_ID)
+        require(low <= value <= high, key, f"must be in {low}..{high}")
     return value
 
 
@@ -145,12 +183,14 @@ class ReasoningParamsCheck(LogitsProcessor):
     Named in `--logits-processors`, vLLM's place for checking `extra_args`; it changes no logits.
     """
 
+    is_ours: ClassVar[bool] = False  # whether requests come from our own service, checked there
+
     @classmethod
     def validate_params(cls, sampling_params: VllmSamplingParams) -> None:
         """Raise ValueError, which vLLM answers as 400."""
         try:
             thinking = from_extra_args(sampling_params.extra_args)
-            if thinking is not None:
+            if thinking is not None and not cls.is_ours:
                 _check_plain(thinking, sampling_params)
         except InvalidRequestError as error:
             raise ValueError(error.message) from error
@@ -164,15 +204,25 @@ class ReasoningParamsCheck(LogitsProcessor):
         return logits
 
 
+class OwnReasoningParamsCheck(ReasoningParamsCheck):
+    """The same behind our own service."""
+
+    is_ours = True
+
+
 def _check_plain(thinking: Thinking, sampling: VllmSamplingParams) -> None:
     """Check what our own service decides by itself and a plain vLLM client must say."""
     params = thinking.params
     extra_args = sampling.extra_args or {}
+    for name in _INTERNAL:
+        require(_PREFIX + name not in extra_args, _PREFIX + name, "is not known")
+    has_none = params.adapter == "none"
+    require(has_none, "reasoning_adapter", "is not supported here; use coconut-serve's own server")
     if params.mode == "none":
         return
     require(_PREFIX + "steps" in extra_args, "reasoning_steps", f"is needed for {params.mode}")
     # A latent position has no token of its own; a stop token in its place would end the request.
-    if params.mode not in ("cot", "distribution"):
+    if not load_mode(params.mode).has_text:
         key, stops = "reasoning_hidden_token_id", sampling.stop_token_ids or ()
         has_own = _PREFIX + "hidden_token_id" in extra_args
         require(has_own, key, "is needed: a special token of the model that ends no answer")

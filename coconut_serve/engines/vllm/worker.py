@@ -16,10 +16,12 @@ from torch import Tensor
 
 from coconut_serve.engines.vllm.params import Thinking
 from coconut_serve.reasoning import report
+from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
+from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, StepRows
-from coconut_serve.reasoning.slots import EmbedTokens, Slots, SlotSnapshot, upload
+from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
 from coconut_serve.types import HaltReason
 
 
@@ -33,7 +35,6 @@ class WorkerRow:
     num_prefill: int  # positions to compute before the next decision: the prompt, and after a
     # preemption the outputs so far
     fed: list[tuple[Tensor, int]] = field(default_factory=list)  # decision -> log, its row there
-    replay: Tensor | None = None  # [num_decisions, hidden_size + 1] while it is rebuilt
 
     @property
     def num_decisions(self) -> int:
@@ -51,13 +52,15 @@ class WorkerRow:
         """Plan a decision; the host knows no more than that thinking cannot last longer."""
         params, thinking = self.thinking.params, self.thinking
         may_think = decision <= params.steps and params.steps > 0
-        needs_logits = may_think and load_mode(params.mode).needs_logits
+        thinks_on_logits = may_think and load_mode(params.mode).thinks_on_logits(params)
+        is_scored = thinking.wanted.has_scores and thinking.report_width > 0
         return RowPlan(
             slot=slot,
             mode=params.mode,
             may_think=may_think,
-            needs_logits=needs_logits or (thinking.wanted.has_scores and thinking.report_width > 0),
+            needs_logits=thinks_on_logits or is_scored,
             needs_sampled=True,
+            thinks_on_logits=thinks_on_logits,
             wanted=thinking.wanted,
         )
 
@@ -87,7 +90,9 @@ class WorkerReasoning:
         num_slots: vLLM's max_num_seqs.
         hidden_size: Of the model's input embeddings and of what its output head takes.
         modes: Modes to support.
-        embed_tokens: The model's own embedding call.
+        embedding: The model's input embedding.
+        adapters: What the checkpoint has between hidden states and inputs.
+        vocab_size: Of the logits.
         dtype: Of the hidden states.
         device: Where the model runs.
     """
@@ -98,12 +103,15 @@ class WorkerReasoning:
         num_slots: int,
         hidden_size: int,
         modes: Iterable[str],
-        embed_tokens: EmbedTokens,
+        embedding: Embedding,
+        adapters: AdapterBank,
+        vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.slots = Slots(num_slots, hidden_size, dtype=dtype, device=device)
-        self.decider = Decider(self.slots, modes, embed_tokens=embed_tokens)
+        self.decider = Decider(self.slots, modes, embedding=embedding, adapters=adapters)
+        self._vocab_size = vocab_size
         self._hidden_token = self.slots.register("hidden_token", torch.int64)
         self._failure_token = self.slots.register("failure_token", torch.int64)  # -1: none
         self.rows: dict[int, WorkerRow] = {}  # slot -> row
@@ -126,13 +134,13 @@ class WorkerReasoning:
         Returns:
             vLLM's penalty counts to put back, if they were kept.
         """
+        thinking = thinking.within(self._vocab_size)
         saved = self._saved.pop(request_id, None)
         if saved is None:
             row = WorkerRow(request_id, thinking, num_prompt, len(prefill_token_ids))
         else:
             row = saved.row
             row.num_prefill = len(prefill_token_ids)
-            row.replay = self._gather(row.fed)
         self.rows[slot] = row
         self._slot_of[request_id] = slot
         self.decider.admit(
@@ -142,7 +150,7 @@ class WorkerReasoning:
             next_token_id=prefill_token_ids[-1],
             snapshot=saved.snapshot if saved else None,
         )
-        stops = thinking.stop_token_ids
+        stops = thinking.answer_stop_token_ids
         self._hidden_token[slot] = thinking.hidden_token_id
         self._failure_token[slot] = stops[0] if stops else -1
         return saved.num_output if saved else None
@@ -166,7 +174,6 @@ class WorkerReasoning:
         if slot is None:
             return
         row = self.rows.pop(slot)
-        row.replay = None
         counts = num_output[slot].clone() if num_output is not None else None
         self._saved[request_id] = SavedRow(row, self.slots.save(slot), counts)
 
@@ -194,13 +201,12 @@ class WorkerReasoning:
         starts, computed = batch.query_start_loc_np, batch.num_computed_tokens_np
         for i, slot in enumerate(batch.idx_mapping_np.tolist()):
             row = self.rows.get(slot)
-            if row is None or not row.thinking.feeds_vectors:
+            if row is None or not row.thinking.num_fed:
                 continue
             first = int(computed[i]) - row.num_prompt  # decision that the first position feeds
             if int(computed[i]) < row.num_prefill:
                 self._put_back(row, embeds[int(starts[i]) : int(starts[i + 1])], first)
-            elif 0 <= first < row.thinking.params.steps:
-                row.replay = None  # rebuilt
+            elif 0 <= first < row.thinking.num_fed:
                 slots.append(slot)
                 at.append(int(starts[i]))
         if not slots:
@@ -213,20 +219,16 @@ class WorkerReasoning:
 
     def _put_back(self, row: WorkerRow, embeds: Tensor, first: int) -> None:
         """Replay the vectors of a chunk whose first position is fed by decision `first`."""
-        if row.replay is None:
-            return
-        low, high = max(0, first), min(first + embeds.shape[0], row.replay.shape[0])
+        low, high = max(0, first), min(first + embeds.shape[0], len(row.fed))
         if low >= high:
             return
-        part = row.replay[low:high]
+        part = self._gather(row.fed[low:high])
         target = embeds[low - first : high - first]
         vector, is_vector = part[:, :-1].to(target.dtype), part[:, -1:] > 0
         target.copy_(torch.where(is_vector, vector, target))
 
-    def _gather(self, fed: list[tuple[Tensor, int]]) -> Tensor | None:
-        """Bring logged vectors back to the device, in order."""
-        if not fed:
-            return None
+    def _gather(self, fed: list[tuple[Tensor, int]]) -> Tensor:
+        """Bring logged vectors back to the device, in order; [len(fed), hidden_size + 1]."""
         size, device = self.slots.hidden_size + 1, self.slots.device
         whole = torch.empty(len(fed), size, dtype=self.slots.vector.dtype, device=device)
         for target, (log, index) in zip(whole, fed, strict=True):
@@ -241,7 +243,7 @@ class WorkerReasoning:
         kept = [
             k
             for k, (slot, j) in enumerate(zip(decided.slots, decisions, strict=True))
-            if self.rows[slot].thinking.feeds_vectors and j < self.rows[slot].thinking.params.steps
+            if j < self.rows[slot].thinking.num_fed
         ]
         if not kept:
             return
@@ -316,13 +318,19 @@ class WorkerReasoning:
         sampled[index] = torch.where(has_failed, failure, token).to(sampled.dtype)
         return decided
 
-    def pack(self, decided: Decided, inputs: Tensor, fed_at: Tensor) -> Tensor | None:
+    def wants_inputs(self, slots: np.ndarray) -> bool:
+        """Whether a row of a batch has a trace, which compares with what was fed before."""
+        rows = map(self.rows.get, slots.tolist()) if self.rows else ()
+        return any(row is not None and row.thinking.wanted.has_scores for row in rows)
+
+    def pack(self, decided: Decided, inputs: Tensor | None, num_rows: int) -> Tensor | None:
         """Make the report of a batch; None when nobody wants one.
 
         Args:
             decided: What `decide` returned.
-            inputs: [num_tokens, hidden_size], what the forward pass was fed.
-            fed_at: [num_rows] int64, where the last input of each row of the batch is in there.
+            inputs: [num_rows, hidden_size], the last input of each row of the batch; None where
+                no row wants it.
+            num_rows: Of the batch.
 
         Returns:
             [num_rows, width] float32; zeros for rows that were not decided.
@@ -330,9 +338,10 @@ class WorkerReasoning:
         widths = [self.rows[slot].thinking.report_width for slot in decided.slots]
         if not any(widths):
             return None
-        index = upload(decided.members, inputs.device)
-        packed = report.pack(decided.step, inputs[fed_at[index]])
-        whole = packed.new_zeros(fed_at.shape[0], max(packed.shape[1], *widths))
+        step = decided.step
+        index = upload(decided.members, step.hidden.device)
+        packed = report.pack(step, step.hidden if inputs is None else inputs[index])
+        whole = packed.new_zeros(num_rows, max(packed.shape[1], *widths))
         whole[index, : packed.shape[1]] = packed
         return whole
 

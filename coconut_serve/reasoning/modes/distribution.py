@@ -8,17 +8,17 @@ from torch import Tensor
 
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
-from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import HaltParams, HaltReason, MixtureParams, NoiseKind, ReasoningParams
+from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.types import MixtureParams, NoiseKind, ReasoningParams
 
+_FEW = 16  # rows that mix no more tokens than that look up no more
 _NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
 
 
 class DistributionMode(ReasoningMode):
     """Feed the weighted mean of the likeliest tokens' embeddings (arXiv 2505.15778).
 
-    The text of a step is its heaviest token. The phase ends when that token is the end-of-thought
-    token, or by Cold Stop: entropy below a threshold for a number of consecutive steps.
+    The text of a step is its heaviest token; halting.py ends the phase.
     """
 
     name: ClassVar[str] = "distribution"
@@ -29,34 +29,29 @@ class DistributionMode(ReasoningMode):
         def buffer(name: str, dtype: torch.dtype) -> Tensor:
             return slots.register(f"distribution_{name}", dtype)
 
-        # MixtureParams and HaltParams by slot; each [num_slots].
+        # MixtureParams by slot; each [num_slots].
         self._params = {
             f.name: buffer(f.name, torch.int64 if isinstance(f.default, int) else torch.float32)
-            for f in (*fields(MixtureParams), *fields(HaltParams))
+            for f in fields(MixtureParams)
             if f.name != "noise"
         }
-        self._stop_token = buffer("stop_token", torch.int64)
         self._noise = buffer("noise", torch.int64)
-        self._num_cold = buffer("num_cold", torch.int64)  # consecutive steps below the threshold
         # What the host must know to skip work that no row asked for.
         self._host_noise: list[NoiseKind] = ["none"] * slots.num_slots
-        self._host_has_cold_stop = [False] * slots.num_slots
         self._host_needs_total = [False] * slots.num_slots
+        self._host_top_k = [0] * slots.num_slots
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the mixture and its halting rules."""
+        """Note the mixture."""
         for name, buffer in self._params.items():
-            record = params.mixture if hasattr(params.mixture, name) else params.halt
-            buffer[slot] = getattr(record, name)
-        self._stop_token[slot] = -1 if params.stop_token_id is None else params.stop_token_id
+            buffer[slot] = getattr(params.mixture, name)
         self._noise[slot] = _NOISE[params.mixture.noise]
-        self._num_cold[slot] = 0
         self._host_noise[slot] = params.mixture.noise
+        self._host_top_k[slot] = params.mixture.top_k
         self._host_needs_total[slot] = params.mixture.filter_top_k == 0
-        self._host_has_cold_stop[slot] = params.halt.entropy_below > 0.0
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Mix the likeliest tokens and check both halting rules."""
+        """Mix the likeliest tokens."""
         assert ctx.logits is not None
         rows = ctx.row_slots
         temperature, filter_top_k = self._params["temperature"][rows], self._params["filter_top_k"]
@@ -75,10 +70,25 @@ class DistributionMode(ReasoningMode):
         token = ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1)
         return StepDecision(
             token=token,
-            vector=mixing.mix_embeddings(weights, ids, ctx.embed_tokens),
-            halt=self._halt(ctx, token),
+            vector=self._mix(ctx, weights, ids),
             retained_mass=self._retained(ctx.logits, weights, ids, temperature, total),
         )
+
+    def _mix(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
+        """Average embeddings, looking up no more than a row's `top_k` asks for, by size class.
+
+        A row's class depends on its own settings alone, and so does how its sum is rounded.
+        """
+        is_small = [self._host_top_k[slot] <= _FEW for slot in ctx.host_slots]
+        if all(is_small):
+            return mixing.mix_embeddings(*mixing.heaviest(weights, ids, _FEW), ctx.embedding)
+        mixed = mixing.mix_embeddings(weights, ids, ctx.embedding)
+        few = [i for i, each in enumerate(is_small) if each]
+        if few:
+            rows = upload(few, ids.device)
+            kept = mixing.heaviest(weights[rows], ids[rows], _FEW)
+            mixed[rows] = mixing.mix_embeddings(*kept, ctx.embedding)
+        return mixed
 
     def _retained(
         self,
@@ -112,17 +122,3 @@ class DistributionMode(ReasoningMode):
             drawn = mixing.gumbel_weights(weights, self._params["noise_temperature"][rows], u)
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
         return weights
-
-    def _halt(self, ctx: StepContext, token: Tensor) -> Tensor:
-        """Return each row's HaltReason; [num_rows] int64."""
-        rows = ctx.row_slots
-        assert ctx.logits is not None
-        halt = torch.zeros_like(token)
-        if any(self._host_has_cold_stop[slot] for slot in ctx.host_slots):
-            tempered = ctx.logits / self._params["temperature"][rows].unsqueeze(1)
-            entropy = mixing.entropy(tempered.log_softmax(-1))
-            is_cold = entropy < self._params["entropy_below"][rows]
-            num_cold = torch.where(is_cold, self._num_cold[rows] + 1, 0)
-            self._num_cold[rows] = num_cold
-            halt = (num_cold >= self._params["entropy_patience"][rows]) * int(HaltReason.COLD_STOP)
-        return torch.where(token == self._stop_token[rows], int(HaltReason.STOP_TOKEN), halt)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coconut_serve.types import FinishReason, Request, StepStats
+from coconut_serve.types import FinishReason, HaltParams, MixtureParams, Request, StepStats
 from tests.fakes import make_request, native_engine, run, run_all
-from tests.models import load_plain, reference
+from tests.models import load_plain, reference, with_projection
 
 pytestmark = pytest.mark.torch
 
@@ -17,6 +17,14 @@ pytestmark = pytest.mark.torch
 def prompt(seed: int, length: int) -> tuple[int, ...]:
     generator = random.Random(seed)
     return tuple(generator.randrange(3, 128) for _ in range(length))
+
+
+_LATENT_KINDS: list[dict[str, object]] = [
+    {},
+    {"noise_std": 0.3, "end_adds_vector": True},
+    {"halt": HaltParams(learned_token_ids=(5, 6), sample=True), "min_steps": 1},
+    {"soft_weight": 0.5, "halt": HaltParams(converge_metric="cosine", converge_below=0.9)},
+]
 
 
 def mixed_requests() -> list[Request]:
@@ -31,10 +39,9 @@ def mixed_requests() -> list[Request]:
             common |= {"frequency_penalty": 0.5, "repetition_penalty": 1.3}
         if kind == 1:
             common |= {"mode": "latent", "steps": i % 6, "end": (11,) if i % 2 else ()}
+            common["reasoning"] = _LATENT_KINDS[i // 4]
         elif kind == 2:
             noise = ("none", "gumbel", "dirichlet")[i % 3]
-            from coconut_serve.types import HaltParams, MixtureParams
-
             mixture = MixtureParams(noise=noise, top_k=3 + i % 8)  # type: ignore[arg-type]
             halt = HaltParams(entropy_below=1.5 if i % 2 else 0.0, entropy_patience=2)
             reasoning = {"mixture": mixture, "halt": halt}
@@ -147,8 +154,6 @@ async def test_group_shares_prompt_blocks_and_each_member_is_itself(tiny_llama: 
 
 
 async def test_top_k_1_distribution_equals_greedy_cot(tiny_llama: Path) -> None:
-    from coconut_serve.types import MixtureParams
-
     async with native_engine(tiny_llama) as engine:
         for seed in range(8):
             ids = prompt(seed, 9)
@@ -163,6 +168,38 @@ async def test_top_k_1_distribution_equals_greedy_cot(tiny_llama: Path) -> None:
             )
             result = await run(engine, soft)
             assert result.thinking_ids + result.token_ids == cot.token_ids
+
+
+async def test_adapter_gives_what_a_plain_loop_gives(tiny_llama: Path, tmp_path: Path) -> None:
+    """CODI's projection in float32 between hidden state and input."""
+    model, project = with_projection(tiny_llama, tmp_path / "codi")
+    plain = load_plain(tiny_llama)
+    async with native_engine(model) as engine:
+        for seed in range(4):
+            ids = prompt(seed, 9)
+            request = make_request(
+                "a", ids, "latent", 4, (11,), reasoning={"adapter": "default", "trace": "vectors"}
+            )
+            result = await run(engine, request)
+            expected, fed = reference(
+                plain, list(ids), 8, mode="latent", steps=4, end=(11,), adapter=project
+            )
+            assert result.token_ids == expected
+            for ours, theirs in zip(result.vectors, fed, strict=True):
+                torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-4, rtol=1e-4)
+
+
+async def test_realign_runs_on_any_model(tiny_llama: Path) -> None:
+    """Built once; the embeddings of this model are tied, so little but the length changes."""
+    table = load_plain(tiny_llama).get_input_embeddings().weight
+    request = make_request(
+        "a", prompt(3, 9), "latent", 3, reasoning={"adapter": "realign", "trace": "vectors"}
+    )
+    async with native_engine(tiny_llama) as engine:
+        first, second = await run(engine, request), await run(engine, request)
+    assert first.token_ids == second.token_ids
+    lengths = [torch.tensor(v).norm() for v in first.vectors]
+    torch.testing.assert_close(torch.stack(lengths), table.norm(dim=1).mean().expand(3))
 
 
 async def test_no_steps_equals_prompt_start_end(tiny_llama: Path) -> None:

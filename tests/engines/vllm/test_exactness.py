@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from coconut_serve.errors import InvalidRequestError
 from coconut_serve.types import FinishReason, HaltParams, HaltReason, MixtureParams, Phase
 from tests.engines.vllm.support import Engines
 from tests.fakes import Result, make_request, native_engine, run, run_all
@@ -121,6 +122,7 @@ async def test_halting_on_the_device_ends_where_native_ends(
         free = await run(native, make_request(mode="cot", steps=20, max_tokens=6))
         stop = free.thinking_ids[4]
         assert stop is not None
+        ends_at_stop = {"halt": HaltParams(stop_token_ids=(stop,))}
         answer = await run(native, make_request(reasoning=cold, **soft))  # type: ignore[arg-type]
         ends = frozenset([answer.token_ids[2]])
         asked = [
@@ -128,13 +130,9 @@ async def test_halting_on_the_device_ends_where_native_ends(
             make_request("no-end", reasoning=cold, **soft),  # type: ignore[arg-type]
             make_request("ends", reasoning=cold, stop_token_ids=ends, **soft),  # type: ignore[arg-type]
             make_request("min", reasoning=cold, stop_token_ids=ends, min_tokens=5, **soft),  # type: ignore[arg-type]
-            make_request(
-                "stop", mode="cot", steps=20, end=(stop,), reasoning={"stop_token_id": stop}
-            ),
-            make_request("stop2", mode="cot", steps=20, reasoning={"stop_token_id": stop}),
-            make_request(
-                "stop3", mode="cot", steps=20, end=(126,), reasoning={"stop_token_id": stop}
-            ),
+            make_request("stop", mode="cot", steps=20, end=(stop,), reasoning=ends_at_stop),
+            make_request("stop2", mode="cot", steps=20, reasoning=ends_at_stop),
+            make_request("stop3", mode="cot", steps=20, end=(126,), reasoning=ends_at_stop),
             make_request("end-is-stop", mode="latent", steps=3, end=(9,), stop_token_ids={9}),
         ]
         expected = [summary(r) for r in await run_all(native, asked)]
@@ -236,3 +234,44 @@ async def test_row_that_goes_numerically_wrong_ends_alone(
             assert result.stop_reason == "numerical"
             assert [o.phase for o in result.outputs][:1] != [Phase.BOUNDARY]
             assert result.token_ids == []
+
+
+async def test_adapter_gives_what_native_gives(
+    wide_llama: Path, engines: Engines, tmp_path: Path
+) -> None:
+    from tests.models import with_projection
+
+    model, _ = with_projection(wide_llama, tmp_path / "codi")
+    asked = [
+        make_request(f"{steps}", mode="latent", steps=steps, reasoning={"adapter": "default"})
+        for steps in (1, 4, 7)
+    ]
+    async with native_engine(model) as native:
+        expected = [summary(r) for r in await run_all(native, asked)]
+    async with engines.open(model) as engine:
+        assert engine.info.adapters == ("default",)
+        assert [summary(r) for r in await run_all(engine, asked)] == expected
+        with pytest.raises(InvalidRequestError, match=r"reasoning\.adapter must be one of none"):
+            await run(engine, make_request(mode="latent", reasoning={"adapter": "realign"}))
+
+
+async def test_end_token_that_is_the_first_id_and_a_stop_token(
+    wide_llama: Path, engines: Engines
+) -> None:
+    asked = make_request(mode="latent", steps=3, end=(0,), stop_token_ids=frozenset({0}))
+    async with native_engine(wide_llama) as native, engines.open(wide_llama) as engine:
+        assert summary(await run(engine, asked)) == summary(await run(native, asked))
+
+
+async def test_soft_rows_keep_min_tokens_while_they_think(
+    wide_llama: Path, engines: Engines
+) -> None:
+    """The soft token must not be an end token either: that ended the request in its thinking."""
+    soft: dict[str, Any] = {"mode": "distribution", "steps": 6, "max_tokens": 8}
+    async with native_engine(wide_llama) as native, engines.open(wide_llama) as engine:
+        free = await run(native, make_request(**soft))
+        stops = frozenset(t for t in free.thinking_ids if t is not None)
+        request = make_request(min_tokens=6, stop_token_ids=stops, **soft)
+        expected = summary(await run(native, request))
+        assert summary(await run(engine, request)) == expected
+        assert len(expected[0]) >= 6  # type: ignore[arg-type]

@@ -1,0 +1,299 @@
+"""What some checkpoints put between the hidden state and the next input.
+
+A new kind is a class and a line in KINDS. Weights are float32 and so is the arithmetic: the result
+is fed back step after step, and rounding would add up.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from coconut_serve.errors import StartupError
+from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.slots import upload
+from coconut_serve.types import AdapterSpec
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,  # exact, by erf
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The randomness of the rows that an adapter works on."""
+
+    seed: Tensor  # [num_rows] int64
+    counter: Tensor  # [num_rows] int64
+    temperature: Tensor  # [num_rows] float32, scales the noise; 0: none
+
+    def normal(self, width: int) -> Tensor:
+        """Draw standard normal numbers; [num_rows, width]."""
+        columns = torch.arange(width, device=self.seed.device).unsqueeze(0)
+        return noise.normal(self.seed, self.counter, noise.ADAPTER_STREAM, columns)
+
+
+class Adapter(ABC):
+    """Maps hidden states to inputs, many rows at once.
+
+    Args:
+        spec: What the manifest says.
+        weights: Its tensors by name, float32; `required` are there, `optional` may be.
+    """
+
+    required: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, spec: AdapterSpec, weights: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+        self.weights = weights
+        self._activate = _ACTIVATIONS[spec.activation]
+
+    @abstractmethod
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Compute the next inputs; [num_rows, hidden_size] float32 -> the same."""
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return functional.linear(x, weight, bias)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        scale, bias = self.weights["norm.weight"], self.weights.get("norm.bias")
+        return functional.layer_norm(x, scale.shape, scale, bias)
+
+
+class Linear(Adapter):
+    """One linear map (adaptive latent reasoning, arXiv 2511.21581)."""
+
+    required: ClassVar[tuple[str, ...]] = ("linear_1.weight",)
+    optional: ClassVar[tuple[str, ...]] = ("linear_1.bias",)
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Map."""
+        return self._linear(hidden, "linear_1")
+
+
+class LinearNorm(Linear):
+    """A linear map and a LayerNorm (arXiv 2511.21581)."""
+
+    required: ClassVar[tuple[str, ...]] = (*Linear.required, "norm.weight")
+    optional: ClassVar[tuple[str, ...]] = (*Linear.optional, "norm.bias")
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Map, then normalise."""
+        return self._norm(super().__call__(hidden, draw))
+
+
+class Mlp(Adapter):
+    """Linear, activation, linear (LaTER, arXiv 2605.07315)."""
+
+    required: ClassVar[tuple[str, ...]] = ("linear_1.weight", "linear_2.weight")
+    optional: ClassVar[tuple[str, ...]] = ("linear_1.bias", "linear_2.bias")
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Map."""
+        return self._linear(self._activate(self._linear(hidden, "linear_1")), "linear_2")
+
+
+class MlpNorm(Mlp):
+    """The same and a LayerNorm: CODI's projection (arXiv 2502.21074)."""
+
+    required: ClassVar[tuple[str, ...]] = (*Mlp.required, "norm.weight")
+    optional: ClassVar[tuple[str, ...]] = (*Mlp.optional, "norm.bias")
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Map, then normalise."""
+        return self._norm(super().__call__(hidden, draw))
+
+
+class GaussianHead(MlpNorm):
+    """A normal distribution over inputs (CoLaR, arXiv 2505.16552).
+
+    next = emb_std * (mean + temperature * exp(log_std) * z), with z standard normal.
+    """
+
+    required: ClassVar[tuple[str, ...]] = (*MlpNorm.required, "mean.weight")
+    optional: ClassVar[tuple[str, ...]] = (
+        *MlpNorm.optional,
+        "mean.bias",
+        "log_std.weight",
+        "log_std.bias",
+    )
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Draw the next inputs; the mean where the temperature is 0 or there is no log_std."""
+        features = super().__call__(hidden, draw)
+        mean = self._linear(features, "mean")
+        if "log_std.weight" in self.weights:
+            std = self._linear(features, "log_std").exp() * draw.temperature.unsqueeze(1)
+            mean = mean + std * draw.normal(mean.shape[1])
+        return mean * self.spec.emb_std
+
+
+class Matrix(Adapter):
+    """A fixed matrix and, where `target_norm` is given, a fixed length (LatentMAS, 2511.20639)."""
+
+    required: ClassVar[tuple[str, ...]] = ("matrix",)
+    optional: ClassVar[tuple[str, ...]] = ("target_norm",)
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Multiply from the right, then rescale."""
+        mapped: Tensor = hidden @ self.weights["matrix"]
+        target = self.weights.get("target_norm")
+        if target is None:
+            return mapped
+        scale: Tensor = target / mapped.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return mapped * scale
+
+
+class Gate(Adapter):
+    """Weighs the sampled token against the soft one (HRPO, arXiv 2505.18454).
+
+    It takes part in the mixture "gated" and is no map of the hidden state.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ("gate_r.weight", "gate_i.weight", "lambda")
+    optional: ClassVar[tuple[str, ...]] = ("gate_r.bias", "gate_i.bias")
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Leave the hidden state as it is."""
+        return hidden
+
+    def mix(self, token: Tensor, soft: Tensor) -> Tensor:
+        """Compute a * e + sqrt(1 - a^2) * (i * soft) with a = exp(-8 softplus(-lambda) r).
+
+        Args:
+            token: [num_rows, hidden_size] float32, e, the embedding of the sampled token.
+            soft: [num_rows, hidden_size] float32.
+        """
+        r, i = (self._linear(token, name).sigmoid() for name in ("gate_r", "gate_i"))
+        a = torch.exp(-8.0 * functional.softplus(-self.weights["lambda"]) * r)
+        mixed: Tensor = a * token + torch.sqrt(1.0 - a.square() + 1e-8) * (i * soft)
+        return mixed
+
+
+KINDS: dict[str, type[Adapter]] = {
+    "linear": Linear,
+    "linear_ln": LinearNorm,
+    "mlp": Mlp,
+    "mlp_ln": MlpNorm,
+    "gaussian_head": GaussianHead,
+    "matrix": Matrix,
+    "gate": Gate,
+}
+
+NO_ADAPTER = "none"
+REALIGN = "realign"  # built for any model, on request
+
+
+class AdapterBank:
+    """The adapters of one model, by name."""
+
+    def __init__(self, adapters: Mapping[str, Adapter] | None = None) -> None:
+        self._adapters = dict(adapters or {})
+
+    @classmethod
+    def load(
+        cls, directory: Path, specs: Mapping[str, AdapterSpec], device: torch.device
+    ) -> "AdapterBank":
+        """Read the weights that a manifest names.
+
+        Raises:
+            StartupError: A kind is unknown, a file unreadable, or a tensor missing or too much.
+        """
+        adapters = {}
+        for name, spec in specs.items():
+            if spec.type not in KINDS:
+                known = ", ".join(KINDS)
+                raise StartupError(f"adapters.{name}.type must be one of {known}", param="adapters")
+            kind = KINDS[spec.type]
+            weights = _read(directory / spec.file, name, kind)
+            adapters[name] = kind(spec, {k: v.to(device) for k, v in weights.items()})
+        return cls(adapters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters there are."""
+        return tuple(self._adapters)
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._adapters[name]
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add one that was made here, not read."""
+        self._adapters[name] = adapter
+
+    def apply(self, names: tuple[str, ...], hidden: Tensor, draw: Draw) -> Tensor:
+        """Turn the hidden state of each row into its next input.
+
+        Args:
+            names: For each row its adapter, or "none".
+            hidden: [num_rows, hidden_size].
+            draw: Of the same rows.
+
+        Returns:
+            [num_rows, hidden_size] in the dtype of `hidden`; `hidden` itself without adapters.
+        """
+        wanted = {name for name in names if name != NO_ADAPTER}
+        if not wanted:
+            return hidden
+        if len(wanted) == 1 and NO_ADAPTER not in names:
+            return self._adapters[names[0]](hidden.float(), draw).to(hidden.dtype)
+        result = hidden.clone()
+        for name in sorted(wanted):
+            members = [i for i, each in enumerate(names) if each == name]
+            rows = upload(members, hidden.device)
+            part = Draw(draw.seed[rows], draw.counter[rows], draw.temperature[rows])
+            result[rows] = self._adapters[name](hidden[rows].float(), part).to(hidden.dtype)
+        return result
+
+
+def _read(path: Path, name: str, kind: type[Adapter]) -> dict[str, Tensor]:
+    """Read the tensors `name.*` of a file, exactly those that the kind takes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(f"{name}.")]  # noqa: SIM118 (no dict)
+            found = {key.removeprefix(f"{name}."): file.get_tensor(key).float() for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise StartupError(f"cannot read {path}: {error}", param="adapters") from error
+    missing = [key for key in kind.required if key not in found]
+    unknown = [key for key in found if key not in (*kind.required, *kind.optional)]
+    for what, keys in (("lacks", missing), ("has an unexpected", unknown)):
+        if keys:
+            raise StartupError(f"{path} {what} tensor {name}.{keys[0]}", param="adapters")
+    return found
+
+
+def build_realign(
+    embedding: Embedding, project: Callable[[Tensor], Tensor], hidden_size: int, like: Tensor
+) -> Matrix:
+    """Build a map from hidden states to the input space of any model, without training.
+
+    W = (O^T O + 1e-5 I)^-1 O^T E, then the mean length of the rows of E (LatentMAS, arXiv
+    2511.20639, as in its code): the ridge solution of O W = E.
+
+    Args:
+        embedding: E.
+        project: The output head O without what some families do after it.
+        hidden_size: Of the model.
+        like: Any tensor of the model's dtype and device.
+    """
+    eye = torch.eye(hidden_size, dtype=like.dtype, device=like.device)
+    transposed = (project(eye) - project(torch.zeros_like(eye[:1]))).float()  # [hidden, vocab]
+    gram = transposed @ transposed.T
+    gram.diagonal().add_(1e-5)
+    matrix = torch.linalg.solve(gram, embedding.mean(transposed).float())
+    ids = torch.arange(transposed.shape[1], device=like.device)
+    weights = {"matrix": matrix, "target_norm": embedding.mean_norm(ids)}
+    return Matrix(AdapterSpec(type="matrix"), weights)

@@ -1,0 +1,327 @@
+"""When a thinking phase ends by itself: small rules, of which the first that holds decides.
+
+A new rule is a class and a line in RULES. Rules look at all rows that asked for them at once and
+never wait for the device; the step count always caps the phase (decide.py).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning import mixing, noise
+from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.types import MAX_STOP_TOKENS, HaltParams, HaltReason, ReasoningParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What rules see of the rows that asked for them."""
+
+    slots: Slots
+    row_slots: Tensor  # [num_rows] int64
+    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
+    token: Tensor  # [num_rows] int64, the text of the step
+    has_text: bool  # False: the mode's steps have none
+    vector: Tensor | None  # [num_rows, hidden_size], what would be fed
+
+    def uniform(self) -> Tensor:
+        """One number in (0, 1) for each row; [num_rows]."""
+        slots, rows = self.slots, self.row_slots
+        column = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
+        drawn = noise.uniform(
+            slots.seed[rows], slots.num_decisions[rows], noise.HALT_STREAM, column
+        )
+        return drawn.squeeze(1)
+
+
+class Rule(ABC):
+    """One reason to end a phase."""
+
+    reason: ClassVar[HaltReason]
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    def _buffer(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        return self._slots.register(f"{type(self).__name__}_{name}", dtype, *shape)
+
+    @staticmethod
+    @abstractmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether a request has this rule on."""
+
+    @abstractmethod
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Set the rule's buffers for a new sequence."""
+
+    @abstractmethod
+    def holds(self, view: View) -> Tensor:
+        """Decide for each row; [num_rows] bool."""
+
+    def _lasts(self, count: Tensor, patience: Tensor, view: View, is_hit: Tensor) -> Tensor:
+        """Whether a condition has held for `patience` steps in a row; counts in `count`."""
+        rows = view.row_slots
+        count[rows] = torch.where(is_hit, count[rows] + 1, 0)
+        return count[rows] >= patience[rows]
+
+
+class StopToken(Rule):
+    """The text of the step is a stop token; without text, what the logits give is one.
+
+    Drawing a token and looking whether it is a stop token is done by drawing that alone.
+    """
+
+    reason = HaltReason.STOP_TOKEN
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._ids = self._buffer("ids", torch.int64, MAX_STOP_TOKENS)  # padded with -2
+        self._is_sampled = self._buffer("is_sampled", torch.bool)
+        self._temperature = self._buffer("temperature", torch.float32)
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether there are stop tokens."""
+        return bool(halt.stop_token_ids)
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the tokens and the test."""
+        halt = params.halt
+        self._ids[slot] = -2
+        for i, token_id in enumerate(halt.stop_token_ids):
+            self._ids[slot, i] = token_id
+        self._is_sampled[slot] = halt.stop_test == "sampled"
+        self._temperature[slot] = halt.stop_temperature
+
+    def holds(self, view: View) -> Tensor:
+        """Compare."""
+        ids = self._ids[view.row_slots]  # [num_rows, MAX_STOP_TOKENS]
+        if view.has_text:
+            return (view.token.unsqueeze(1) == ids).any(1)
+        assert view.logits is not None
+        likeliest = (view.logits.argmax(-1, keepdim=True) == ids).any(1)
+        log_probs = view.logits / self._temperature[view.row_slots].unsqueeze(1)
+        probs = log_probs.softmax(-1).gather(1, ids.clamp_min(0))
+        drawn = view.uniform() < torch.where(ids >= 0, probs, 0.0).sum(1)
+        return torch.where(self._is_sampled[view.row_slots], drawn, likeliest)
+
+
+class Learned(Rule):
+    """Two rows of the output head say go on or stop (adaptive latent reasoning, 2511.21581)."""
+
+    reason = HaltReason.LEARNED
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._ids = self._buffer("ids", torch.int64, 2)  # continue, stop
+        self._temperature = self._buffer("temperature", torch.float32)
+        self._least = self._buffer("least", torch.float32)
+        self._is_sampled = self._buffer("is_sampled", torch.bool)
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether the rows are named."""
+        return bool(halt.learned_token_ids)
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the rows and the threshold."""
+        halt = params.halt
+        for i, token_id in enumerate(halt.learned_token_ids):
+            self._ids[slot, i] = token_id
+        self._temperature[slot] = halt.stop_temperature
+        self._least[slot] = halt.stop_prob
+        self._is_sampled[slot] = halt.sample
+
+    def holds(self, view: View) -> Tensor:
+        """Compare the probability of stopping with the threshold, or draw."""
+        assert view.logits is not None
+        rows = view.row_slots
+        pair = view.logits.gather(1, self._ids[rows]) / self._temperature[rows].unsqueeze(1)
+        stop = pair.softmax(-1)[:, 1]
+        return torch.where(self._is_sampled[rows], view.uniform() < stop, stop >= self._least[rows])
+
+
+class Entropy(Rule):
+    """The entropy of the next-token distribution is on one side of a bound.
+
+    Taken at the mixture's temperature, before its filters, as Soft Thinking does.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._temperature = self._buffer("temperature", torch.float32)
+        self._bound = self._buffer("bound", torch.float32)  # nats, or a share of ln vocab_size
+        self._is_share = self._buffer("is_share", torch.bool)
+        self._count = self._buffer("count", torch.int64)
+        self._patience = self._buffer("patience", torch.int64)
+
+    def _admit(self, slot: int, params: ReasoningParams, bound: float, patience: int) -> None:
+        is_soft = params.mode == "distribution"
+        self._temperature[slot] = params.mixture.temperature if is_soft else 1.0
+        self._bound[slot] = bound
+        self._is_share[slot] = params.halt.entropy_unit == "normalized"
+        self._count[slot] = 0
+        self._patience[slot] = patience
+
+    def _distance(self, view: View) -> Tensor:
+        """Entropy minus bound; [num_rows] float32."""
+        assert view.logits is not None
+        rows = view.row_slots
+        log_probs = (view.logits / self._temperature[rows].unsqueeze(1)).log_softmax(-1)
+        whole = log(view.logits.shape[1])
+        found = mixing.entropy(log_probs)
+        return found / torch.where(self._is_share[rows], whole, 1.0) - self._bound[rows]
+
+
+class ColdStop(Entropy):
+    """The model has been certain for some steps (Soft Thinking, arXiv 2505.15778)."""
+
+    reason = HaltReason.COLD_STOP
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether there is a lower bound."""
+        return halt.entropy_below > 0
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the bound."""
+        halt = params.halt
+        self._admit(slot, params, halt.entropy_below, halt.entropy_patience)
+
+    def holds(self, view: View) -> Tensor:
+        """Count steps below the bound."""
+        return self._lasts(self._count, self._patience, view, self._distance(view) < 0)
+
+
+class Uncertain(Entropy):
+    """The model is too uncertain to go on (LaTER, training-free, arXiv 2605.07315)."""
+
+    reason = HaltReason.UNCERTAIN
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether there is an upper bound."""
+        return halt.entropy_above > 0
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the bound."""
+        self._admit(slot, params, params.halt.entropy_above, 1)
+
+    def holds(self, view: View) -> Tensor:
+        """Look at this step alone."""
+        return self._distance(view) > 0
+
+
+class Converged(Rule):
+    """Steps stopped changing (exit criteria of recurrent depth, arXiv 2502.05171)."""
+
+    reason = HaltReason.CONVERGED
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._metric = self._buffer("metric", torch.int64)
+        self._bound = self._buffer("bound", torch.float32)
+        self._count = self._buffer("count", torch.int64)
+        self._patience = self._buffer("patience", torch.int64)
+        self._likeliest = self._buffer("likeliest", torch.int64)  # -1 before the first step
+        self._metrics = ("none", "cosine", "rel_l2", "argmax_stable")
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether a metric is chosen."""
+        return halt.converge_metric != "none"
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note metric and bound."""
+        halt = params.halt
+        self._metric[slot] = self._metrics.index(halt.converge_metric)
+        self._bound[slot] = halt.converge_below
+        self._count[slot] = 0
+        self._patience[slot] = halt.converge_patience
+        self._likeliest[slot] = -1
+
+    def holds(self, view: View) -> Tensor:
+        """Compare the vector that would be fed with the one before, or the likeliest tokens.
+
+        cosine: 1 - cos; rel_l2: |new - old| / |old|; argmax_stable: the same likeliest token.
+        """
+        assert view.logits is not None
+        assert view.vector is not None
+        rows, slots = view.row_slots, view.slots
+        new, old = view.vector.float(), slots.vector[rows].float()
+        distance = 1 - torch.cosine_similarity(new, old, dim=-1)
+        relative = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-12)
+        metric = self._metric[rows]
+        is_near = torch.where(metric == 1, distance, relative) < self._bound[rows]
+        is_near &= slots.is_vector[rows]  # there is a vector before this one
+        likeliest = view.logits.argmax(-1)
+        is_same = likeliest == self._likeliest[rows]
+        self._likeliest[rows] = likeliest
+        is_hit = torch.where(metric == 3, is_same, is_near)
+        return self._lasts(self._count, self._patience, view, is_hit)
+
+
+RULES: tuple[type[Rule], ...] = (StopToken, Learned, ColdStop, Uncertain, Converged)
+
+
+class Controller:
+    """Asks the rules that rows have on, in order."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._rules = [rule(slots) for rule in RULES]
+        self._min_left = slots.register("min_steps_left", torch.int64)
+        self._asked: list[tuple[bool, ...]] = [()] * slots.num_slots  # by slot, for each rule
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note which rules a sequence has on and set those up."""
+        asked = tuple(rule.is_asked(params.halt) for rule in self._rules)
+        for rule, is_asked in zip(self._rules, asked, strict=True):
+            if is_asked:
+                rule.admit(slot, params)
+        self._min_left[slot] = params.min_steps
+        self._asked[slot] = asked
+
+    def check(self, view: View, host_slots: tuple[int, ...]) -> Tensor | None:
+        """Find the first rule that holds for each row.
+
+        Args:
+            view: The rows.
+            host_slots: Their slots, on the host.
+
+        Returns:
+            [num_rows] int64, a HaltReason, 0 to go on; None if no row has a rule.
+        """
+        if not any(any(self._asked[slot]) for slot in host_slots):
+            return None
+        rows = view.row_slots
+        halt = torch.zeros_like(rows)
+        for i, rule in enumerate(self._rules):
+            members = [k for k, slot in enumerate(host_slots) if self._asked[slot][i]]
+            if not members:
+                continue
+            if len(members) == len(host_slots):
+                holds = rule.holds(view)
+            else:
+                at = upload(members, rows.device)
+                holds = torch.zeros_like(rows, dtype=torch.bool)
+                holds[at] = rule.holds(_take(view, at))
+            halt = torch.where((halt == 0) & holds, int(rule.reason), halt)
+        is_early = self._min_left[rows] > 0
+        self._min_left[rows] -= 1
+        return torch.where(is_early, 0, halt)
+
+
+def _take(view: View, at: Tensor) -> View:
+    return View(
+        slots=view.slots,
+        row_slots=view.row_slots[at],
+        logits=view.logits[at] if view.logits is not None else None,
+        token=view.token[at],
+        has_text=view.has_text,
+        vector=view.vector[at] if view.vector is not None else None,
+    )
