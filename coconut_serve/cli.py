@@ -32,6 +32,7 @@ from coconut_serve.config import (
 )
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, StartupError
+from coconut_serve.evaluation import command as evaluation
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
     _add_serve_flags(serve)
     commands.add_parser("models", help="list what can be served offline here")
+    evaluation.add_parser(commands)
     return parser
 
 
@@ -119,8 +121,9 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     parser = build_parser()
     words = list(argv if argv is not None else sys.argv[1:])
     at = words.index("--") if "--" in words else len(words)
-    words, vllm_flags = words[:at], words[at + 1 :]
+    words, more_flags = words[:at], words[at + 1 :]
     args = parser.parse_args(words)
+    args.more_flags = more_flags
     if args.command != "serve":
         return args
     keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
@@ -138,7 +141,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
             given.append(f"{flag}={text}")
     args = parser.parse_args([words[0], *given, *words[1:]])
     args.api_key = args.api_key or [k for k in layers.get("api_key", "").split(",") if k]
-    args.vllm_flags = vllm_flags
+    args.more_flags = more_flags
     return args
 
 
@@ -190,8 +193,8 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     Raises:
         StartupError: A setting is wrong, or the engine has no such setting.
     """
-    if values["vllm_flags"] and values["engine"] != "vllm":
-        raise StartupError(f"{values['vllm_flags'][0]} after -- needs --engine vllm", param="--")
+    if values["more_flags"] and values["engine"] != "vllm":
+        raise StartupError(f"{values['more_flags'][0]} after -- needs --engine vllm", param="--")
     if values["engine"] == "vllm" and values["device"] == "cpu":
         raise StartupError("--device cpu: the vllm engine runs where vLLM does", param="--device")
     allowed = values["allowed_reasoning_modes"]
@@ -234,7 +237,7 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
             from coconut_serve.engines.vllm.engine import VllmEngine
 
             metrics.include(REGISTRY, prefix="vllm:")
-            config, flags = _engine_config(model, values), tuple(values["vllm_flags"])
+            config, flags = _engine_config(model, values), tuple(values["more_flags"])
             return VllmEngine(config, mode_names(), metrics.observe_step, flags)
         case _:
             from coconut_serve.engines.native.engine import NativeEngine
@@ -392,7 +395,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         args = parse_args(argv, os.environ)
-        return run_models() if args.command == "models" else run_serve(args)
+        match args.command:
+            case "models":
+                return run_models()
+            case "eval":
+                return evaluation.run(args, tuple(args.more_flags))
+            case _:
+                return run_serve(args)
     except CoconutError as error:
         print(f"coconut-serve: {error.message}", file=sys.stderr)
         return 2

@@ -1,0 +1,34 @@
+"""A server of our own on this machine, for as long as an evaluation needs one."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from coconut_serve.errors import StartupError
+
+_ADDRESS = re.compile(r"listens on (http://\S+)")
+
+
+@contextlib.contextmanager
+def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
+    """Serve a model in a process of its own; yields the address of its API.
+
+    Args:
+        model: What `coconut-serve serve` takes.
+        flags: More of its flags.
+
+    Raises:
+        StartupError: It did not start; the reason is on its standard error, which is ours.
+    """
+    command = [sys.executable, "-m", "coconut_serve.cli", "serve", model, "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = next((m for line in process.stdout if (m := _ADDRESS.search(line))), None)
+            if found is None:
+                raise StartupError(f"{model} could not be served", param="TARGET")
+            yield found[1]
+        finally:
+            process.terminate()

@@ -1,0 +1,94 @@
+"""Task files and answers: what is asked, and whether what came back is right."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coconut_serve.errors import StartupError
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question of a task file."""
+
+    text: str
+    answer: str
+    num_steps: int  # of the reference solution, to group results by; 0 if it has none
+
+
+def load_task(path: Path, limit: int | None = None) -> list[Question]:
+    """Read a task: COCONUT's JSON list (question, steps, answer) or the same as JSON lines.
+
+    Args:
+        path: The file.
+        limit: Take the first so many.
+
+    Raises:
+        StartupError: It is no task file; the text says where.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        is_list = text.lstrip().startswith("[")
+        items = json.loads(text) if is_list else [json.loads(x) for x in text.splitlines() if x]
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot read the task {path}: {error}", param="--task") from error
+    if not items:
+        raise StartupError(f"the task {path} holds no question", param="--task")
+    return [_question(path, i, item) for i, item in enumerate(items[:limit])]
+
+
+def _question(path: Path, index: int, item: Any) -> Question:
+    for key in ("question", "answer"):
+        if not isinstance(item, dict) or not isinstance(item.get(key), str):
+            raise StartupError(f"{path}: item {index} has no text {key!r}", param="--task")
+    steps = item.get("steps", ())
+    return Question(
+        text=item["question"],
+        answer=item["answer"],
+        num_steps=len(steps) if isinstance(steps, list) else 0,
+    )
+
+
+def _last_number(text: str) -> str:
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else ""
+
+
+def _last_word(text: str) -> str:
+    words = re.findall(r"\w+", text)
+    return words[-1] if words else ""
+
+
+def find_extractor(name: str | None) -> Callable[[str], str]:
+    """How the answer is found in a text: the manifest's `answer.extract`.
+
+    Args:
+        name: `last_word`, `last_number`, `after:MARK`, or None for the text as it is.
+
+    Raises:
+        StartupError: There is no such way.
+    """
+    if name is None:
+        return str.strip
+    if name.startswith("after:"):
+        mark = name.removeprefix("after:")
+        return lambda text: text.rpartition(mark)[2].replace(",", "").strip()
+    named = {"last_word": _last_word, "last_number": _last_number}
+    if name not in named:
+        known = ", ".join([*named, "after:MARK"])
+        raise StartupError(f"answer.extract {name!r} is none of {known}", param="--extract")
+    return named[name]
+
+
+def is_right(extract: Callable[[str], str], text: str, answer: str) -> bool:
+    """Compare what is found in both texts: numbers by value, words without case."""
+    given, expected = extract(text), extract(answer)
+    try:
+        return float(given) == float(expected)
+    except ValueError:
+        return given.casefold().rstrip(".") == expected.casefold().rstrip(".") != ""
