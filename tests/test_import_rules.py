@@ -29,9 +29,16 @@ def test_native_engine_imports_no_vllm() -> None:
 
 
 def test_nothing_unpickles_or_evaluates() -> None:
-    """No pickle, torch.load, eval or exec anywhere: weights are safetensors, requests are JSON."""
+    """No pickle, torch.load, eval or exec anywhere: weights are safetensors, requests are JSON.
+
+    One file reads torch's format, as data only (`weights_only`), and imports pickle's error.
+    """
+    reader = ROOT / "coconut_serve" / "checkpoint" / "convert" / "source.py"
     for file in (ROOT / "coconut_serve").rglob("*.py"):
         text = file.read_text()
+        if file == reader:
+            assert text.count("torch.load(") == text.count("weights_only=True") == 1
+            text = text.replace("torch.load(", "").replace("from pickle import UnpicklingError", "")
         for word in ("pickle", "torch.load", "eval(", "exec(", "trust_remote_code=True"):
             assert word not in text.replace(".eval()", ""), (file, word)
 
