@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
+from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
 from coconut_serve.config import (
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve_flags(serve)
     commands.add_parser("models", help="list what can be served offline here")
     evaluation.add_parser(commands)
+    add_convert_parser(commands)
     return parser
 
 
@@ -398,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
         match args.command:
             case "models":
                 return run_models()
+            case "convert":
+                return run_convert(args)
             case "eval":
                 return evaluation.run(args, tuple(args.more_flags))
             case _:

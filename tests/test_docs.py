@@ -21,11 +21,11 @@ DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "d
 ALL = "\n".join(DOCS.values())
 
 
-def serve_help() -> str:
+def command_help(command: str) -> str:
     os.environ["COLUMNS"] = "100"
     parser = build_parser()
     [commands] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    text: str = commands.choices["serve"].format_help().rstrip()
+    text: str = commands.choices[command].format_help().rstrip()
     return text
 
 
@@ -41,7 +41,8 @@ def metric_rows(metrics: Metrics) -> list[str]:
 
 
 def test_help_in_the_docs_is_what_the_command_prints() -> None:
-    assert serve_help() in DOCS["api.md"], "run python -m tests.test_docs"
+    assert command_help("serve") in DOCS["api.md"], "run python -m tests.test_docs"
+    assert command_help("convert") in DOCS["checkpoints.md"], "run python -m tests.test_docs"
 
 
 def test_every_metric_is_in_the_docs_with_its_labels() -> None:
@@ -117,10 +118,10 @@ def test_changelog_and_decisions_have_their_form() -> None:
 
 def write() -> None:
     """Put the generated parts into the docs."""
-    api = ROOT / "docs" / "api.md"
-    text = re.sub(r"(## Flags\n\n```\n).*?(\n```)", lambda m: m[1] + serve_help() + m[2],
-                  api.read_text(), flags=re.DOTALL)  # fmt: skip
-    api.write_text(text)
+    for command, name in (("serve", "api.md"), ("convert", "checkpoints.md")):
+        page, new = ROOT / "docs" / name, command_help(command)
+        block = re.compile(r"(## Flags\n\n```\n).*?(\n```)", flags=re.DOTALL)
+        page.write_text(block.sub(lambda m, new=new: m[1] + new + m[2], page.read_text()))  # type: ignore[misc]  # new is bound at once
     operations = ROOT / "docs" / "operations.md"
     head = "| metric | type | more labels |\n|---|---|---|\n"
     before, _, after = operations.read_text().partition(head)

@@ -20,6 +20,7 @@ def test_server_service_and_stub_import_no_torch() -> None:
         "coconut_serve.cli",
         "coconut_serve.reasoning.registry",
         "coconut_serve.checkpoint.manifest",
+        "coconut_serve.checkpoint.convert.command",
     ):
         assert not imported_by(module) & {"torch", "transformers", "vllm"}, module
 
