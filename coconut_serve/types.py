@@ -16,6 +16,7 @@ MAX_STEPS = 1024
 MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows float32
 MAX_FORCED_TOKENS = 8
 MAX_STOP_TOKENS = 8
+MAX_HARD_TOKENS = 128
 MAX_LOGPROBS = 20
 
 _SAMPLING_RANGES = {
@@ -26,21 +27,30 @@ _SAMPLING_RANGES = {
 _MIXTURE_RANGES = {
     "top_k": (1, MAX_MIXTURE_TOP_K), "temperature": (0.01, 5), "top_p": (0.01, 1),
     "filter_top_k": (0, MAX_MIXTURE_TOP_K), "min_p": (0, 0.99), "noise_temperature": (0.01, 10),
-    "dirichlet_alpha": (0.01, 10_000),
+    "dirichlet_alpha": (0.01, 10_000), "moi_beta": (-100, 10**6),
 }  # fmt: skip
 _HALT_RANGES = {
     "stop_temperature": (0.01, 100), "stop_prob": (0, 1), "entropy_below": (0, 20),
     "entropy_above": (0, 20), "entropy_patience": (1, 10**6), "converge_below": (0, 100),
     "converge_patience": (1, 10**6),
 }  # fmt: skip
+_SWITCH_RANGES = {
+    "p_max": (0, 1), "window": (0, 10**6), "alpha": (0, 1), "beta": (0, 1),
+    "max_switches": (0, 10**6),
+}  # fmt: skip
 _REASONING_RANGES = {
-    "steps": (0, 2**31), "min_steps": (0, 2**31), "noise_std": (0, 10),
+    "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "noise_std": (0, 10),
     "latent_temperature": (0, 5), "soft_weight": (0, 1), "trace_top_k": (1, MAX_LOGPROBS),
 }  # fmt: skip
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
+MixtureKind = Literal["topk", "full", "multiplex", "moi", "gated"]
+WeightKind = Literal["prob", "equal"]
+NormKind = Literal["none", "l2", "embed_mean"]
 NoiseKind = Literal["none", "gumbel", "dirichlet"]
 Source = Literal["hidden", "constant"]
+SwitchRule = Literal["swi", "confidence"]
+SoftWhen = Literal["confident", "uncertain"]
 StopTest = Literal["argmax", "sampled"]
 EntropyUnit = Literal["nats", "normalized"]
 ConvergeMetric = Literal["none", "cosine", "rel_l2", "argmax_stable"]
@@ -73,6 +83,7 @@ class HaltReason(IntEnum):
     LEARNED = 6
     UNCERTAIN = 7
     CONVERGED = 8
+    SWITCHES = 9
 
     @property
     def label(self) -> str:
@@ -152,6 +163,7 @@ class MixtureParams:
     noise as in Stochastic Soft Thinking (arXiv 2508.03440).
     """
 
+    kind: MixtureKind = "topk"  # reasoning/mixers.py
     top_k: int = 10
     temperature: float = 0.6
     top_p: float = 0.95
@@ -159,7 +171,13 @@ class MixtureParams:
     min_p: float = 0.001
     noise: NoiseKind = "none"
     noise_temperature: float = 0.5
+    noise_clamp: tuple[float, ...] = ()  # bounds of Gumbel noise; (): none
     dirichlet_alpha: float = 4.0
+    weights: WeightKind = "prob"  # multiplex
+    replacement: bool = True  # multiplex
+    moi_beta: float = 1.0
+    norm: NormKind = "none"  # l2: by the root of the summed squared weights; embed_mean: the mean
+    # length of an embedding
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -167,6 +185,9 @@ class MixtureParams:
         _check_ranges(self, path, _MIXTURE_RANGES)
         has_filter = self.noise != "dirichlet" or self.filter_top_k > 0
         require(has_filter, path + "filter_top_k", "must not be 0 with noise 'dirichlet'")
+        clamp = self.noise_clamp
+        is_range = not clamp or (len(clamp) == 2 and clamp[0] < clamp[1])
+        require(is_range, path + "noise_clamp", "must be two rising numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +235,29 @@ class HaltParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchParams:
+    """When `auto` goes from tokens to soft tokens and back (reasoning/modes/auto.py)."""
+
+    rule: SwitchRule = "swi"
+    soft_when: SoftWhen = "confident"  # confidence
+    p_max: float = 0.6  # confidence
+    window: int = 512  # swi: steps in tokens before soft ones may come back
+    alpha: float = 1.0  # swi: share of the soft token at a switch to it, the rest <think>
+    beta: float = 0.7  # swi: share of the token at a switch to tokens, the rest </think>
+    max_switches: int = 0  # swi: to tokens, after which the phase ends; 0: no bound
+    hard_token_ids: tuple[int, ...] = ()  # swi: never fed softly
+    think_token_id: int = -1  # -1: the model has none
+    end_token_id: int = -1
+    newline_token_id: int = -1  # swi: a tenth of the first soft input
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check_ranges(self, "reasoning.switch.", _SWITCH_RANGES)
+        is_short = len(self.hard_token_ids) <= MAX_HARD_TOKENS
+        require(is_short, "reasoning.switch.hard_tokens", f"takes {MAX_HARD_TOKENS} ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
     """Weights between the hidden state and the next input, as a manifest declares them."""
 
@@ -237,6 +281,9 @@ class ReasoningParams:
     is_fixed: bool = False  # the step count is exact, not a cap
     end_token_ids: tuple[int, ...] = ()
     end_adds_vector: bool = False  # the first end token is added to the last vector, not instead
+    keeps_last: bool = False  # the vector of the step that halts is fed all the same
+    enter_token_id: int | None = None  # thinking starts each time the answer says this token
+    max_blocks: int = 1  # thinking phases; more than one only with enter_token_id
     source: Source = "hidden"  # latent: what is fed; constant: a control run
     constant_token_id: int | None = None  # the token of source "constant"
     adapter: str = "none"  # latent: its name in the manifest, or "realign"
@@ -245,6 +292,7 @@ class ReasoningParams:
     soft_weight: float = 0.0  # latent: adds so much of the soft token
     mixture: MixtureParams = field(default_factory=MixtureParams)
     halt: HaltParams = field(default_factory=HaltParams)
+    switch: SwitchParams = field(default_factory=SwitchParams)
     trace: TraceLevel = "none"
     trace_top_k: int = 5
 
@@ -254,6 +302,8 @@ class ReasoningParams:
         thinks = self.mode != "none" or self.steps == 0
         require(thinks, "reasoning.steps", "must be 0 in mode none")
         require(self.min_steps <= self.steps, "reasoning.min_steps", "must be at most steps")
+        has_enter = self.max_blocks == 1 or self.enter_token_id is not None
+        require(has_enter, "reasoning.max_blocks", "must be 1: no token opens another block")
         has_constant = self.source != "constant" or self.constant_token_id is not None
         require(has_constant, "reasoning.source", "'constant' needs a token to feed")
         is_short = len(self.end_token_ids) <= MAX_FORCED_TOKENS
@@ -263,6 +313,11 @@ class ReasoningParams:
     def num_forced(self) -> int:
         """How many end tokens are fed after the thinking phase, however short it is."""
         return len(self.end_token_ids) if self.mode != "none" else 0
+
+    @property
+    def max_thinking(self) -> int:
+        """Positions that thinking and its end tokens take at most."""
+        return self.max_blocks * (self.steps + self.num_forced)
 
     @property
     def has_topk_trace(self) -> bool:
@@ -283,8 +338,7 @@ class Request:
     @property
     def max_num_positions(self) -> int:
         """KV positions the request can take at most."""
-        thinking = self.reasoning.steps + len(self.reasoning.end_token_ids)
-        return len(self.prompt_token_ids) + thinking + self.sampling.max_tokens
+        return len(self.prompt_token_ids) + self.reasoning.max_thinking + self.sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +370,7 @@ class SequenceCounts:
     num_reasoning_steps: int = 0  # thinking positions of any kind
     num_vector_steps: int = 0  # of these, fed as a vector
     num_forced_tokens: int = 0
+    num_switches: int = 0  # between tokens and vectors
     num_forward_passes: int = 0
     num_cached_tokens: int = 0  # prompt positions taken from the prefix cache
     num_preemptions: int = 0

@@ -13,7 +13,7 @@ from coconut_serve.cli import build_parser
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import schemas
-from coconut_serve.service.reasoning import PRESETS
+from coconut_serve.service.presets import PRESETS
 from tests.fakes import make_metrics
 
 ROOT = Path(__file__).parents[1]

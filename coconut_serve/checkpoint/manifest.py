@@ -97,7 +97,9 @@ class Halting(_Strict):
     token_ids: list[int] = []  # binary_rows: continue, stop; stop_token: any of these
     test: Literal["argmax", "sampled"] = "argmax"
     temperature: float = 1.0
+    min_steps: int = Field(default=0, ge=0)  # latents before the rule is asked the first time
     end_adds_latent: bool = False  # the end token's embedding is added to the last latent
+    keeps_last: bool = False  # the latent of the step that stops is fed all the same
 
 
 class Answer(_Strict):
@@ -111,7 +113,7 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     method: _Method = "none"
-    modes: list[str] = ["none", "cot", "distribution"]
+    modes: list[str] = ["none", "cot", "distribution", "auto"]
     default_mode: str | None = None
     base_model: str | None = None
     tokens: Tokens = Tokens()

@@ -95,6 +95,17 @@ class LinearNorm(Linear):
         return self._norm(super().__call__(hidden, draw))
 
 
+class LinearRms(LinearNorm):
+    """A linear map, RMSNorm and a bias (arXiv 2511.21581, its code's filters "linear")."""
+
+    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """Map, then scale to a root mean square of 1."""
+        mapped = self._linear(hidden, "linear_1")
+        scale, bias = self.weights["norm.weight"], self.weights.get("norm.bias")
+        normed = functional.rms_norm(mapped, scale.shape, scale)
+        return normed if bias is None else normed + bias
+
+
 class Mlp(Adapter):
     """Linear, activation, linear (LaTER, arXiv 2605.07315)."""
 
@@ -186,6 +197,7 @@ class Gate(Adapter):
 KINDS: dict[str, type[Adapter]] = {
     "linear": Linear,
     "linear_ln": LinearNorm,
+    "linear_rms": LinearRms,
     "mlp": Mlp,
     "mlp_ln": MlpNorm,
     "gaussian_head": GaussianHead,

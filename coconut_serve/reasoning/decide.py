@@ -44,9 +44,13 @@ class Decider:
         self._adapters = adapters
         self._noise_std = slots.register("noise_std", torch.float32)  # [num_slots]
         self._end_adds = slots.register("end_adds_vector", torch.bool)  # [num_slots]
+        self._keeps_last = slots.register("keeps_last", torch.bool)  # [num_slots]
+        self._pending_halt = slots.register("pending_halt", torch.int64)  # of rows that keep it
         # What the host must know to skip work that no row asked for.
         self._host_has_noise = [False] * slots.num_slots
         self._host_end_adds = [False] * slots.num_slots
+        self._host_keeps_last = [False] * slots.num_slots
+        self._host_may_enter = [False] * slots.num_slots
 
     def admit(
         self,
@@ -63,8 +67,12 @@ class Decider:
         self._controller.admit(slot, params)
         self._noise_std[slot] = params.noise_std
         self._end_adds[slot] = params.end_adds_vector
+        self._keeps_last[slot] = params.keeps_last
+        self._pending_halt[slot] = 0
         self._host_has_noise[slot] = params.noise_std > 0
         self._host_end_adds[slot] = params.end_adds_vector
+        self._host_keeps_last[slot] = params.keeps_last
+        self._host_may_enter[slot] = params.enter_token_id is not None
         if snapshot is not None:
             self._slots.restore(slot, snapshot)
 
@@ -83,9 +91,12 @@ class Decider:
                 groups.setdefault((row.mode, row.thinks_on_logits), []).append(i)
         for (name, has_logits), members in groups.items():
             self._decide_group(step, self._modes[name], members, has_logits=has_logits)
+        if any(self._host_keeps_last[slot] for slot in step.host_slots):
+            self._delay_halt(step)
         step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
         step.halt = torch.where(is_thinking, step.halt, 0)
         step.thinks = is_thinking & (step.halt == 0)
+        step.is_switch &= step.thinks
         has_forced = slots.forced_left[rows] > 0
         step.is_forced = ~step.thinks & has_forced
         is_last = (step.halt > 0) & step.is_forced  # the first end token is fed next
@@ -97,6 +108,13 @@ class Decider:
         is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)
         step.halt = torch.where(is_bad & ~step.is_forced, int(HaltReason.NUMERICAL), step.halt)
         self._write(step)
+
+    def _delay_halt(self, step: StepRows) -> None:
+        """Let rows that keep the last vector halt one step after their rule held."""
+        rows = step.row_slots
+        keeps, pending = self._keeps_last[rows], self._pending_halt[rows]
+        self._pending_halt[rows] = torch.where(keeps & (pending == 0), step.halt, 0)
+        step.halt = torch.where(keeps, pending, step.halt)
 
     def _add_end(self, step: StepRows, adds: Tensor) -> None:
         """Let the first end token come on top of the last vector, where `adds`."""
@@ -115,6 +133,7 @@ class Decider:
             host_slots=tuple(step.rows[i].slot for i in members),
             hidden=step.select(step.hidden, members),
             logits=step.logits_of(members) if has_logits else None,
+            raw_logits=step.logits_of(members, is_raw=True) if has_logits else None,
             sampled=step.select(step.sampled, members),
             embedding=self._embedding,
             adapters=self._adapters,
@@ -123,8 +142,12 @@ class Decider:
         decision = mode.decide(ctx)
         step.assign(step.text, members, decision.token)
         halt = self._halt(ctx, decision, has_text=mode.has_text)
+        if decision.halt is not None:
+            halt = decision.halt if halt is None else torch.where(halt == 0, decision.halt, halt)
         if halt is not None:
             step.assign(step.halt, members, halt)
+        if decision.is_switch is not None:
+            step.assign(step.is_switch, members, decision.is_switch)
         if decision.retained_mass is not None:
             step.assign(step.retained_mass, members, decision.retained_mass)
         if decision.vector is None:
@@ -145,6 +168,7 @@ class Decider:
             slots=self._slots,
             row_slots=ctx.row_slots,
             logits=ctx.logits,
+            raw_logits=ctx.raw_logits,
             token=decision.token,
             has_text=has_text,
             vector=decision.vector,
@@ -175,3 +199,8 @@ class Decider:
         rolled = slots.forced[rows].roll(-1, dims=1)
         slots.forced[rows] = torch.where(step.is_forced.unsqueeze(1), rolled, slots.forced[rows])
         slots.forced_left[rows] -= step.is_forced.to(torch.int64)
+        if any(self._host_may_enter[slot] for slot in step.host_slots):
+            is_said = ~step.thinks & ~step.is_forced & (step.token == slots.enter_token[rows])
+            opens = is_said & (slots.blocks_left[rows] > 0)
+            slots.open_blocks(rows, opens)
+            self._controller.restart(rows, opens)

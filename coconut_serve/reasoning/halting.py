@@ -24,6 +24,7 @@ class View:
     slots: Slots
     row_slots: Tensor  # [num_rows] int64
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
+    raw_logits: Tensor | None  # without those: a token that is never said may still end a phase
     token: Tensor  # [num_rows] int64, the text of the step
     has_text: bool  # False: the mode's steps have none
     vector: Tensor | None  # [num_rows, hidden_size], what would be fed
@@ -102,9 +103,9 @@ class StopToken(Rule):
         ids = self._ids[view.row_slots]  # [num_rows, MAX_STOP_TOKENS]
         if view.has_text:
             return (view.token.unsqueeze(1) == ids).any(1)
-        assert view.logits is not None
-        likeliest = (view.logits.argmax(-1, keepdim=True) == ids).any(1)
-        log_probs = view.logits / self._temperature[view.row_slots].unsqueeze(1)
+        assert view.raw_logits is not None
+        likeliest = (view.raw_logits.argmax(-1, keepdim=True) == ids).any(1)
+        log_probs = view.raw_logits / self._temperature[view.row_slots].unsqueeze(1)
         probs = log_probs.softmax(-1).gather(1, ids.clamp_min(0))
         drawn = view.uniform() < torch.where(ids >= 0, probs, 0.0).sum(1)
         return torch.where(self._is_sampled[view.row_slots], drawn, likeliest)
@@ -138,9 +139,9 @@ class Learned(Rule):
 
     def holds(self, view: View) -> Tensor:
         """Compare the probability of stopping with the threshold, or draw."""
-        assert view.logits is not None
+        assert view.raw_logits is not None
         rows = view.row_slots
-        pair = view.logits.gather(1, self._ids[rows]) / self._temperature[rows].unsqueeze(1)
+        pair = view.raw_logits.gather(1, self._ids[rows]) / self._temperature[rows].unsqueeze(1)
         stop = pair.softmax(-1)[:, 1]
         return torch.where(self._is_sampled[rows], view.uniform() < stop, stop >= self._least[rows])
 
@@ -275,6 +276,7 @@ class Controller:
         self._slots = slots
         self._rules = [rule(slots) for rule in RULES]
         self._min_left = slots.register("min_steps_left", torch.int64)
+        self._min_steps = slots.register("min_steps", torch.int64)
         self._asked: list[tuple[bool, ...]] = [()] * slots.num_slots  # by slot, for each rule
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
@@ -283,8 +285,13 @@ class Controller:
         for rule, is_asked in zip(self._rules, asked, strict=True):
             if is_asked:
                 rule.admit(slot, params)
-        self._min_left[slot] = params.min_steps
+        self._min_left[slot] = self._min_steps[slot] = params.min_steps
         self._asked[slot] = asked
+
+    def restart(self, row_slots: Tensor, opens: Tensor) -> None:
+        """Count `min_steps` anew where a block opens; [num_rows] int64, [num_rows] bool."""
+        left, whole = self._min_left[row_slots], self._min_steps[row_slots]
+        self._min_left[row_slots] = torch.where(opens, whole, left)
 
     def check(self, view: View, host_slots: tuple[int, ...]) -> Tensor | None:
         """Find the first rule that holds for each row.
@@ -321,6 +328,7 @@ def _take(view: View, at: Tensor) -> View:
         slots=view.slots,
         row_slots=view.row_slots[at],
         logits=view.logits[at] if view.logits is not None else None,
+        raw_logits=view.raw_logits[at] if view.raw_logits is not None else None,
         token=view.token[at],
         has_text=view.has_text,
         vector=view.vector[at] if view.vector is not None else None,

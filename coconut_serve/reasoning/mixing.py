@@ -77,6 +77,28 @@ def filter_candidates(
     return p / p.sum(-1, keepdim=True), ids
 
 
+def filter_vocabulary(p: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Zero the probabilities that the filters drop, over the whole vocabulary.
+
+    Args:
+        p: [num_rows, vocab_size] float32, each row sums to 1.
+        top_k: [num_rows] int64, 0 = all.
+        top_p: [num_rows] float32.
+        min_p: [num_rows] float32, relative to the likeliest token.
+
+    Returns:
+        [num_rows, vocab_size] float32, not renormalised.
+    """
+    ordered, ids = p.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(p.shape[1], device=p.device)
+    top_k, top_p, min_p = (x.unsqueeze(1) for x in (top_k, top_p, min_p))
+    kept = torch.where((top_k > 0) & (rank >= top_k), 0.0, ordered)
+    is_kept = (kept.cumsum(-1) - kept) < top_p * kept.sum(-1, keepdim=True)
+    is_kept &= kept >= min_p * kept[:, :1]
+    is_kept[:, 0] = True  # however small top_p is
+    return torch.zeros_like(p).scatter(1, ids, torch.where(is_kept, kept, 0.0))
+
+
 def _top(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The largest `width` of each row and where they are, by chunks where that is faster.
 
@@ -116,18 +138,20 @@ def dirichlet_weights(
     return torch.where(p > 0, log_draw, -torch.inf).softmax(-1)
 
 
-def gumbel_weights(p: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+def gumbel_weights(p: Tensor, temperature: Tensor, u: Tensor, clamp: Tensor) -> Tensor:
     """Perturb weights: softmax((ln p + g) / temperature) over the kept tokens.
 
     Args:
         p: [num_rows, width] float32.
         temperature: [num_rows] float32.
         u: [num_rows, width] uniform numbers.
+        clamp: [num_rows, 2] float32, bounds of g (SofT-GRPO, arXiv 2511.06411).
 
     Returns:
         [num_rows, width] float32, each row sums to 1.
     """
-    return ((torch.log(p) + noise.gumbel(u)) / temperature.unsqueeze(1)).softmax(-1)
+    g = noise.gumbel(u).clamp(clamp[:, :1], clamp[:, 1:])
+    return ((torch.log(p) + g) / temperature.unsqueeze(1)).softmax(-1)
 
 
 def keep_top(p: Tensor, top_k: Tensor) -> Tensor:

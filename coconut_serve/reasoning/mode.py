@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.slots import Slots
+from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import ReasoningParams
 
 
@@ -27,10 +27,25 @@ class StepContext:
     hidden: Tensor  # [num_rows, hidden_size], after the final norm
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
     # neither the mode nor a halting rule looks at them
+    raw_logits: Tensor | None  # the same without bias, penalties and banned tokens
     sampled: Tensor  # [num_rows] int64, drawn by the row's ordinary sampling settings, -1 for none
     embedding: Embedding
     adapters: AdapterBank
     has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
+
+    def select(self, members: list[int]) -> tuple["StepContext", Tensor]:
+        """Take some rows; also where they are, [len(members)] int64."""
+        at = upload(members, self.row_slots.device)
+        part = replace(
+            self,
+            row_slots=self.row_slots[at],
+            host_slots=tuple(self.host_slots[i] for i in members),
+            hidden=self.hidden[at],
+            logits=self.logits[at] if self.logits is not None else None,
+            raw_logits=self.raw_logits[at] if self.raw_logits is not None else None,
+            sampled=self.sampled[at],
+        )
+        return part, at
 
     def uniform(self, stream: int, columns: Tensor) -> Tensor:
         """Draw numbers in (0, 1) that depend on each row's seed alone; see noise.uniform."""
@@ -49,6 +64,8 @@ class StepDecision:
     vector: Tensor | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
     is_vector: Tensor | None = None  # [num_rows] bool; None: all rows if `vector` is given
     retained_mass: Tensor | None = None  # [num_rows] float32; None: 1
+    is_switch: Tensor | None = None  # [num_rows] bool, tokens to vectors or back; None: nobody
+    halt: Tensor | None = None  # [num_rows] int64, a HaltReason of the mode's own; None: nobody
 
 
 class ReasoningMode(ABC):

@@ -14,6 +14,7 @@ _MODES = {
     "cot": "coconut_serve.reasoning.modes.cot:CotMode",
     "latent": "coconut_serve.reasoning.modes.latent:LatentMode",
     "distribution": "coconut_serve.reasoning.modes.distribution:DistributionMode",
+    "auto": "coconut_serve.reasoning.modes.auto:AutoMode",
 }
 
 

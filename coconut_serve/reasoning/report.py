@@ -1,7 +1,7 @@
 """What a step tells the host: one float32 matrix, a row each, and how to read it.
 
-The columns: token (-1 for none), phase, is_vector, halt reason; where scores are wanted also
-the token's log-probability, entropy, norm, cosine and retained mass, then pairs (id,
+The columns: token (-1 for none), phase, is_vector, halt reason, is_switch; where scores are
+wanted also the token's log-probability, entropy, norm, cosine and retained mass, then pairs (id,
 log-probability) of the likeliest tokens; where vectors are wanted, MAX_LOGPROBS pairs and then
 the vector. A row therefore reads the same from a wider matrix, whatever its batch mates want.
 float32 holds token ids below 2**24 without loss.
@@ -16,7 +16,7 @@ from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.rows import RowResult, StepRows, Wanted
 from coconut_serve.types import MAX_LOGPROBS, HaltReason, Phase, ReasoningTrace, TokenLogprobs
 
-_NUM_FLAGS = 4
+_NUM_FLAGS = 5
 _NUM_SCORES = 5
 _PAIRS_AT = _NUM_FLAGS + _NUM_SCORES
 
@@ -42,7 +42,8 @@ def pack(step: StepRows, inputs: Tensor) -> Tensor:
     """
     phase = torch.where(step.is_forced, int(Phase.BOUNDARY), int(Phase.ANSWER))
     phase = torch.where(step.thinks, int(Phase.THINK), phase)
-    flags = torch.stack([step.token, phase, step.is_vector.long(), step.halt], dim=1).float()
+    facts = (step.token, phase, step.is_vector.long(), step.halt, step.is_switch.long())
+    flags = torch.stack(facts, dim=1).float()
     scored = [i for i, r in enumerate(step.rows) if r.wanted.has_scores and r.needs_logits]
     if not scored:
         return flags
@@ -89,6 +90,7 @@ def read(wanted: Wanted, values: list[float]) -> RowResult:
         token_id=token_id,
         is_vector=bool(values[2]),
         halt_reason=halt,
+        is_switch=bool(values[4]),
         logprobs=logprobs if token_id is not None else None,
         trace=trace,
     )

@@ -67,6 +67,7 @@ class RowResult:
     token_id: int | None  # None: a step without text
     is_vector: bool
     halt_reason: HaltReason  # set on the decision that ended the thinking phase
+    is_switch: bool = False  # between tokens and vectors
     logprobs: TokenLogprobs | None = None
     trace: ReasoningTrace | None = None
 
@@ -89,6 +90,7 @@ class StepRows:
         self.halt = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.thinks = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.is_forced = self.thinks.clone()
+        self.is_switch = self.thinks.clone()  # between tokens and vectors
         self.adds_end = self.thinks.clone()  # the end token is fed on top of the last vector
         self.is_vector = self.thinks.clone()
         self.is_bad_vector = self.thinks.clone()  # NaN or Inf in what would be fed

@@ -55,6 +55,11 @@ class Slots:
         self.seed = self.register("seed", torch.int64)  # [num_slots]
         self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS)  # queue, as a ring
         self.forced_left = self.register("forced_left", torch.int64)  # [num_slots]
+        self.enter_token = self.register("enter_token", torch.int64)  # -1: none opens a block
+        self.blocks_left = self.register("blocks_left", torch.int64)  # that may still be opened
+        self.block_steps = self.register("block_steps", torch.int64)  # what steps_left starts at
+        self.end = self.register("end", torch.int64, MAX_FORCED_TOKENS)  # what `forced` starts as
+        self.num_end = self.register("num_end", torch.int64)  # what forced_left starts at
 
     def register(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Create a buffer [num_slots, *shape] of zeros that survives preemption."""
@@ -68,15 +73,39 @@ class Slots:
         """Set the slot up for a new sequence whose next input is `next_token_id`."""
         self.token[slot] = next_token_id
         self.is_vector[slot] = False
-        self.is_thinking[slot] = params.steps > 0
+        opens_at_once = params.enter_token_id is None
+        self.is_thinking[slot] = params.steps > 0 and opens_at_once
         self.steps_left[slot] = params.steps
         self.num_decisions[slot] = 0
         self.num_output_tokens[slot] = 0
         self.seed[slot] = seed
+        self.enter_token[slot] = -1 if params.enter_token_id is None else params.enter_token_id
+        self.blocks_left[slot] = 0 if opens_at_once else params.max_blocks
+        self.block_steps[slot] = params.steps
         end = params.end_token_ids
         # The queue is read from the front by rolling it, so no read position is kept.
-        self.forced[slot] = upload(end + (0,) * (MAX_FORCED_TOKENS - len(end)), self.device)
-        self.forced_left[slot] = params.num_forced
+        self.end[slot] = upload(end + (0,) * (MAX_FORCED_TOKENS - len(end)), self.device)
+        self.num_end[slot] = params.num_forced
+        self.forced[slot] = self.end[slot]
+        self.forced_left[slot] = params.num_forced if opens_at_once else 0
+
+    def open_blocks(self, row_slots: Tensor, opens: Tensor) -> None:
+        """Begin a thinking phase anew in some rows.
+
+        Args:
+            row_slots: [num_rows] int64.
+            opens: [num_rows] bool.
+        """
+        rows = row_slots
+        self.is_thinking[rows] |= opens
+        self.blocks_left[rows] -= opens.to(torch.int64)
+        for now, start in (
+            (self.steps_left, self.block_steps),
+            (self.forced_left, self.num_end),
+            (self.forced, self.end),
+        ):
+            chosen = opens.unsqueeze(1) if now.ndim == 2 else opens
+            now[rows] = torch.where(chosen, start[rows], now[rows])
 
     def embed(self, embed_tokens: EmbedTokens, row_slots: Tensor) -> Tensor:
         """Build the next inputs.

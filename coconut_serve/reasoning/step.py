@@ -25,26 +25,43 @@ from coconut_serve.types import Phase, ReasoningParams, Request
 class Progress:
     """How far a sequence has thought and answered, as the host has seen it."""
 
+    params: ReasoningParams
     is_thinking: bool
     num_steps_left: int
     num_forced_left: int
+    num_blocks_left: int  # that the model may still open
+    num_steps: int = 0
     num_output_tokens: int = 0
 
     @classmethod
     def start(cls, params: ReasoningParams) -> "Progress":
         """Build the state before the first decision."""
+        opens_at_once = params.enter_token_id is None
         return cls(
-            is_thinking=params.steps > 0,
+            params=params,
+            is_thinking=params.steps > 0 and opens_at_once,
             num_steps_left=params.steps,
-            num_forced_left=params.num_forced,
+            num_forced_left=params.num_forced if opens_at_once else 0,
+            num_blocks_left=0 if opens_at_once else params.max_blocks,
         )
 
     def note(self, result: RowResult) -> None:
         """Follow one decision."""
         self.is_thinking = self.is_thinking and result.phase is Phase.THINK
         self.num_steps_left -= result.phase is Phase.THINK
+        self.num_steps += result.phase is Phase.THINK
         self.num_forced_left -= result.phase is Phase.BOUNDARY
         self.num_output_tokens += result.phase is Phase.ANSWER
+        if self.num_blocks_left and result.phase is Phase.ANSWER:
+            self._open_block(result.token_id)
+
+    def _open_block(self, token_id: int | None) -> None:
+        """Think anew if the model said so."""
+        if token_id == self.params.enter_token_id:
+            self.is_thinking = True
+            self.num_blocks_left -= 1
+            self.num_steps_left = self.params.steps
+            self.num_forced_left = self.params.num_forced
 
 
 def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:

@@ -17,7 +17,7 @@ from coconut_serve.server.parse import check_model, read_body, split_model
 from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
 from coconut_serve.server.state import Service, get_service, ignored_header
 from coconut_serve.server.usage import token_text
-from coconut_serve.service.reasoning import EFFORTS
+from coconut_serve.service.presets import EFFORTS
 from coconut_serve.service.tokenizer import require_tokenizer
 
 router = APIRouter()

@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.service.reasoning import EFFORTS, PRESETS, not_yet
+from coconut_serve.service.presets import EFFORTS, PRESETS
+from coconut_serve.service.reasoning import not_yet
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
@@ -37,12 +38,10 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "max_blocks", "pad_positions", "speed", "switch", "after", "branches", "select",
-        "seed", "max_total_steps", "mixture.weights", "mixture.replacement", "mixture.moi_beta",
-        "mixture.norm", "mixture.noise_clamp",
+        "pad_positions", "speed", "after", "branches", "select", "seed",
+        "max_total_steps",
     )),
-    "preset": ("moi", "multiplex", "swi", "thinkrouter", "latent_sft", "later_free"),
-    "mixture.kind": ("full", "multiplex", "moi", "gated"),
+    "preset": ("later_free",),
     "halt.converge_metric": ("kl",),
 }  # fmt: skip
 
@@ -85,7 +84,12 @@ class MixtureBody(_Body):
     min_p: Number | None = None
     noise: Literal["none", "gumbel", "dirichlet"] | None = None
     noise_temperature: Number | None = None
+    noise_clamp: list[Number] | None = None
     dirichlet_alpha: Number | None = None
+    weights: Literal["prob", "equal"] | None = None
+    replacement: bool | None = None
+    moi_beta: Number | None = None
+    norm: Literal["none", "l2", "embed_mean"] | None = None
 
 
 class HaltBody(_Body):
@@ -106,6 +110,19 @@ class HaltBody(_Body):
     converge_patience: int | None = None
 
 
+class SwitchBody(_Body):
+    """reasoning.switch."""
+
+    rule: Literal["swi", "confidence"] | None = None
+    soft_when: Literal["confident", "uncertain"] | None = None
+    p_max: Number | None = None
+    window: int | None = None
+    alpha: Number | None = None
+    beta: Number | None = None
+    max_switches: int | None = None
+    hard_tokens: list[int] | None = None
+
+
 class ReasoningBody(_Body):
     """The `reasoning` object of chat and completions."""
 
@@ -115,6 +132,7 @@ class ReasoningBody(_Body):
     preset: str | None = None
     steps: Annotated[int, Field(ge=0)] | None = None
     min_steps: Annotated[int, Field(ge=0)] | None = None
+    max_blocks: Annotated[int, Field(ge=1)] | None = None
     start: str | int | list[int] | None = None
     end: str | int | list[int] | None = None
     source: Literal["hidden", "distribution", "constant"] | None = None
@@ -124,6 +142,7 @@ class ReasoningBody(_Body):
     soft_weight: Number | None = None
     mixture: MixtureBody | None = None
     halt: HaltBody | None = None
+    switch: SwitchBody | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
     trace_top_k: int | None = None
 

@@ -26,7 +26,7 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
         "reasoning_steps": counts.num_reasoning_steps,
         "forward_passes": counts.num_forward_passes,
         "halt_reason": state.halt_reason.label if is_halted else None,
-        "switches": 0,
+        "switches": counts.num_switches,
         "warnings": warnings,
         "parameters": prepared.resolved.parameters,
     }
@@ -53,7 +53,7 @@ def usage(generation: Generation) -> CompletionUsage:
             {
                 "reasoning_tokens": num_reasoning,
                 "latent_steps": num_vectors if mode == "latent" else 0,
-                "distribution_steps": num_vectors if mode == "distribution" else 0,
+                "distribution_steps": num_vectors if mode != "latent" else 0,
             }
         ),
         reasoning=reasoning_info(generation),  # type: ignore[call-arg]  # extra field

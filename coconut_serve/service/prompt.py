@@ -9,11 +9,12 @@ from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.service import reasoning
+from coconut_serve.service import presets, reasoning
 from coconut_serve.service.reasoning import ModelReasoning, Resolved
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import (
     MAX_FORCED_TOKENS,
+    MIN_TEMPERATURE,
     HaltParams,
     ReasoningParams,
     Request,
@@ -121,7 +122,7 @@ class PromptBuilder:
         require(1 <= ask.n <= self._max_n, "n", f"must be in 1..{self._max_n}")
         if ask.sampling.stop:
             require_tokenizer(self._tokenizer, "stop", "use stop_token_ids")
-        preset = reasoning.PRESETS.get(ask.reasoning.get("preset", ""), {})
+        preset = presets.PRESETS.get(ask.reasoning.get("preset", ""), {})
         mode = ask.mode or preset.get("mode") or self._model.default_mode
         reasoning.check_mode(mode, self._model, {**preset, **ask.reasoning})
         prompts = self._tokenise(ask, mode)
@@ -137,7 +138,7 @@ class PromptBuilder:
             num_prompt_tokens=max(len(p) for p in prompts),
             max_tokens=max_tokens or 1,
         )
-        self._check_boundary_ids(resolved)
+        self._check_resolved(resolved, ask.sampling)
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
@@ -186,7 +187,7 @@ class PromptBuilder:
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
         is_implied = self._model.is_thinker and self._model.think_start_id is None
         # Asked for by name, so the phase is opened here too, or closed where prompts open it.
-        if mode == "distribution" or (mode == "none" and is_implied):
+        if mode in ("distribution", "auto") or (mode == "none" and is_implied):
             prompts = [self._bound_thinking(p, mode, len(p)) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
@@ -248,7 +249,13 @@ class PromptBuilder:
         last = next((i for i in reversed(ids[-tail:]) if i in bounds), None)
         return last == bounds[0]
 
-    def _check_boundary_ids(self, resolved: Resolved) -> None:
+    def _check_resolved(self, resolved: Resolved, sampling: SamplingAsk) -> None:
+        """Check what the reasoning settings say together with other fields."""
+        params = resolved.params
+        draws = params.steps > 0 and params.mixture.kind == "multiplex"
+        is_random = sampling.params.get("temperature", 1.0) >= MIN_TEMPERATURE
+        is_possible = is_random or not draws
+        require(is_possible, "temperature", "must be above 0: multiplex draws its tokens")
         is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.start", f"must be at most {MAX_FORCED_TOKENS} tokens")
         for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
@@ -268,7 +275,7 @@ class PromptBuilder:
         """Answer tokens the request may have; checks that prompt and thinking fit."""
         limit = self._info.max_model_len
         is_fixed = params.is_fixed or not self._model.is_thinker
-        thinking = params.steps + len(params.end_token_ids) if is_fixed else 0
+        thinking = params.max_thinking if is_fixed else 0
         room = limit - len(prompt) - thinking
         if room < 1:
             raise InvalidRequestError(

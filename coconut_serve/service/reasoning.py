@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.presets import EFFORTS, MIXTURES, PRESETS
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import (
     MAX_STEPS,
@@ -14,42 +15,11 @@ from coconut_serve.types import (
     MixtureParams,
     ReasoningParams,
     Source,
+    SwitchParams,
     require,
 )
 
-T = TypeVar("T")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "coconut": {"mode": "latent"},
-    "codi": {"mode": "latent"},
-    "latentmas": {"mode": "latent", "adapter": "realign", "steps": 40},
-    "soft_thinking": {
-        "mode": "distribution",
-        "mixture.top_k": 10,
-        "mixture.temperature": 0.6,
-        "mixture.top_p": 0.95,
-        "mixture.filter_top_k": 30,
-        "mixture.min_p": 0.001,
-        "mixture.noise": "none",
-        "halt.entropy_below": 0.01,
-        "halt.entropy_patience": 256,
-    },
-    "stochastic_soft": {
-        "mode": "distribution",
-        "mixture.top_k": 15,
-        "mixture.temperature": 0.6,
-        "mixture.top_p": 0.95,
-        "mixture.filter_top_k": 30,
-        "mixture.min_p": 0.0,
-        "mixture.noise": "gumbel",
-        "mixture.noise_temperature": 0.5,
-        "halt.entropy_below": 0.0,
-    },
-}
-# reasoning_effort scales the default step budget; "none" picks the mode `none`.
-EFFORTS: dict[str, float] = {
-    "minimal": 0.25, "low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0,
-}  # fmt: skip
+_GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
@@ -67,6 +37,7 @@ class ModelReasoning:
     think_end_id: int | None
     max_model_len: int
     adapters: tuple[str, ...] = ()  # the engine's
+    newline_id: int | None = None
 
     @classmethod
     def read(
@@ -85,7 +56,7 @@ class ModelReasoning:
         Raises:
             StartupError: A mode does not exist, or the server's default is not the model's.
         """
-        declared = tuple(manifest.modes) if manifest else ("none", "cot", "distribution")
+        declared = tuple((manifest or Manifest()).modes)
         unknown = [mode for mode in declared if mode not in mode_names()]
         if unknown:
             raise StartupError(
@@ -115,6 +86,7 @@ class ModelReasoning:
             think_start_id=start_id if is_thinker else None,
             think_end_id=end_id if is_thinker else None,
             max_model_len=max_model_len,
+            newline_id=_newline(tokenizer),
             adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
         )
 
@@ -133,6 +105,11 @@ class ModelReasoning:
         """The template of a model that takes questions, not chats; else None."""
         prompt = (self.manifest or Manifest()).prompt
         return None if prompt.chat_template else prompt.template or "{question}"
+
+
+def _newline(tokenizer: Tokenizer | None) -> int | None:
+    ids = tokenizer.encode("\n", add_special_tokens=False) if tokenizer else []
+    return ids[-1] if ids else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +197,8 @@ def resolve(
     manifest = model.manifest or Manifest()
     declared = _declared(manifest, mode)
     pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
+    if mode in ("distribution", "auto"):
+        pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
     warnings: list[str] = []
     phase = _Phase()
     is_soft = mode == "distribution"
@@ -235,11 +214,11 @@ def resolve(
         min_steps=pick("min_steps", 0) if thinks else 0,
         is_fixed=phase.is_counted and not halt.may_halt,
         end_token_ids=phase.end_ids,
-        end_adds_vector=mode == "latent" and manifest.halting.end_adds_latent,
         noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
-        mixture=_pick_all(pick, MixtureParams, "mixture") if is_soft else MixtureParams(),
         halt=halt,
         **(_latent_input(pick, manifest, warnings) if mode == "latent" else {}),
+        **({"mixture": _mixture(pick), **_gate(pick, manifest)} if is_soft else {}),
+        **(_switching(pick, model) if mode == "auto" else {}),
         trace=_trace(pick, max_trace),
         trace_top_k=pick("trace_top_k", 5),
     )
@@ -267,15 +246,49 @@ def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
     """What the manifest says of settings, by the names of a request."""
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
     halting = manifest.halting
-    if mode == "latent" and halting.rule != "fixed":
+    if mode in ("latent", "distribution") and halting.rule != "fixed":
         is_drawn = halting.test == "sampled"
         declared["halt.stop_temperature"] = halting.temperature
+        declared["min_steps"] = halting.min_steps
         if halting.rule == "binary_rows":
             declared |= {"halt.learned_token_ids": halting.token_ids, "halt.sample": is_drawn}
-            declared["min_steps"] = 1  # the rows are asked after a latent, not before the first
         else:
             declared |= {"halt.stop_tokens": halting.token_ids, "halt.stop_test": halting.test}
     return declared
+
+
+def _mixture(pick: _Picker) -> MixtureParams:
+    """The mixture; lists come as tuples."""
+    values = {f.name: pick(f"mixture.{f.name}", f.default) for f in fields(MixtureParams)}
+    return MixtureParams(**values | {"noise_clamp": tuple(values["noise_clamp"])})
+
+
+def _switching(pick: _Picker, model: ModelReasoning) -> dict[str, Any]:
+    """When `auto` switches, and what its soft tokens are."""
+    hard = pick("switch.hard_tokens", ())
+    given: dict[str, Any] = {
+        "hard_token_ids": tuple(hard),
+        "think_token_id": -1 if model.think_start_id is None else model.think_start_id,
+        "end_token_id": -1 if model.think_end_id is None else model.think_end_id,
+        "newline_token_id": -1 if model.newline_id is None else model.newline_id,
+    }
+    names = [f.name for f in fields(SwitchParams) if f.name not in given]
+    defaults = SwitchParams()
+    asked: dict[str, Any] = {
+        name: pick(f"switch.{name}", getattr(defaults, name)) for name in names
+    }
+    return {"switch": SwitchParams(**given, **asked), "mixture": _mixture(pick)}
+
+
+def _gate(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
+    """The adapter of a gated mixture."""
+    if pick.parameters["mixture.kind"]["value"] != _GATED:
+        return {}
+    adapter = pick("adapter", "auto")
+    adapter = "default" if adapter == "auto" else adapter
+    has_gate = adapter in manifest.adapters and manifest.adapters[adapter].type == _GATE
+    require(has_gate, "reasoning.mixture.kind", "'gated' needs a model with a trained gate")
+    return {"adapter": adapter}
 
 
 def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:
@@ -289,7 +302,14 @@ def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dic
     is_known = source in get_args(Source)
     require(is_known, "reasoning.source", f"must be one of {', '.join(get_args(Source))} here")
     token = manifest.tokens.latent or manifest.tokens.start
+    is_map = adapter not in manifest.adapters or manifest.adapters[adapter].type != _GATE
+    require(is_map, "reasoning.adapter", f"{adapter!r} is for mixture.kind 'gated'")
+    opens = manifest.tokens.start if manifest.boundary == "model_emitted" else None
     return {
+        "end_adds_vector": manifest.halting.end_adds_latent,
+        "keeps_last": manifest.halting.keeps_last,
+        "enter_token_id": opens.id if opens else None,
+        "max_blocks": pick("max_blocks", 64 if opens else 1),
         "adapter": adapter,
         "source": source,
         "constant_token_id": token.id if token and source == "constant" else None,
@@ -370,7 +390,7 @@ def _token_phase(
     max_tokens: int,
 ) -> _Phase:
     """A phase of `cot` or `distribution` in the text: capped, and ended by the think token."""
-    if not model.is_thinker and mode != "distribution":
+    if not model.is_thinker and mode == "cot":
         return _Phase()  # without think tokens cot is plain decoding
     room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - 1)
     scale = 1.0 if effort is None else EFFORTS[effort]
@@ -385,16 +405,10 @@ def _token_phase(
     return _Phase(steps=steps, end_ids=stop_ids, stop_ids=stop_ids)
 
 
-def _pick_all(pick: _Picker, kind: type[T], prefix: str) -> T:
-    """Build a record whose fields are picked by their names."""
-    values = {f.name: pick(f"{prefix}.{f.name}", f.default) for f in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
-    return kind(**values)
-
-
 def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
     """Name what the request asked for and the mode does not look at."""
     asked = pick.layers[0][1]
-    used = {*pick.parameters, "mixture.kind"}
+    used = {*pick.parameters}
     used |= {"start", "end"} if mode == "latent" else set()
     used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
     unused = sorted(f"reasoning.{name}" for name in asked if name not in used)

@@ -124,4 +124,4 @@ async def test_latent_without_manifest_needs_realign(client: openai.AsyncOpenAI)
     )
     assert answer.usage.reasoning["latent_steps"] == 3
     assert answer.usage.reasoning["parameters"]["adapter"]["value"] == "realign"
-    assert "not trained" in answer.usage.reasoning["warnings"][0]
+    assert "not trained" in " ".join(answer.usage.reasoning["warnings"])

@@ -60,8 +60,8 @@ def test_sampled_stop_comes_as_often_as_its_probability() -> None:
     logits = torch.tensor([[3.0, 1.0, 0.5, 2.0]]).expand(num, -1)
     rows = torch.arange(num)
     view = View(
-        slots=slots, row_slots=rows, logits=logits, token=torch.full_like(rows, -1),
-        has_text=False, vector=None,
+        slots=slots, row_slots=rows, logits=None, raw_logits=logits, has_text=False, vector=None,
+        token=torch.full_like(rows, -1),
     )  # fmt: skip
     halted = controller.check(view, tuple(range(num)))
     assert halted is not None

@@ -83,7 +83,9 @@ def test_gumbel_weights_pick_tokens_by_their_probability() -> None:
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
     seed = torch.arange(20_000)
     u = noise.uniform(seed, torch.zeros_like(seed), noise.GUMBEL_STREAM, torch.arange(4)[None])
-    weights = mixing.gumbel_weights(p.expand(20_000, -1), torch.full((20_000,), 0.5), u)
+    free = torch.tensor([[-torch.inf, torch.inf]]).expand(20_000, -1)
+    temperature = torch.full((20_000,), 0.5)
+    weights = mixing.gumbel_weights(p.expand(20_000, -1), temperature, u, free)
     assert torch.allclose(weights.sum(-1), torch.ones(20_000))
     assert bool((weights[:, 3] == 0).all())
     share = torch.bincount(weights.argmax(-1), minlength=4) / 20_000

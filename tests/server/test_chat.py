@@ -70,9 +70,9 @@ async def test_every_mode_by_every_way_in(
     assert len(set(seen)) == 1
     content, thought, num_reasoning, num_completion = seen[0]
     assert content == "user"
-    is_soft = mode == "distribution"
+    is_soft = mode in ("distribution", "auto")
     assert thought == ("use" if is_soft else ""), "latent steps have no text"
-    thinks = mode in ("latent", "distribution")
+    thinks = mode in ("latent", "distribution", "auto")
     assert num_reasoning == (3 if thinks else 0)
     assert num_completion == 4 + (3 if thinks else 0)
 

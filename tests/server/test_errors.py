@@ -74,8 +74,37 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         {"reasoning_mode": "distribution", "reasoning": {"mixture": {"top_k": 65}}},
         "reasoning.mixture.top_k",
     ),
-    ("not yet: kind", {"reasoning": {"mixture": {"kind": "moi"}}}, "reasoning.mixture.kind"),
-    ("not yet: switch", {"reasoning": {"switch": {}}}, "reasoning.switch"),
+    (
+        "no gate",
+        {"reasoning_mode": "distribution", "reasoning": {"mixture": {"kind": "gated"}}},
+        "reasoning.mixture.kind",
+    ),
+    (
+        "clamp",
+        {"reasoning_mode": "distribution", "reasoning": {"mixture": {"noise_clamp": [2, 1]}}},
+        "reasoning.mixture.noise_clamp",
+    ),
+    (
+        "greedy multiplex",
+        {"reasoning_mode": "distribution", "temperature": 0, "reasoning": {"preset": "multiplex"}},
+        "temperature",
+    ),
+    (
+        "blocks",
+        {"reasoning_mode": "latent", "reasoning": {"max_blocks": 2}},
+        "reasoning.max_blocks",
+    ),
+    (
+        "switch",
+        {"reasoning_mode": "auto", "reasoning": {"switch": {"rule": "x"}}},
+        "reasoning.switch.rule",
+    ),
+    (
+        "window",
+        {"reasoning_mode": "auto", "reasoning": {"switch": {"window": -1}}},
+        "reasoning.switch.window",
+    ),
+    ("not yet: branches", {"reasoning": {"branches": 2}}, "reasoning.branches"),
     ("source", {"reasoning_mode": "latent", "reasoning": {"source": "x"}}, "reasoning.source"),
     (
         "no constant",

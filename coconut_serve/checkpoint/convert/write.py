@@ -21,7 +21,7 @@ from coconut_serve.checkpoint.convert.source import Source, read_json
 from coconut_serve.checkpoint.manifest import FILE_NAME, Manifest, load_manifest
 from coconut_serve.errors import StartupError
 
-_ADAPTER_FILE = "latent_adapter.safetensors"
+_ADAPTER_FILE = "latent/adapter.safetensors"
 _WEIGHTS_FILE = "model.safetensors"
 _REPORT_FILE = "convert_report.json"
 _TOKENIZER_FILES = (
@@ -110,6 +110,7 @@ def _write_all(job: Job, converted: Converted, fitted: Fitted, into: Path) -> No
     job.report.used |= dict.fromkeys(tensors, _WEIGHTS_FILE)
     if converted.adapter:
         adapter = {f"{ADAPTER}.{name}": t.float() for name, t in converted.adapter.items()}
+        (into / _ADAPTER_FILE).parent.mkdir()
         save_file(_own(adapter), into / _ADAPTER_FILE, {"format": "pt"})
         job.report.used |= dict.fromkeys(adapter, _ADAPTER_FILE)
     _write_tokenizer(job, converted, into)

@@ -49,6 +49,7 @@ class Sequence:
     progress: Progress = field(init=False)
     num_vector_steps: int = 0
     num_forced_tokens: int = 0
+    num_switches: int = 0
     num_forward_passes: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
@@ -83,6 +84,7 @@ class Sequence:
         """Follow one decision: its input is the new pending one."""
         self.progress.note(result)
         self.num_vector_steps += result.is_vector and result.phase is Phase.THINK
+        self.num_switches += result.is_switch
         self.num_forced_tokens += result.phase is Phase.BOUNDARY
         self.inputs.append(None if result.is_vector else result.token_id)
 
@@ -91,9 +93,10 @@ class Sequence:
         progress = self.progress
         return SequenceCounts(
             num_output_tokens=progress.num_output_tokens,
-            num_reasoning_steps=self.request.reasoning.steps - progress.num_steps_left,
+            num_reasoning_steps=progress.num_steps,
             num_vector_steps=self.num_vector_steps,
             num_forced_tokens=self.num_forced_tokens,
+            num_switches=self.num_switches,
             num_forward_passes=self.num_forward_passes,
             num_cached_tokens=self.num_cached,
             num_preemptions=self.num_preemptions,

@@ -289,7 +289,7 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
     from vllm.sampling_params import RequestOutputKind
 
     sampling, params = request.sampling, request.reasoning
-    num_thinking = params.steps + params.num_forced
+    num_thinking = params.max_thinking
     has_known_length = params.is_fixed or not params.steps
     return SamplingParams(
         max_tokens=num_thinking + sampling.max_tokens,

@@ -95,6 +95,7 @@ class Follower:
             counts,
             num_output_tokens=counts.num_output_tokens + (result.phase is Phase.ANSWER),
             num_reasoning_steps=counts.num_reasoning_steps + (result.phase is Phase.THINK),
+            num_switches=counts.num_switches + result.is_switch,
             num_forced_tokens=counts.num_forced_tokens + (result.phase is Phase.BOUNDARY),
             num_vector_steps=counts.num_vector_steps
             + (result.is_vector and result.phase is Phase.THINK),

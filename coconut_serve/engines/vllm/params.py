@@ -17,16 +17,24 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.report import width
 from coconut_serve.reasoning.rows import NOTHING, Wanted
-from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams, Request, require
+from coconut_serve.types import (
+    HaltParams,
+    MixtureParams,
+    ReasoningParams,
+    Request,
+    SwitchParams,
+    require,
+)
 
 _PREFIX = "reasoning_"
-_NESTED = (MixtureParams, HaltParams, Wanted)
-_NOT_PLAIN = ("mixture", "halt", "trace", "trace_top_k")
+_NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
+_NOT_PLAIN = ("mixture", "halt", "switch", "trace", "trace_top_k")
 _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
 _OWN = ("seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width")
 # What only our engine sends: it reads the report, and its service has counted the tokens.
 _INTERNAL = (*_OWN[2:], *(f.name for f in fields(Wanted)))
 _MAX_ID = 2**31 - 1
+_SIGNED = ("seed", "think_token_id", "end_token_id", "newline_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +55,9 @@ class Thinking:
         params = self.params
         if params.steps == 0 or not load_mode(params.mode).feeds_vectors:
             return 0
-        return params.steps + params.end_adds_vector
+        if params.enter_token_id is not None:
+            return _MAX_ID  # wherever the model opens a block
+        return params.steps + params.end_adds_vector + params.keeps_last
 
     def within(self, vocab_size: int) -> "Thinking":
         """The same with every id in the vocabulary: a worker must not write beyond its tables."""
@@ -56,9 +66,17 @@ class Thinking:
             return tuple(min(i, vocab_size - 1) for i in ids)
 
         params, last = self.params, vocab_size - 1
-        constant = params.constant_token_id
+        constant, enter = params.constant_token_id, params.enter_token_id
+        switch, halt = params.switch, params.halt
+        switch = replace(
+            switch,
+            hard_token_ids=inside(switch.hard_token_ids),
+            think_token_id=min(switch.think_token_id, last),
+            end_token_id=min(switch.end_token_id, last),
+            newline_token_id=min(switch.newline_token_id, last),
+        )
         halt = replace(
-            params.halt,
+            halt,
             stop_token_ids=inside(params.halt.stop_token_ids),
             learned_token_ids=inside(params.halt.learned_token_ids),
         )
@@ -66,7 +84,9 @@ class Thinking:
             params,
             end_token_ids=inside(params.end_token_ids),
             constant_token_id=None if constant is None else min(constant, last),
+            enter_token_id=None if enter is None else min(enter, last),
             halt=halt,
+            switch=switch,
         )
         return replace(
             self,
@@ -99,6 +119,8 @@ def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
     """
     if params.steps == 0:
         return True
+    if params.enter_token_id is not None:
+        return False
     mode, halt = load_mode(params.mode), params.halt
     if mode.feeds_vectors:
         return params.is_fixed and not mode.has_text and has_stop
@@ -112,7 +134,7 @@ def to_extra_args(thinking: Thinking) -> dict[str, Any]:
     params = thinking.params
     flat: dict[str, Any] = {name: getattr(params, name) for name in _PLAIN}
     flat |= {name: getattr(thinking, name) for name in _OWN}
-    for record in (params.mixture, params.halt, thinking.wanted):
+    for record in (params.mixture, params.halt, params.switch, thinking.wanted):
         flat |= asdict(record)
     return {
         _PREFIX + name: list(value) if isinstance(value, tuple) else value
@@ -140,7 +162,12 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
     def nested(kind: Any) -> Any:
         return kind(**pick(f.name for f in fields(kind)))
 
-    params = ReasoningParams(**pick(_PLAIN), mixture=nested(MixtureParams), halt=nested(HaltParams))
+    params = ReasoningParams(
+        **pick(_PLAIN),
+        mixture=nested(MixtureParams),
+        halt=nested(HaltParams),
+        switch=nested(SwitchParams),
+    )
     return Thinking(params=params, wanted=nested(Wanted), **pick(_OWN))
 
 
@@ -161,10 +188,7 @@ def _typed(key: str, value: Any) -> Any:
         require(value in get_args(hint), key, f"must be one of {', '.join(get_args(hint))}")
         return value
     if get_origin(hint) is tuple:
-        is_list = isinstance(value, list | tuple) and all(type(i) is int for i in value)
-        is_inside = is_list and all(0 <= i <= _MAX_ID for i in value)
-        require(is_inside, key, "must be a list of token ids")
-        return tuple(value)
+        return _typed_list(key, get_args(hint)[0], value)
     kind = next(each for each in (get_args(hint) or (hint,)) if each is not type(None))
     if isinstance(value, float) and kind is int and value.is_integer():
         value = int(value)
@@ -172,9 +196,22 @@ def _typed(key: str, value: Any) -> Any:
         value = float(value)
     require(type(value) is kind, key, f"must be a {kind.__name__}")
     if kind is int:
-        low, high = (-(2**63), 2**63 - 1) if name == "seed" else (0, _MAX_ID)
+        low, high = (-(2**63), 2**63 - 1) if name == "seed" else (-1, _MAX_ID)
+        low = low if name in _SIGNED else 0
         require(low <= value <= high, key, f"must be in {low}..{high}")
     return value
+
+
+def _typed_list(key: str, kind: type, value: Any) -> tuple[Any, ...]:
+    """Check a list of token ids or of numbers."""
+    if kind is float:
+        is_list = isinstance(value, list | tuple) and all(type(i) in (int, float) for i in value)
+        require(is_list, key, "must be a list of numbers")
+        return tuple(float(i) for i in value)
+    is_list = isinstance(value, list | tuple) and all(type(i) is int for i in value)
+    is_inside = is_list and all(0 <= i <= _MAX_ID for i in value)
+    require(is_inside, key, "must be a list of token ids")
+    return tuple(value)
 
 
 class ReasoningParamsCheck(LogitsProcessor):

@@ -40,6 +40,8 @@ class WorkerRow:
     def num_decisions(self) -> int:
         """Decisions that can be part of the thinking phase: its steps, its end, forced tokens."""
         params = self.thinking.params
+        if params.enter_token_id is not None:
+            return 2**31  # the model opens blocks wherever it likes
         return params.steps + max(params.num_forced, 1 if params.steps else 0)
 
     def needs_step(self, decision: int) -> bool:
@@ -51,7 +53,8 @@ class WorkerRow:
     def plan(self, slot: int, decision: int) -> RowPlan:
         """Plan a decision; the host knows no more than that thinking cannot last longer."""
         params, thinking = self.thinking.params, self.thinking
-        may_think = decision <= params.steps and params.steps > 0
+        is_open = params.enter_token_id is not None or decision <= params.steps
+        may_think = params.steps > 0 and is_open
         thinks_on_logits = may_think and load_mode(params.mode).thinks_on_logits(params)
         is_scored = thinking.wanted.has_scores and thinking.report_width > 0
         return RowPlan(

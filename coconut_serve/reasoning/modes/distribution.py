@@ -1,124 +1,78 @@
-"""`distribution`: think in soft tokens, as Soft Thinking does."""
+"""`distribution`: think in soft tokens."""
 
-from dataclasses import fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coconut_serve.reasoning import mixing, noise
+from coconut_serve.reasoning.mixers import KINDS, Mixed, Mixtures
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
-from coconut_serve.reasoning.slots import Slots, upload
-from coconut_serve.types import MixtureParams, NoiseKind, ReasoningParams
-
-_FEW = 16  # rows that mix no more tokens than that look up no more
-_NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
+from coconut_serve.reasoning.slots import Slots
+from coconut_serve.types import ReasoningParams
 
 
 class DistributionMode(ReasoningMode):
-    """Feed the weighted mean of the likeliest tokens' embeddings (arXiv 2505.15778).
+    """Feed an average of embeddings (Soft Thinking, arXiv 2505.15778, and its relatives).
 
-    The text of a step is its heaviest token; halting.py ends the phase.
+    mixers.py makes the average, halting.py ends the phase.
     """
 
     name: ClassVar[str] = "distribution"
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
+        self._mixtures = Mixtures(slots, "distribution")
+        self._mixers = {name: kind(self._mixtures) for name, kind in KINDS.items()}
+        self._mean_norm: Tensor | None = None  # [] float32, of an embedding
 
-        def buffer(name: str, dtype: torch.dtype) -> Tensor:
-            return slots.register(f"distribution_{name}", dtype)
-
-        # MixtureParams by slot; each [num_slots].
-        self._params = {
-            f.name: buffer(f.name, torch.int64 if isinstance(f.default, int) else torch.float32)
-            for f in fields(MixtureParams)
-            if f.name != "noise"
-        }
-        self._noise = buffer("noise", torch.int64)
-        # What the host must know to skip work that no row asked for.
-        self._host_noise: list[NoiseKind] = ["none"] * slots.num_slots
-        self._host_needs_total = [False] * slots.num_slots
-        self._host_top_k = [0] * slots.num_slots
+    @classmethod
+    def needs_sampled(cls, params: ReasoningParams) -> bool:
+        """Only mixtures with the sampled token draw one."""
+        return KINDS[params.mixture.kind].needs_sampled
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note the mixture."""
-        for name, buffer in self._params.items():
-            buffer[slot] = getattr(params.mixture, name)
-        self._noise[slot] = _NOISE[params.mixture.noise]
-        self._host_noise[slot] = params.mixture.noise
-        self._host_top_k[slot] = params.mixture.top_k
-        self._host_needs_total[slot] = params.mixture.filter_top_k == 0
+        self._mixtures.admit(slot, params)
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Mix the likeliest tokens."""
-        assert ctx.logits is not None
-        rows = ctx.row_slots
-        temperature, filter_top_k = self._params["temperature"][rows], self._params["filter_top_k"]
-        total = None
-        if ctx.has_trace or any(self._host_needs_total[slot] for slot in ctx.host_slots):
-            total = mixing.total_weight(ctx.logits, temperature)
-        kept, ids = mixing.filter_candidates(
-            ctx.logits,
-            temperature=temperature,
-            filter_top_k=filter_top_k[rows],
-            top_p=self._params["top_p"][rows],
-            min_p=self._params["min_p"][rows],
-            total=total,
-        )
-        weights = self._add_noise(ctx, kept, ids)
-        token = ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1)
+        """Mix, each kind of mixture for all its rows at once."""
+        kinds: list[str] = [mixture.kind for mixture in self._mixtures.each(ctx)]
+        if len(set(kinds)) == 1:
+            mixed = self._mixers[kinds[0]].mix(ctx)
+        else:
+            mixed = self._mix_several(ctx, kinds)
         return StepDecision(
-            token=token,
-            vector=self._mix(ctx, weights, ids),
-            retained_mass=self._retained(ctx.logits, weights, ids, temperature, total),
+            token=mixed.token, vector=self._scale(ctx, mixed), retained_mass=mixed.retained_mass
         )
 
-    def _mix(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
-        """Average embeddings, looking up no more than a row's `top_k` asks for, by size class.
+    def _mix_several(self, ctx: StepContext, kinds: list[str]) -> Mixed:
+        """Let each kind do its rows and put them together."""
+        rows = ctx.row_slots
+        token, mass = torch.zeros_like(rows), torch.ones(len(kinds), device=rows.device)
+        vector, retained = torch.empty_like(ctx.hidden), torch.ones_like(mass)
+        for kind in sorted(set(kinds)):
+            part, at = ctx.select([i for i, each in enumerate(kinds) if each == kind])
+            mixed = self._mixers[kind].mix(part)
+            token[at], mass[at] = mixed.token, mixed.square_mass
+            vector[at] = mixed.vector.to(vector.dtype)
+            if mixed.retained_mass is not None:
+                retained[at] = mixed.retained_mass
+        return Mixed(token=token, vector=vector, square_mass=mass, retained_mass=retained)
 
-        A row's class depends on its own settings alone, and so does how its sum is rounded.
-        """
-        is_small = [self._host_top_k[slot] <= _FEW for slot in ctx.host_slots]
-        if all(is_small):
-            return mixing.mix_embeddings(*mixing.heaviest(weights, ids, _FEW), ctx.embedding)
-        mixed = mixing.mix_embeddings(weights, ids, ctx.embedding)
-        few = [i for i, each in enumerate(is_small) if each]
-        if few:
-            rows = upload(few, ids.device)
-            kept = mixing.heaviest(weights[rows], ids[rows], _FEW)
-            mixed[rows] = mixing.mix_embeddings(*kept, ctx.embedding)
-        return mixed
-
-    def _retained(
-        self,
-        logits: Tensor,
-        weights: Tensor,
-        ids: Tensor,
-        temperature: Tensor,
-        total: Tensor | None,
-    ) -> Tensor | None:
-        """The probability that the mixed tokens cover; [num_rows], for traces alone."""
-        if total is None:
-            return None
-        below = logits.gather(1, ids) - logits.amax(-1, keepdim=True)
-        p = (below / temperature.unsqueeze(1)).exp() / total.unsqueeze(1)
-        return torch.where(weights > 0, p, 0.0).sum(-1)
-
-    def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
-        """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after."""
-        rows, slots = ctx.row_slots, self.slots
-        kinds = {self._host_noise[slot] for slot in ctx.host_slots}
-        kind = self._noise[rows].unsqueeze(1)  # [num_rows, 1]
-        if "dirichlet" in kinds:
-            seed, counter = slots.seed[rows], slots.num_decisions[rows]
-            drawn = mixing.dirichlet_weights(
-                weights, ids, self._params["dirichlet_alpha"][rows], seed, counter
-            )
-            weights = torch.where(kind == _NOISE["dirichlet"], drawn, weights)
-        weights = mixing.keep_top(weights, self._params["top_k"][rows])
-        if "gumbel" in kinds:
-            u = ctx.uniform(noise.GUMBEL_STREAM, ids)
-            drawn = mixing.gumbel_weights(weights, self._params["noise_temperature"][rows], u)
-            weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
-        return weights
+    def _scale(self, ctx: StepContext, mixed: Mixed) -> Tensor:
+        """Give vectors the length that `norm` asks for."""
+        norms = [mixture.norm for mixture in self._mixtures.each(ctx)]
+        if set(norms) == {"none"}:
+            return mixed.vector
+        vector = mixed.vector.float()
+        if self._mean_norm is None:
+            assert ctx.logits is not None
+            ids = torch.arange(ctx.logits.shape[1], device=vector.device)
+            self._mean_norm = ctx.embedding.mean_norm(ids)
+        scales = {
+            "none": torch.ones_like(mixed.square_mass),
+            "l2": mixed.square_mass.rsqrt(),
+            "embed_mean": self._mean_norm / vector.norm(dim=-1).clamp_min(1e-12),
+        }
+        scale = torch.stack([scales[norm][i] for i, norm in enumerate(norms)])
+        return (vector * scale.unsqueeze(1)).to(mixed.vector.dtype)

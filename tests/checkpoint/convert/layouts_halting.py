@@ -142,7 +142,7 @@ def later(folder: Path) -> Case:
     write_tokenizer(source, named)
     expected = {
         "method": "later", "tokens.start.id": 120, "tokens.end.id": 121,
-        "tokens.think_start.id": 122, "tokens.think_end.id": 123, "prompt.end_ids": [121, 122],
+        "tokens.think_start.id": 122, "tokens.think_end.id": 123, "prompt.end_ids": [122],
         "halting.rule": "stop_token", "halting.token_ids": [121], "halting.test": "argmax",
         "steps": 128, "adapters.default.type": "mlp", "adapters.default.activation": "gelu",
     }  # fmt: skip

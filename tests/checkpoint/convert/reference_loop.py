@@ -36,6 +36,7 @@ def original(
     stop: Stop = lambda step, logits: False,
     mix: Callable[[Tensor, Any], Tensor] | None = None,
     end_adds_latent: bool = False,
+    keeps_last: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> Run:
     """Think, feed the end tokens, answer."""
@@ -63,10 +64,13 @@ def original(
         latent = next_input(hidden, logits)
         run.hidden.append(hidden)
         run.logits.append(logits)
-        if step == steps or stop(step, logits):
+        is_over = step < steps and stop(step, logits)
+        if step == steps or (is_over and not keeps_last):
             break
         run.fed.append(latent)
         feed(latent)
+        if is_over:
+            break
     for number, token in enumerate(end):
         row = embed(torch.tensor(token))
         feed(row + latent if end_adds_latent and number == 0 else row)

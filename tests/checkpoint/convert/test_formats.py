@@ -76,7 +76,7 @@ def test_format_converts_with_the_numbers_of_the_original(name: str, tmp_path: P
     model = load_converted(tmp_path / "out")
     torch.testing.assert_close(model(ids).logits, case.model(ids).logits, atol=2e-5, rtol=1e-4)
 
-    file = tmp_path / "out" / "latent_adapter.safetensors"
+    file = tmp_path / "out" / "latent/adapter.safetensors"
     assert file.exists() == (case.adapter is not None)
     if case.adapter is None or isinstance(case.adapter, ThinkingResidual):
         return
@@ -91,7 +91,7 @@ def test_format_converts_with_the_numbers_of_the_original(name: str, tmp_path: P
 def test_hrpo_gate_has_the_numbers_of_the_original(tmp_path: Path) -> None:
     case = BUILDERS["hrpo"](tmp_path)
     run(case, tmp_path / "out")
-    weights = load_file(tmp_path / "out" / "latent_adapter.safetensors")
+    weights = load_file(tmp_path / "out" / "latent/adapter.safetensors")
     token, soft = HIDDEN, HIDDEN.flip(0)
     r = layer("gate_r", weights, token).sigmoid()
     i = layer("gate_i", weights, token).sigmoid()
@@ -105,7 +105,7 @@ def test_hrpo_gate_has_the_numbers_of_the_original(tmp_path: Path) -> None:
 def test_colar_keeps_the_deviation_head(tmp_path: Path) -> None:
     case = BUILDERS["colar"](tmp_path)
     run(case, tmp_path / "out")
-    weights = load_file(tmp_path / "out" / "latent_adapter.safetensors")
+    weights = load_file(tmp_path / "out" / "latent/adapter.safetensors")
     inner = norm(
         weights, layer("linear_2", weights, functional.gelu(layer("linear_1", weights, HIDDEN)))
     )

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.cli import main
-from coconut_serve.types import MixtureParams, ReasoningParams, Request
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.reasoning import ModelReasoning, Resolved, resolve
+from coconut_serve.types import Request
 from tests.checkpoint.convert.builders import VOCAB, Case
 from tests.checkpoint.convert.layouts_halting import BUILDERS, adaptive, later, plain, switch
 from tests.checkpoint.convert.originals import ThinkingResidual
@@ -26,32 +28,19 @@ from tests.fakes import Result, make_request, native_engine, run_all
 pytestmark = pytest.mark.torch
 
 PROMPTS = [(5, 6, 7, 8, 9), (11, 3, 30), (9, 22, 17, 4, 12, 13, 39, 8)]
-ADAPTER, HALTING, BOUNDARY = "adapter", "halting", "start_token_id"
 
 
-# ---- The one place to change when the engine serves adapters and halting rules ----
-def served_fields(manifest: Manifest) -> dict[str, Any]:
-    """What a request's ReasoningParams say beyond mode, steps and end tokens.
-
-    Until ReasoningParams has these fields, tests that need them are skipped.
-    """
-    fields: dict[str, Any] = {}
-    if manifest.adapters:
-        fields[ADAPTER] = "default"
-    if manifest.halting.rule != "fixed":
-        fields |= {HALTING: manifest.halting, "is_fixed": False}
-    if manifest.boundary == "model_emitted":
-        fields[BOUNDARY] = manifest.tokens.start.id if manifest.tokens.start else None
-    return fields
-
-
-# ------------------------------------------------------------------------------------
-
-
-def require_fields(fields: dict[str, Any]) -> None:
-    missing = fields.keys() - {f.name for f in dataclasses.fields(ReasoningParams)}
-    if missing:
-        pytest.skip(f"ReasoningParams has no {', '.join(sorted(missing))} yet")
+def resolved(manifest: Manifest, mode: str, **asked: Any) -> Resolved:
+    """What the service makes of a request, with the deterministic part of what draws."""
+    model = ModelReasoning.read(
+        manifest, None, engine_modes=mode_names(), allowed_modes=None, default_mode=None,
+        max_model_len=100, adapters=("default",),
+    )  # fmt: skip
+    calm = {"latent_temperature": 0, "halt.sample": False, "halt.stop_test": "argmax"}
+    return resolve(
+        mode, {"trace": "vectors", **calm, **asked}, model, effort=None, max_trace="vectors",
+        num_prompt_tokens=8, max_tokens=MAX_TOKENS,
+    )  # fmt: skip
 
 
 def convert(case: Case, target: Path) -> Manifest:
@@ -61,20 +50,17 @@ def convert(case: Case, target: Path) -> Manifest:
     return manifest
 
 
-def request_for(manifest: Manifest, prompt: tuple[int, ...], steps: int, number: int) -> Request:
-    fields = served_fields(manifest)
-    require_fields(fields)
+def request_for(
+    manifest: Manifest, prompt: tuple[int, ...], steps: int, number: int, mode: str = "latent"
+) -> Request:
+    found = resolved(manifest, mode, steps=steps)
     request = make_request(
         request_id=f"r{number}",
-        prompt=(*prompt, *manifest.start_token_ids),
-        mode="latent",
-        steps=steps,
-        end=manifest.end_token_ids,
+        prompt=(*prompt, *found.suffix_ids),
         max_tokens=MAX_TOKENS,
-        reasoning={"trace": "vectors"},
-        banned_token_ids=tuple(manifest.tokens.never_emit),
+        banned_token_ids=tuple(manifest.tokens.never_emit) if mode == "latent" else (),
     )
-    return dataclasses.replace(request, reasoning=dataclasses.replace(request.reasoning, **fields))
+    return dataclasses.replace(request, reasoning=found.params)
 
 
 async def serve(target: Path, requests: list[Request]) -> list[Result]:
@@ -142,6 +128,7 @@ async def test_stop_token_ends_the_phase_like_the_original(name: str, tmp_path: 
         end=manifest.end_token_ids,
         banned=tuple(manifest.tokens.never_emit),
         stop=lambda step, logits: step >= first and int(logits.argmax()) == stop_id,
+        keeps_last=name == "later",
     )
     assert 0 < len(expected.fed) < 20, "it stops by itself"
     [result] = await serve(tmp_path / "out", [request_for(manifest, prompt, 20, 0)])
@@ -216,16 +203,10 @@ def top_of_raw_logits(count: int) -> Callable[[Tensor, Any], Tensor]:
 async def test_latent_sft_mixes_the_largest_logits(tmp_path: Path) -> None:
     case = plain(tmp_path, "latent_sft", 10)
     manifest = convert(case, tmp_path / "out")
-    kinds = {"kind": "topk", "slots": "text"}
-    settings = {k: v for k, v in manifest.distribution.mixture.items() if k not in kinds}
-    expected = original(case, PROMPTS[0], 5, mix=top_of_raw_logits(10))
-    request = make_request(
-        prompt=PROMPTS[0],
-        mode="distribution",
-        steps=5,
-        max_tokens=MAX_TOKENS,
-        reasoning={"trace": "vectors", "mixture": MixtureParams(**settings)},
-    )
+    request = request_for(manifest, PROMPTS[0], 5, 0, "distribution")
+    end = request.reasoning.end_token_ids
+    assert end, "</think>"
+    expected = original(case, PROMPTS[0], 5, mix=top_of_raw_logits(10), end=end)
     [result] = await serve(tmp_path / "out", [request])
     compare(result, expected)
 
@@ -246,18 +227,7 @@ async def test_hrpo_gates_token_and_mixture(tmp_path: Path) -> None:
     steps = 5
     expected = original(case, PROMPTS[0], steps, mix=mix)
     assert 99 not in [int(logits.argmax()) for logits in expected.logits], "#### comes later"
-    fields = {**served_fields(manifest), "mixture_kind": "gated"}  # PLACE: the mixture's kind
-    require_fields(fields)
-    request = make_request(
-        prompt=PROMPTS[0],
-        mode="distribution",
-        steps=steps,
-        max_tokens=MAX_TOKENS,
-        reasoning={"trace": "vectors"},
-    )
-    request = dataclasses.replace(
-        request, reasoning=dataclasses.replace(request.reasoning, **fields)
-    )
+    request = request_for(manifest, PROMPTS[0], steps, 0, "distribution")
     [result] = await serve(tmp_path / "out", [request])
     compare(result, expected)
 

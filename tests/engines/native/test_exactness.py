@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from coconut_serve.types import FinishReason, HaltParams, MixtureParams, Request, StepStats
+from coconut_serve.types import (
+    FinishReason,
+    HaltParams,
+    MixtureParams,
+    Request,
+    StepStats,
+    SwitchParams,
+)
 from tests.fakes import make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, with_projection
 
@@ -42,12 +49,14 @@ def mixed_requests() -> list[Request]:
             common["reasoning"] = _LATENT_KINDS[i // 4]
         elif kind == 2:
             noise = ("none", "gumbel", "dirichlet")[i % 3]
-            mixture = MixtureParams(noise=noise, top_k=3 + i % 8)  # type: ignore[arg-type]
+            mixed = ("topk", "moi", "full", "multiplex")[i // 4] if i != 6 else "topk"
+            mixture = MixtureParams(kind=mixed, noise=noise, top_k=3 + i % 8)  # type: ignore[arg-type]
             halt = HaltParams(entropy_below=1.5 if i % 2 else 0.0, entropy_patience=2)
             reasoning = {"mixture": mixture, "halt": halt}
             common |= {"mode": "distribution", "steps": 7, "reasoning": reasoning}
         elif kind == 3:
-            common |= {"mode": "cot", "steps": 5, "end": (12, 13)}
+            common |= {"mode": "cot" if i != 7 else "auto", "steps": 5, "end": (12, 13)}
+            common["reasoning"] = {"switch": SwitchParams(window=1, end_token_id=12)}
         requests.append(make_request(max_tokens=10 + i % 5, **common))  # type: ignore[arg-type]
     return requests
 

@@ -49,7 +49,7 @@ async def test_greedy_rows_get_what_the_native_engine_gives(
 ) -> None:
     """All modes, soft noise, penalties, halting, end tokens; alone, batched and preempted."""
     asked = requests(is_greedy=True)
-    assert {r.reasoning.mode for r in asked} == {"none", "latent", "distribution", "cot"}
+    assert {r.reasoning.mode for r in asked} >= {"none", "latent", "distribution", "cot"}
     async with native_engine(wide_llama) as engine:
         expected = [summary(r) for r in await run_all(engine, asked)]
     async with engines.open(wide_llama) as engine:

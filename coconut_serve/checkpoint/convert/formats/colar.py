@@ -100,6 +100,7 @@ def manifest(job: Job, *, separator: dict[str, Any]) -> dict[str, Any]:
             "token_ids": [separator["id"]],
             "test": "sampled",
             "temperature": 1.0,
+            "min_steps": 1,
         },
         "answer": {"extract": "after:Answer:"},
     }

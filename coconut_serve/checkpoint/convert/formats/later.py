@@ -44,12 +44,16 @@ def convert(job: Job) -> Converted:
                 "start": start, "end": end, "think_start": think, "think_end": no_more,
                 "added": True, "never_emit": [start["id"], end["id"]],
             },
-            "prompt": {"chat_template": True, "end_ids": [end["id"], think["id"]]},
+            "prompt": {"chat_template": True, "end_ids": [think["id"]]},
             "steps": steps,
             "max_steps": max(_MAX_STEPS, steps),
             "variable_steps": True,
             "adapters": {ADAPTER: {"type": "mlp", "activation": "gelu"}},
-            "halting": {"rule": "stop_token", "token_ids": [end["id"]], "test": "argmax"},
+            # The authors' loop feeds the latent of the step that stops, and never the end token.
+            "halting": {
+                "rule": "stop_token", "token_ids": [end["id"]], "test": "argmax",
+                "keeps_last": True,
+            },
         },
     )  # fmt: skip
 

@@ -1,0 +1,283 @@
+"""What a soft step feeds: ways to average embeddings. A new one is a class and a line in KINDS.
+
+Each works on all rows that asked for it at once. Settings are kept by slot in Mixtures.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning import mixing, noise
+from coconut_serve.reasoning.adapters import Gate
+from coconut_serve.reasoning.mode import StepContext
+from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.types import MixtureParams, ReasoningParams
+
+_NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
+_FEW = 16  # rows that mix no more tokens than that look up no more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed:
+    """One step of some rows."""
+
+    token: Tensor  # [num_rows] int64, the text of the step
+    vector: Tensor  # [num_rows, hidden_size]
+    square_mass: Tensor  # [num_rows] float32, the sum of the squared weights
+    retained_mass: Tensor | None = None  # [num_rows] float32, probability covered; None: 1
+
+
+class Mixtures:
+    """MixtureParams by slot, on the device and on the host.
+
+    Args:
+        slots: Where the buffers are.
+        owner: The mode they are of.
+    """
+
+    def __init__(self, slots: Slots, owner: str) -> None:
+        self.host = [MixtureParams()] * slots.num_slots
+        self.adapters = ["none"] * slots.num_slots
+        kinds = {int: torch.int64, float: torch.float32}
+        self._buffers = {
+            f.name: slots.register(f"{owner}_{f.name}", kinds[type(f.default)])
+            for f in fields(MixtureParams)
+            if type(f.default) in kinds
+        }
+        self.noise = slots.register(f"{owner}_noise", torch.int64)
+        self.clamp = slots.register(f"{owner}_noise_clamp", torch.float32, 2)
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note a sequence's settings."""
+        mixture = params.mixture
+        self.host[slot], self.adapters[slot] = mixture, params.adapter
+        for name, buffer in self._buffers.items():
+            buffer[slot] = getattr(mixture, name)
+        self.noise[slot] = _NOISE[mixture.noise]
+        low, high = mixture.noise_clamp or (-torch.inf, torch.inf)
+        self.clamp[slot, 0], self.clamp[slot, 1] = low, high
+
+    def of(self, name: str, rows: Tensor) -> Tensor:
+        """One setting of some rows; [num_rows]."""
+        return self._buffers[name][rows]
+
+    def each(self, ctx: StepContext) -> list[MixtureParams]:
+        """The settings of a step's rows."""
+        return [self.host[slot] for slot in ctx.host_slots]
+
+
+class Mixer(ABC):
+    """One way to make a vector out of a distribution."""
+
+    needs_sampled: ClassVar[bool] = False  # the drawn token takes part
+
+    def __init__(self, mixtures: Mixtures) -> None:
+        self._mixtures = mixtures
+
+    @abstractmethod
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Mix for each row."""
+
+    def _of(self, name: str, ctx: StepContext) -> Tensor:
+        return self._mixtures.of(name, ctx.row_slots)
+
+    def _tempered(self, ctx: StepContext) -> Tensor:
+        """Logits divided by the mixture's temperature."""
+        assert ctx.logits is not None
+        return ctx.logits / self._of("temperature", ctx).unsqueeze(1)
+
+
+class TopK(Mixer):
+    """The likeliest tokens by probability (Soft Thinking, arXiv 2505.15778), maybe with noise.
+
+    The text of a step is its heaviest token.
+    """
+
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Filter, add noise, average."""
+        assert ctx.logits is not None
+        temperature = self._of("temperature", ctx)
+        total = None
+        if ctx.has_trace or any(m.filter_top_k == 0 for m in self._mixtures.each(ctx)):
+            total = mixing.total_weight(ctx.logits, temperature)
+        kept, ids = mixing.filter_candidates(
+            ctx.logits,
+            temperature=temperature,
+            filter_top_k=self._of("filter_top_k", ctx),
+            top_p=self._of("top_p", ctx),
+            min_p=self._of("min_p", ctx),
+            total=total,
+        )
+        weights = self._add_noise(ctx, kept, ids)
+        retained = None
+        if total is not None:
+            below = ctx.logits.gather(1, ids) - ctx.logits.amax(-1, keepdim=True)
+            p = (below / temperature.unsqueeze(1)).exp() / total.unsqueeze(1)
+            retained = torch.where(weights > 0, p, 0.0).sum(-1)
+        return Mixed(
+            token=ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1),
+            vector=self._average(ctx, weights, ids),
+            square_mass=weights.square().sum(-1),
+            retained_mass=retained,
+        )
+
+    def _average(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
+        """Average embeddings, looking up no more than a row's `top_k` asks for, by size class.
+
+        A row's class depends on its own settings alone, and so does how its sum is rounded.
+        """
+        is_small = [m.top_k <= _FEW for m in self._mixtures.each(ctx)]
+        if all(is_small):
+            return mixing.mix_embeddings(*mixing.heaviest(weights, ids, _FEW), ctx.embedding)
+        mixed = mixing.mix_embeddings(weights, ids, ctx.embedding)
+        few = [i for i, each in enumerate(is_small) if each]
+        if few:
+            rows = upload(few, ids.device)
+            kept = mixing.heaviest(weights[rows], ids[rows], _FEW)
+            mixed[rows] = mixing.mix_embeddings(*kept, ctx.embedding)
+        return mixed
+
+    def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
+        """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after."""
+        rows, slots = ctx.row_slots, ctx.slots
+        asked = {m.noise for m in self._mixtures.each(ctx)}
+        kind = self._mixtures.noise[rows].unsqueeze(1)  # [num_rows, 1]
+        if "dirichlet" in asked:
+            seed, counter = slots.seed[rows], slots.num_decisions[rows]
+            alpha = self._of("dirichlet_alpha", ctx)
+            drawn = mixing.dirichlet_weights(weights, ids, alpha, seed, counter)
+            weights = torch.where(kind == _NOISE["dirichlet"], drawn, weights)
+        weights = mixing.keep_top(weights, self._of("top_k", ctx))
+        if "gumbel" in asked:
+            u = ctx.uniform(noise.GUMBEL_STREAM, ids)
+            temperature, clamp = self._of("noise_temperature", ctx), self._mixtures.clamp[rows]
+            drawn = mixing.gumbel_weights(weights, temperature, u, clamp)
+            weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
+        return weights
+
+
+class Full(Mixer):
+    """The whole vocabulary, as one matrix product (Soft Tokens, arXiv 2509.19170)."""
+
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Average all embeddings."""
+        probs = self._tempered(ctx).softmax(-1)
+        return Mixed(
+            token=probs.argmax(-1),
+            vector=ctx.embedding.mean(probs),
+            square_mass=probs.square().sum(-1),
+        )
+
+
+class Multiplex(Mixer):
+    """Several sampled tokens merged into one input (Multiplex Thinking, arXiv 2601.08808).
+
+    `top_k` draws; the text of a step is the first.
+    """
+
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Draw and average."""
+        weights = mixing.filter_vocabulary(
+            self._tempered(ctx).softmax(-1),
+            top_k=self._of("filter_top_k", ctx),
+            top_p=self._of("top_p", ctx),
+            min_p=self._of("min_p", ctx),
+        )
+        asked = self._mixtures.each(ctx)
+        width = max(m.top_k for m in asked)
+        ids = self._draw(ctx, weights, width)
+        if not all(m.replacement for m in asked):
+            distinct = self._draw_distinct(ctx, weights, width)
+            has = upload([float(m.replacement) for m in asked], ids.device) > 0
+            ids = torch.where(has.unsqueeze(1), ids, distinct)
+        shares = weights.gather(1, ids)
+        is_equal = upload([float(m.weights == "equal") for m in asked], ids.device) > 0
+        shares = torch.where(is_equal.unsqueeze(1), 1.0, shares)
+        rank = torch.arange(width, device=ids.device)
+        shares = torch.where(rank < self._of("top_k", ctx).unsqueeze(1), shares, 0.0)
+        shares = shares / shares.sum(-1, keepdim=True)
+        return Mixed(
+            token=ids[:, 0],
+            vector=mixing.mix_embeddings(shares, ids, ctx.embedding),
+            square_mass=shares.square().sum(-1),
+        )
+
+    def _draw(self, ctx: StepContext, weights: Tensor, width: int) -> Tensor:
+        """Draw with replacement; [num_rows, width] int64."""
+        columns = torch.arange(width, device=weights.device).unsqueeze(0)
+        u = ctx.uniform(noise.DRAW_STREAM, columns)
+        cumulative = weights.double().cumsum(-1)
+        targets = u.double() * cumulative[:, -1:]
+        found = torch.searchsorted(cumulative, targets, right=True)
+        return found.clamp_max(weights.shape[1] - 1)
+
+    def _draw_distinct(self, ctx: StepContext, weights: Tensor, width: int) -> Tensor:
+        """Draw without replacement: the largest of ln w + Gumbel noise (Kool et al., 2019)."""
+        ids = torch.arange(weights.shape[1], device=weights.device).unsqueeze(0)
+        u = ctx.uniform(noise.DRAW_STREAM, ids)
+        return (weights.log() + noise.gumbel(u)).topk(width, dim=-1).indices
+
+
+class MixtureOfInputs(Mixer):
+    """The sampled token weighed with the distribution (MoI, arXiv 2505.14827).
+
+    w = (H p + (beta + 1 - H) onehot(y)) / (beta + 1), p over the `top_k` likeliest tokens and H
+    its entropy by ln top_k. A negative beta feeds p alone.
+    """
+
+    needs_sampled = True
+
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Average distribution and sample."""
+        assert ctx.logits is not None
+        count = self._of("top_k", ctx)
+        ones, zeros = torch.ones_like(count.float()), torch.zeros_like(count.float())
+        p, ids = mixing.filter_candidates(
+            ctx.logits, temperature=self._of("temperature", ctx), filter_top_k=count,
+            top_p=ones, min_p=zeros, total=None,
+        )  # fmt: skip
+        entropy = mixing.entropy(p.clamp_min(1e-38).log())
+        share = (entropy / count.float().log().clamp_min(1e-9)).unsqueeze(1)
+        beta = self._of("moi_beta", ctx).unsqueeze(1)
+        soft = torch.where(beta < 0, 1.0, share / (beta + 1.0))
+        hard = torch.where(beta < 0, 0.0, 1.0 - soft)
+        weights = torch.cat([soft * p, hard], dim=1)
+        ids = torch.cat([ids, ctx.sampled.unsqueeze(1)], dim=1)
+        return Mixed(
+            token=ctx.sampled,
+            vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
+            square_mass=weights.square().sum(-1),
+        )
+
+
+class Gated(Mixer):
+    """The sampled token and the distribution through a learned gate (HRPO, arXiv 2505.18454)."""
+
+    needs_sampled = True
+
+    def mix(self, ctx: StepContext) -> Mixed:
+        """Weigh p E / |p| against the embedding of the sample."""
+        probs = self._tempered(ctx).softmax(-1)
+        soft = ctx.embedding.mean(probs).float() / probs.norm(dim=-1, keepdim=True)
+        token = ctx.embedding(ctx.sampled)
+        vector = token.float()
+        names = [self._mixtures.adapters[slot] for slot in ctx.host_slots]
+        for name in sorted(set(names)):
+            gate = ctx.adapters[name]
+            assert isinstance(gate, Gate), "the service lets no other adapter through"
+            rows = upload([i for i, each in enumerate(names) if each == name], vector.device)
+            vector = vector.index_copy(0, rows, gate.mix(vector[rows], soft[rows]))
+        ones = torch.ones(len(names), device=vector.device)
+        return Mixed(token=ctx.sampled, vector=vector.to(token.dtype), square_mass=ones)
+
+
+KINDS: dict[str, type[Mixer]] = {
+    "topk": TopK,
+    "full": Full,
+    "multiplex": Multiplex,
+    "moi": MixtureOfInputs,
+    "gated": Gated,
+}

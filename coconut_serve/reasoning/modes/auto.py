@@ -1,0 +1,176 @@
+"""`auto`: think in tokens or soft tokens, whichever the entropy or the confidence calls for."""
+
+from dataclasses import fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning import mixing
+from coconut_serve.reasoning.mixers import Mixtures, TopK
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.slots import Slots
+from coconut_serve.types import MAX_HARD_TOKENS, HaltReason, ReasoningParams, SwitchParams
+
+_FIRST_BLEND = 0.1  # share of the newline's embedding in the first soft input
+
+
+class AutoMode(ReasoningMode):
+    """Switch between the sampled token and a soft one.
+
+    `swi` (SwiReasoning, arXiv 2510.05069, as in its code): starts soft; goes to tokens when the
+    entropy falls below that of the last switch, and back when it rises above it and `window` steps
+    have passed. `confidence` (ThinkRouter, arXiv 2602.11683): soft where the likeliest token's
+    probability reaches `p_max`, or where it does not. The text of every step is the sampled token.
+    """
+
+    name: ClassVar[str] = "auto"
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._mixtures = Mixtures(slots, "auto")
+        self._soft = TopK(self._mixtures)
+        kinds = {int: torch.int64, float: torch.float32}
+        self._settings = {
+            f.name: slots.register(f"auto_{f.name}", kinds[type(f.default)])
+            for f in fields(SwitchParams)
+            if type(f.default) in kinds
+        }
+        self._hard = slots.register("auto_hard", torch.int64, MAX_HARD_TOKENS)  # padded with -2
+        self._goes_soft_sure = slots.register("auto_goes_soft_sure", torch.bool)
+        self._horizon = slots.register("auto_horizon", torch.float32)  # steps of the whole phase
+        self._is_soft = slots.register("auto_is_soft", torch.bool)
+        self._stay = slots.register("auto_stay", torch.int64)  # steps since the last switch
+        self._reference = slots.register("auto_reference", torch.float32)  # entropy at that switch
+        self._num_switches = slots.register("auto_num_switches", torch.int64)  # soft to tokens
+        self._host_is_swi = [True] * slots.num_slots
+
+    @classmethod
+    def needs_sampled(cls, params: ReasoningParams) -> bool:
+        """Every step draws its text."""
+        return True
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the settings and start soft."""
+        switch = params.switch
+        self._mixtures.admit(slot, params)
+        for name, buffer in self._settings.items():
+            buffer[slot] = getattr(switch, name)
+        self._hard[slot] = -2
+        for i, token_id in enumerate(switch.hard_token_ids):
+            self._hard[slot, i] = token_id
+        self._goes_soft_sure[slot] = switch.soft_when == "confident"
+        self._horizon[slot] = max(1, params.steps)
+        self._is_soft[slot] = True
+        self._stay[slot] = self._num_switches[slot] = 0
+        self._reference[slot] = 0.0
+        self._host_is_swi[slot] = switch.rule == "swi"
+
+    def decide(self, ctx: StepContext) -> StepDecision:
+        """Let each rule decide its rows."""
+        is_swi = [self._host_is_swi[slot] for slot in ctx.host_slots]
+        if all(is_swi):
+            return self._swi(ctx)
+        if not any(is_swi):
+            return self._confidence(ctx)
+        vector = torch.zeros_like(ctx.hidden)
+        flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
+        switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
+        for wanted, rule in ((True, self._swi), (False, self._confidence)):
+            part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
+            decision = rule(part)
+            assert decision.vector is not None
+            assert decision.is_vector is not None
+            vector[at] = decision.vector.to(vector.dtype)
+            flags[at] = decision.is_vector
+            if decision.is_switch is not None:
+                switches[at] = decision.is_switch
+            if decision.halt is not None:
+                halt[at] = decision.halt
+        return StepDecision(
+            token=ctx.sampled, vector=vector, is_vector=flags, is_switch=switches, halt=halt
+        )
+
+    def _of(self, name: str, ctx: StepContext) -> Tensor:
+        return self._settings[name][ctx.row_slots]
+
+    def _confidence(self, ctx: StepContext) -> StepDecision:
+        """Soft or hard by the likeliest token's probability in the raw distribution."""
+        assert ctx.raw_logits is not None
+        mixed = self._soft.mix(ctx)
+        is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= self._of("p_max", ctx)
+        is_soft = is_sure == self._goes_soft_sure[ctx.row_slots]
+        is_first = self.slots.num_decisions[ctx.row_slots] == 0
+        was_soft, self._is_soft[ctx.row_slots] = self._is_soft[ctx.row_slots], is_soft
+        return StepDecision(
+            token=ctx.sampled,
+            vector=mixed.vector,
+            is_vector=is_soft,
+            is_switch=(is_soft != was_soft) & ~is_first,
+            retained_mass=mixed.retained_mass,
+        )
+
+    def _swi(self, ctx: StepContext) -> StepDecision:
+        """Follow the entropy of the raw distribution."""
+        assert ctx.raw_logits is not None
+        rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
+        is_first = self.slots.num_decisions[rows] == 0
+        to_hard, to_soft = self._switch(ctx, mixing.entropy(log_probs), is_first)
+        soft = ctx.embedding.mean(log_probs.exp()).float()
+        vector, blends = self._blend(ctx, soft, to_hard=to_hard, to_soft=to_soft, is_first=is_first)
+        is_hard_token = (ctx.sampled.unsqueeze(1) == self._hard[rows]).any(1)
+        is_soft = self._is_soft[rows] & ~is_hard_token
+        is_spent = to_hard & (self._of("max_switches", ctx) > 0)
+        is_spent &= self._num_switches[rows] >= self._of("max_switches", ctx)
+        return StepDecision(
+            token=ctx.sampled,
+            vector=vector.to(ctx.hidden.dtype),
+            is_vector=is_soft | blends,
+            is_switch=to_hard | to_soft,
+            halt=is_spent * int(HaltReason.SWITCHES),
+        )
+
+    def _switch(self, ctx: StepContext, entropy: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the state machine; which rows went to tokens, and which to soft ones."""
+        rows = ctx.row_slots
+        reference, is_soft = self._reference[rows], self._is_soft[rows]
+        stay = torch.where(is_first, 0, self._stay[rows] + 1)
+        to_hard = ~is_first & is_soft & (entropy < reference)
+        has_stayed = stay >= self._of("window", ctx)
+        to_soft = ~is_first & ~is_soft & (entropy > reference) & has_stayed
+        moves = to_hard | to_soft
+        self._is_soft[rows] = (is_soft & ~to_hard) | to_soft
+        self._stay[rows] = torch.where(moves, 0, stay)
+        self._reference[rows] = torch.where(is_first | moves, entropy, reference)
+        self._num_switches[rows] += to_hard.to(torch.int64)
+        return to_hard, to_soft
+
+    def _blend(
+        self, ctx: StepContext, soft: Tensor, *, to_hard: Tensor, to_soft: Tensor, is_first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mix the think tokens in at switches and a newline at the start.
+
+        Returns:
+            What soft rows and rows at a switch are fed, [num_rows, hidden_size] float32; which
+            token rows are fed it too, [num_rows] bool.
+        """
+        progress = self.slots.num_decisions[ctx.row_slots] / self._horizon[ctx.row_slots]
+
+        def mark(name: str) -> tuple[Tensor, Tensor]:
+            token = self._of(name, ctx)  # -1: the model has none
+            return ctx.embedding(token.clamp_min(0)).float(), token >= 0
+
+        def mix(vector: Tensor, other: Tensor, share: Tensor, where: Tensor) -> Tensor:
+            share = torch.where(where, share, 1.0).unsqueeze(1)
+            return share * vector + (1.0 - share) * other
+
+        alpha, beta = self._of("alpha", ctx), self._of("beta", ctx)
+        think, has_think = mark("think_token_id")
+        end, has_end = mark("end_token_id")
+        newline, has_newline = mark("newline_token_id")
+        soft = mix(soft, think, alpha + (1 - alpha) * progress, to_soft & has_think)
+        first = torch.full_like(alpha, 1.0 - _FIRST_BLEND)
+        soft = mix(soft, newline, first, is_first & has_newline)
+        blends = to_hard & has_end
+        hard = mix(ctx.embedding(ctx.sampled).float(), end, beta + (1 - beta) * progress, blends)
+        return torch.where(blends.unsqueeze(1), hard, soft), blends

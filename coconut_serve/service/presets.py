@@ -1,0 +1,62 @@
+"""Named settings: presets of published methods, kinds of mixtures, efforts."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "coconut": {"mode": "latent"},
+    "codi": {"mode": "latent"},
+    "adaptive": {"mode": "latent", "halt.rule": "learned"},
+    "colar": {"mode": "latent", "halt.rule": "stop_token"},
+    "switch": {"mode": "latent"},
+    "swi": {"mode": "auto", "switch.rule": "swi"},
+    "thinkrouter": {"mode": "auto", "switch.rule": "confidence", "halt.entropy_below": 0.01},
+    "moi": {"mode": "distribution", "mixture.kind": "moi", "mixture.moi_beta": 1.0},
+    "multiplex": {"mode": "distribution", "mixture.kind": "multiplex"},
+    "latent_sft": {
+        "mode": "distribution",
+        "mixture.top_k": 10,
+        "mixture.temperature": 1.0,
+        "mixture.top_p": 1.0,
+        "mixture.filter_top_k": 0,
+        "mixture.min_p": 0.0,
+    },
+    "latentmas": {"mode": "latent", "adapter": "realign", "steps": 40},
+    "soft_thinking": {
+        "mode": "distribution",
+        "mixture.top_k": 10,
+        "mixture.temperature": 0.6,
+        "mixture.top_p": 0.95,
+        "mixture.filter_top_k": 30,
+        "mixture.min_p": 0.001,
+        "mixture.noise": "none",
+        "halt.entropy_below": 0.01,
+        "halt.entropy_patience": 256,
+    },
+    "stochastic_soft": {
+        "mode": "distribution",
+        "mixture.top_k": 15,
+        "mixture.temperature": 0.6,
+        "mixture.top_p": 0.95,
+        "mixture.filter_top_k": 30,
+        "mixture.min_p": 0.0,
+        "mixture.noise": "gumbel",
+        "mixture.noise_temperature": 0.5,
+        "halt.entropy_below": 0.0,
+    },
+}
+# What a kind of mixture has where nobody says otherwise.
+_UNFILTERED = {
+    "mixture.temperature": 1.0, "mixture.top_p": 1.0, "mixture.filter_top_k": 0,
+    "mixture.min_p": 0.0,
+}  # fmt: skip
+MIXTURES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "full": _UNFILTERED,
+    "multiplex": _UNFILTERED | {"mixture.top_k": 3},
+    "moi": _UNFILTERED | {"mixture.top_k": 20},
+    "gated": _UNFILTERED,
+}
+# reasoning_effort scales the default step budget; "none" picks the mode `none`.
+EFFORTS: dict[str, float] = {
+    "minimal": 0.25, "low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0,
+}  # fmt: skip

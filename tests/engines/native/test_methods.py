@@ -1,0 +1,288 @@
+"""Each soft or switching method against a loop over one row that recomputes the whole sequence.
+
+Written from the papers' formulas (docs/methods.md), sharing no code with the engine but the
+numbers that its random generator gives. Alone, and in one batch with all the others.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coconut_serve.reasoning import noise
+from coconut_serve.types import HaltReason, MixtureParams, Request, SwitchParams
+from tests.engines.native.test_exactness import prompt
+from tests.fakes import Result, make_request, native_engine, run, run_all
+from tests.models import load_plain
+
+pytestmark = pytest.mark.torch
+
+STEPS, END, ANSWER = 12, (7,), 6
+FREE = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "temperature": 1.0}
+SEED = 5
+
+
+def uniform(step: int, stream: int, columns: list[int]) -> list[float]:
+    """The engine's random numbers of one decision."""
+    one = torch.tensor([SEED]), torch.tensor([step])
+    drawn: list[float] = noise.uniform(*one, stream, torch.tensor([columns]))[0].tolist()
+    return drawn
+
+
+# What one step feeds, given its number, its logits and the embedding table: text and vector.
+Step = Callable[[int, Tensor, Tensor], tuple[int, Tensor]]
+
+
+def full(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    p = logits.softmax(-1)
+    return int(p.argmax()), p @ table
+
+
+def top_k_by_length(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """Top 5, divided by the root of the summed squares."""
+    p = torch.zeros_like(logits)
+    top = logits.softmax(-1).topk(5)
+    p[top.indices] = top.values / top.values.sum()
+    return int(p.argmax()), (p @ table) / p.norm()
+
+
+def moi(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """Greedy sample; n = 20, beta = 0.5."""
+    n, beta, token = 20, 0.5, int(logits.argmax())
+    top = logits.softmax(-1).topk(n)
+    p = torch.zeros_like(logits)
+    p[top.indices] = top.values / top.values.sum()
+    entropy = -sum(float(x) * math.log(float(x)) for x in p if x > 0) / math.log(n)
+    onehot = torch.zeros_like(logits)
+    onehot[token] = 1.0
+    w = (entropy * p + (beta + 1 - entropy) * onehot) / (beta + 1)
+    return token, w @ table
+
+
+def multiplex(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """Three draws with replacement, weighted by their probabilities."""
+    p = logits.softmax(-1)
+    cumulative = p.double().cumsum(-1)
+    ids = []
+    for u in uniform(step, noise.DRAW_STREAM, [0, 1, 2]):
+        ids.append(int((cumulative <= u * cumulative[-1]).sum()))
+    weights = torch.stack([p[i] for i in ids])
+    return ids[0], (weights / weights.sum()) @ table[ids]
+
+
+def clamped_gumbel(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """SofT-GRPO: top 5, tau 0.1, Gumbel noise clamped to [-1.5, 3]."""
+    top = logits.softmax(-1).topk(5)
+    ids = top.indices.tolist()
+    g = [-math.log(-math.log(u)) for u in uniform(step, noise.GUMBEL_STREAM, ids)]
+    g = [min(3.0, max(-1.5, x)) for x in g]
+    scores = torch.tensor(
+        [
+            (math.log(float(p / top.values.sum())) + x) / 0.1
+            for p, x in zip(top.values, g, strict=True)
+        ]
+    )
+    w = scores.softmax(-1)
+    return ids[int(w.argmax())], w @ table[ids]
+
+
+def confidence(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """ThinkRouter: top 10 at temperature 1 where p_max >= 0.1, else the (greedy) token."""
+    token = int(logits.argmax())
+    p = logits.softmax(-1)
+    top = p.topk(10)
+    soft = (top.values / top.values.sum()) @ table[top.indices]
+    return token, soft if float(p.max()) >= 0.1 else table[token]
+
+
+class Swi:
+    """SwiReasoning's state machine, written out for one row."""
+
+    def __init__(self, window: int, think: int, end: int, newline: int, hard: set[int]) -> None:
+        self.window, self.think, self.end, self.newline = window, think, end, newline
+        self.hard, self.soft, self.stay, self.reference, self.switches = hard, True, 0, 0.0, 0
+
+    def __call__(self, step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+        p = logits.softmax(-1)
+        entropy = -float((p * p.log()).sum())
+        token = int(logits.argmax())
+        went_hard = went_soft = False
+        if step == 0:
+            self.reference = entropy
+        else:
+            self.stay += 1
+            went_hard = self.soft and entropy < self.reference
+            went_soft = not self.soft and entropy > self.reference and self.stay >= self.window
+            if went_hard or went_soft:
+                self.soft, self.stay, self.reference = went_soft, 0, entropy
+                self.switches += 1
+        alpha, beta = (x + (1 - x) * step / STEPS for x in (0.8, 0.7))
+        soft = p @ table
+        if step == 0:
+            soft = 0.9 * soft + 0.1 * table[self.newline]
+        if went_soft:
+            soft = alpha * soft + (1 - alpha) * table[self.think]
+        if self.soft:
+            return token, table[token] if token in self.hard else soft
+        if went_hard:
+            return token, beta * table[token] + (1 - beta) * table[self.end]
+        return token, table[token]
+
+
+@torch.inference_mode()
+def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[int]]:
+    """Think, feed the end token, answer greedily; -> texts of the steps, answer."""
+    table = model.get_input_embeddings().weight
+    inputs = table[list(ids)]
+
+    def logits() -> Tensor:
+        found: Tensor = model(inputs_embeds=inputs[None], use_cache=False).logits[0, -1].float()
+        return found
+
+    texts = []
+    for number in range(STEPS):
+        token, vector = step(number, logits(), table)
+        texts.append(token)
+        inputs = torch.cat([inputs, vector[None]])
+    inputs = torch.cat([inputs, table[list(END)]])
+    answer: list[int] = []
+    for _ in range(ANSWER):
+        answer.append(int(logits().argmax()))
+        inputs = torch.cat([inputs, table[answer[-1:]]])
+    return texts, answer
+
+
+def soft(**mixture: Any) -> dict[str, Any]:
+    return {"mode": "distribution", "reasoning": {"mixture": MixtureParams(**(FREE | mixture))}}
+
+
+def auto(mixture: dict[str, Any] | None = None, **switch: Any) -> dict[str, Any]:
+    reasoning: dict[str, Any] = {"switch": SwitchParams(**switch)}
+    if mixture is not None:
+        reasoning["mixture"] = MixtureParams(**(FREE | mixture))
+    return {"mode": "auto", "reasoning": reasoning}
+
+
+SWI: dict[str, Any] = {
+    "window": 2,
+    "alpha": 0.8,
+    "think_token_id": 40,
+    "end_token_id": 41,
+    "newline_token_id": 42,
+}
+HARD = (28, 120, 63)
+METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
+    "full": (soft(kind="full"), lambda: full),
+    "l2": (soft(top_k=5, norm="l2"), lambda: top_k_by_length),
+    "moi": (soft(kind="moi", top_k=20, moi_beta=0.5), lambda: moi),
+    "multiplex": (soft(kind="multiplex", top_k=3), lambda: multiplex),
+    "soft_grpo": (
+        soft(top_k=5, noise="gumbel", noise_temperature=0.1, noise_clamp=(-1.5, 3.0)),
+        lambda: clamped_gumbel,
+    ),
+    "thinkrouter": (auto({"top_k": 10}, rule="confidence", p_max=0.1), lambda: confidence),
+    "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
+    "swi-hard": (auto(**SWI, hard_token_ids=HARD), lambda: Swi(2, 40, 41, 42, set(HARD))),
+}
+
+
+def requests() -> dict[tuple[str, int], Request]:
+    return {
+        (name, number): make_request(
+            f"{name}{number}", prompt(number, 7 + number), steps=STEPS, end=END,
+            max_tokens=ANSWER, seed=SEED, **settings,
+        )
+        for name, (settings, _) in METHODS.items()
+        for number in range(3)
+    }  # fmt: skip
+
+
+async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
+    """Alone, all in one batch, and in a pool so small that rows are preempted."""
+    model, asked = load_plain(tiny_llama), requests()
+    expected = {
+        key: loop(model, request.prompt_token_ids, METHODS[key[0]][1]())
+        for key, request in asked.items()
+    }
+
+    def check(results: list[Result]) -> None:
+        for key, result in zip(asked, results, strict=True):
+            assert (result.thinking_ids, result.token_ids) == expected[key], key
+
+    async with native_engine(tiny_llama) as engine:
+        check([await run(engine, request) for request in asked.values()])
+        check(await run_all(engine, list(asked.values())))
+    size = str(92 * 4 * (2 * 2 * 2 * 16 + 64))
+    async with native_engine(tiny_llama, kv_cache_memory=size, max_model_len=60) as engine:
+        results = await run_all(engine, list(asked.values()))
+        check(results)
+        assert sum(r.counts.num_preemptions for r in results) > 0
+
+
+async def test_swi_counts_its_switches_and_ends_at_the_bound(tiny_llama: Path) -> None:
+    machine, ids = Swi(0, 40, 41, 42, set()), prompt(1, 8)
+    free = {**SWI, "window": 0}
+    loop(load_plain(tiny_llama), ids, machine)
+    assert machine.switches >= 3, "another seed"
+    async with native_engine(tiny_llama) as engine:
+        result = await run(
+            engine, make_request("a", ids, steps=STEPS, end=END, seed=SEED, **auto(**free))
+        )
+        assert result.counts.num_switches == machine.switches
+        bound = await run(
+            engine,
+            make_request("b", ids, steps=STEPS, end=END, seed=SEED, **auto(**free, max_switches=1)),
+        )
+    halts = [o.halt_reason for o in bound.outputs if o.halt_reason]
+    assert halts == [HaltReason.SWITCHES]
+    assert bound.counts.num_switches == 0, "the switch that ends the phase is not made"
+    assert bound.counts.num_reasoning_steps < STEPS
+
+
+async def test_moi_with_a_large_beta_is_ordinary_sampling(tiny_llama: Path) -> None:
+    """Oracle 4: with beta to infinity the sample alone is fed."""
+    ids = prompt(6, 9)
+    large = soft(kind="moi", top_k=20, moi_beta=1e6)
+    async with native_engine(tiny_llama) as engine:
+        mixed = await run(
+            engine, make_request("a", ids, steps=10, temperature=0.8, seed=3, max_tokens=5, **large)
+        )
+        plain = await run(engine, make_request("b", ids, temperature=0.8, seed=3, max_tokens=15))
+    assert mixed.thinking_ids + mixed.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize(
+    ("entropies", "window", "expected"),
+    [
+        # Starts soft; the first entropy is the reference. s: soft, h: token.
+        ([2.0, 2.5, 1.5, 1.6, 1.4, 1.7, 1.2], 2, "ssh" + "hhsh"),
+        ([2.0, 1.9, 2.5, 2.5, 1.0], 1, "shssh"),
+        ([1.0, 1.0, 1.0], 1, "sss"),  # not below the reference: stays
+        ([3.0, 1.0, 2.0, 3.0, 4.0], 9, "shhhh"),  # the window has not passed
+    ],
+)
+def test_swi_state_machine_by_hand(entropies: list[float], window: int, expected: str) -> None:
+    """Derived from the rules on paper: below goes to tokens at once, above waits for the window."""
+    from coconut_serve.reasoning.mode import StepContext
+    from coconut_serve.reasoning.modes.auto import AutoMode
+    from coconut_serve.reasoning.slots import Slots
+    from coconut_serve.types import ReasoningParams
+
+    slots = Slots(1, 4, dtype=torch.float32, device=torch.device("cpu"))
+    mode = AutoMode(slots)
+    params = ReasoningParams(mode="auto", steps=9, switch=SwitchParams(window=window))
+    slots.admit(0, params, 0, 0)
+    mode.admit(0, params)
+    seen = ""
+    for entropy in entropies:
+        ctx: Any = StepContext.__new__(StepContext)
+        object.__setattr__(ctx, "row_slots", torch.tensor([0]))
+        first = slots.num_decisions[:1] == 0
+        mode._switch(ctx, torch.tensor([entropy]), first)
+        seen += "s" if bool(mode._is_soft[0]) else "h"
+        slots.num_decisions += 1
+    assert seen == expected
