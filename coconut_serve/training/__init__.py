@@ -1,0 +1,1 @@
+"""The demo model: its task, its architecture and how it is trained."""
