@@ -39,6 +39,7 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
+from coconut_serve.training.command import add_train_command, run_train
 from coconut_serve.types import TraceLevel
 
 logger = logging.getLogger("coconut_serve")
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("models", help="list what can be served offline here")
     evaluation.add_parser(commands)
     add_convert_parser(commands)
+    add_train_command(commands)
     return parser
 
 
@@ -402,6 +404,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_models()
             case "convert":
                 return run_convert(args)
+            case "train":
+                return run_train(args)
             case "eval":
                 return evaluation.run(args, tuple(args.more_flags))
             case _:
