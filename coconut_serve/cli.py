@@ -44,7 +44,7 @@ from coconut_serve.types import TraceLevel
 
 logger = logging.getLogger("coconut_serve")
 
-DEFAULT_MODEL = "smollm2"
+DEFAULT_MODEL = "demo"
 _NOT_FLAGS = frozenset({"command", "model", "config"})
 _NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
@@ -385,7 +385,8 @@ def run_models() -> int:
     """List built-in models."""
     for name, text in BUILT_IN_MODELS.items():
         mark = " (default)" if name == DEFAULT_MODEL else ""
-        print(f"{name:10}{text}{mark}\n{'':10}modes: none, cot, distribution")
+        modes = mode_names() if name == "demo" else ("none", "cot", "distribution")
+        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join(modes)}")
     print("DIRECTORY any Hugging Face directory; modes from its latent_config.json")
     return 0
 

