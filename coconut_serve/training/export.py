@@ -22,7 +22,7 @@ from coconut_serve.training.recipe import MAX_THOUGHTS
 from coconut_serve.training.task import HOPS, audit_shortcuts, sample, sample_each, write_questions
 from coconut_serve.training.tokenizer import save_tokenizer
 from coconut_serve.training.trainer import Trainer
-from coconut_serve.training.vocabulary import END, LATENT, START, VOCAB_SIZE
+from coconut_serve.training.vocabulary import ANSWER, END, LATENT, START, VOCAB_SIZE
 
 _TEST_SEED: Final = 2
 _TEST_PER_HOP: Final = 500  # measured
@@ -60,7 +60,10 @@ def manifest() -> dict[str, Any]:
         "start": {"id": START, "text": "<|start-latent|>"},
         "end": {"id": END, "text": "<|end-latent|>"},
         "latent": {"id": LATENT, "text": "<|latent|>"},
+        "think_end": {"id": ANSWER, "text": "###"},
     }
+    # Soft tokens as they were trained: in the latent slots, over the whole distribution.
+    unfiltered = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "slots": "latent"}
     data = {
         "schema": 1,
         "method": "coconut",
@@ -71,7 +74,8 @@ def manifest() -> dict[str, Any]:
         "steps": MAX_THOUGHTS,
         "trained_steps": list(range(MAX_THOUGHTS + 1)),
         "max_steps": MAX_THOUGHTS,
-        "distribution": asdict(SERVED_MIXTURE),
+        "distribution": asdict(SERVED_MIXTURE) | unfiltered,
+        "answer": {"extract": "last_word"},
         "provenance": {"source": "coconut-serve train demo", "license": "Apache-2.0"},
     }
     Manifest.model_validate(data)
