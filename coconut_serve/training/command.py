@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the program's parser."""
-    train = commands.add_parser("train", help="train the demo model, in about half an hour")
+    train = commands.add_parser("train", help="train the demo model, within an hour on a CPU")
     train.add_argument("model", choices=["demo"], help="what to train")
     train.add_argument("--output", required=True, type=Path, metavar="DIR", help="where it goes")
     train.add_argument(
