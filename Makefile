@@ -26,7 +26,7 @@ ARGS ?=
 	.venv/bin/python -m pip install -q -r .venv/vllm.txt
 	touch $@
 
-serve: .venv/serve  ## Serve MODEL (default: SmolLM2-135M-Instruct) on port 8000
+serve: .venv/serve  ## Serve MODEL (default: demo) on port 8000
 	.venv/bin/coconut-serve serve $(MODEL) $(ARGS)
 
 test: .venv/dev  ## All tests that need no GPU and no vLLM

@@ -385,8 +385,9 @@ def run_models() -> int:
     """List built-in models."""
     for name, text in BUILT_IN_MODELS.items():
         mark = " (default)" if name == DEFAULT_MODEL else ""
-        modes = mode_names() if name == "demo" else ("none", "cot", "distribution")
-        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join(modes)}")
+        # The others have no manifest.
+        manifest = load_manifest(resolve_model(name)) if name == "demo" else None
+        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join((manifest or Manifest()).modes)}")
     print("DIRECTORY any Hugging Face directory; modes from its latent_config.json")
     return 0
 

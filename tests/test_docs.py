@@ -21,6 +21,9 @@ DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "d
 ALL = "\n".join(DOCS.values())
 
 
+_HELP = {"serve": "api.md", "convert": "checkpoints.md", "eval": "evaluation.md"}
+
+
 def command_help(command: str) -> str:
     os.environ["COLUMNS"] = "100"
     parser = build_parser()
@@ -41,8 +44,8 @@ def metric_rows(metrics: Metrics) -> list[str]:
 
 
 def test_help_in_the_docs_is_what_the_command_prints() -> None:
-    assert command_help("serve") in DOCS["api.md"], "run python -m tests.test_docs"
-    assert command_help("convert") in DOCS["checkpoints.md"], "run python -m tests.test_docs"
+    for command, name in _HELP.items():
+        assert command_help(command) in DOCS[name], "run python -m tests.test_docs"
 
 
 def test_every_metric_is_in_the_docs_with_its_labels() -> None:
@@ -118,7 +121,7 @@ def test_changelog_and_decisions_have_their_form() -> None:
 
 def write() -> None:
     """Put the generated parts into the docs."""
-    for command, name in (("serve", "api.md"), ("convert", "checkpoints.md")):
+    for command, name in _HELP.items():
         page, new = ROOT / "docs" / name, command_help(command)
         block = re.compile(r"(## Flags\n\n```\n).*?(\n```)", flags=re.DOTALL)
         page.write_text(block.sub(lambda m, new=new: m[1] + new + m[2], page.read_text()))  # type: ignore[misc]  # new is bound at once
