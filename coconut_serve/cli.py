@@ -22,11 +22,13 @@ import coconut_serve
 from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
+from coconut_serve.commands import healthcheck
 from coconut_serve.config import (
     Device,
     DType,
     EngineConfig,
     EngineName,
+    LogFormat,
     ReasoningField,
     ServeConfig,
     StubConfig,
@@ -37,6 +39,8 @@ from coconut_serve.evaluation import command as evaluation
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
+from coconut_serve.server.logs import set_format
+from coconut_serve.server.metrics_port import add_metrics_port
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training.command import add_train_command, run_train
@@ -70,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_parser(commands)
     add_convert_parser(commands)
     add_train_command(commands)
+    healthcheck.add_parser(commands)
     return parser
 
 
@@ -91,6 +96,8 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     choose("engine", "native", "what runs the model", get_args(EngineName))
     add("host", "127.0.0.1", "address to listen on")
     add("port", 8000, "port to listen on; 0 picks a free one", int)
+    add("metrics-port", None, "also serve /metrics on this port, without a key; 0 picks one", int)
+    choose("log-format", "text", "of the log: lines of text or of JSON", get_args(LogFormat))
     add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
     add("api-key", [], "key that clients must send; may be repeated", action="append")
     choose("dtype", "auto", "of weights and cache", get_args(DType))
@@ -363,6 +370,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
     values = vars(args)
     config = serve_config(args.model, values)
+    set_format(config.log_format)
     metrics = Metrics(
         CollectorRegistry(),
         model_name=config.served_model_name,
@@ -373,7 +381,10 @@ def run_serve(args: argparse.Namespace) -> int:
     async def load(metrics: Metrics) -> Service:
         return await load_service(args.model, values, config, metrics)
 
-    server = DrainingServer(config, create_app(config, load=load, metrics=metrics))
+    app = create_app(config, load=load, metrics=metrics)
+    if config.metrics_port is not None:
+        add_metrics_port(app, host=config.host, port=config.metrics_port)
+    server = DrainingServer(config, app)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
     if server.failure is not None:
@@ -404,6 +415,8 @@ def main(argv: list[str] | None = None) -> int:
         match args.command:
             case "models":
                 return run_models()
+            case "healthcheck":
+                return healthcheck.run(args)
             case "convert":
                 return run_convert(args)
             case "train":

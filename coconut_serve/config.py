@@ -10,6 +10,7 @@ from coconut_serve.types import TraceLevel
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 EngineName = Literal["native", "vllm", "stub"]
+LogFormat = Literal["text", "json"]
 ReasoningField = Literal["both", "reasoning", "reasoning_content"]
 
 
@@ -66,6 +67,8 @@ class ServeConfig:
     served_model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None  # None: /metrics only on the port above
+    log_format: LogFormat = "text"
     api_keys: tuple[str, ...] = ()
     max_num_seqs: int = 64
     max_queue: int = 256
@@ -85,6 +88,9 @@ class ServeConfig:
         _require(0 <= self.drain_seconds < 86_400, "--drain-seconds", "must be in 0..86400")
         _require(self.max_queue >= 0, "--max-queue", "must be at least 0")
         _require(0 <= self.port <= 65535, "--port", "must be in 0..65535")
+        metrics_port = self.metrics_port
+        has_port = metrics_port is None or 0 <= metrics_port <= 65535
+        _require(has_port, "--metrics-port", "must be in 0..65535")
         _require(self.max_n >= 1, "--max-n", "must be at least 1")
         _require(all(self.api_keys), "--api-key", "must not be empty")
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coconut_serve.errors import AuthenticationError
 from coconut_serve.server.errors import count_error, error_response
+from coconut_serve.server.logs import current
 from coconut_serve.server.parse import request_id
 
 logger = logging.getLogger("coconut_serve.access")
@@ -40,6 +41,7 @@ class RequestMiddleware:
         request = Request(scope)
         started = time.perf_counter()
         request.state.request_id = request_id(request)
+        current.set(request.state)
         status = 500
 
         async def send_with_headers(message: Message) -> None:
@@ -60,15 +62,18 @@ class RequestMiddleware:
             else:
                 await self._app(scope, receive, send_with_headers)
         finally:
+            method, seconds = scope["method"], time.perf_counter() - started
+            path = scope["raw_path"].decode("ascii", "replace")  # not decoded: no line breaks
             level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
             logger.log(
                 level,
                 "%s %s %d %.3fs request_id=%s",
-                scope["method"],
-                scope["raw_path"].decode("ascii", "replace"),  # not decoded: no line breaks
+                method,
+                path,
                 status,
-                time.perf_counter() - started,
+                seconds,
                 request.state.request_id,
+                extra={"method": method, "path": path, "status": status, "seconds": seconds},
             )
 
     def _knows(self, request: Request) -> bool:

@@ -1,0 +1,18 @@
+"""The command `coconut-serve`; a health check is answered before anything heavy is imported."""
+
+import sys
+
+
+def main() -> int:
+    """Run a command; the exit status."""
+    if sys.argv[1:2] == ["healthcheck"]:
+        from coconut_serve.commands.healthcheck import main as check
+
+        return check(sys.argv[1:])
+    from coconut_serve.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

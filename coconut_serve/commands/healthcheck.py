@@ -1,0 +1,123 @@
+"""`coconut-serve healthcheck`: probe a server, or ask it a question in each mode.
+
+Standard library only, so that a container's HEALTHCHECK costs little.
+"""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+_QUESTION = "What is 2+2?"
+
+
+class CheckError(Exception):
+    """What is wrong with the server, in one line."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser("healthcheck", help="probe a running server; status 0 or 1")
+    parser.add_argument("url", nargs="?", metavar="URL", help="default: http://127.0.0.1:8000")
+    parser.add_argument("--ready", action="store_true", help="ask whether it takes work")
+    parser.add_argument("--ask", action="store_true", help="ask a question in each of its modes")
+    parser.add_argument(
+        "--timeout", type=float, default=5.0, metavar="X", help="seconds (--ask: 20x)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status."""
+    server = _Server(args.url or _default_url(), timeout_seconds=args.timeout)
+    try:
+        server.get("/ready" if args.ready or args.ask else "/health")
+        for line in _ask_all(server) if args.ask else ["ok"]:
+            print(line, flush=True)
+    except CheckError as error:
+        print(f"coconut-serve healthcheck: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the command alone, without what the server needs."""
+    parser = argparse.ArgumentParser(prog="coconut-serve")
+    add_parser(parser.add_subparsers(dest="command"))
+    return run(parser.parse_args(argv))
+
+
+def _default_url() -> str:
+    port = os.environ.get("COCONUT_PORT", "8000")
+    return f"http://127.0.0.1:{port if port.isdigit() else 8000}"  # Kubernetes: tcp://...
+
+
+class _Server:
+    """Requests to one server, with the first key of COCONUT_API_KEY."""
+
+    def __init__(self, url: str, *, timeout_seconds: float) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._timeout_seconds = timeout_seconds
+        self.key = os.environ.get("COCONUT_API_KEY", "").partition(",")[0]
+
+    def get(self, path: str) -> Any:
+        """The JSON of an answer; None without a body."""
+        return self._send(urllib.request.Request(self._url + path), self._timeout_seconds)
+
+    def post(self, path: str, body: dict[str, Any], *, with_key: bool = True) -> Any:
+        """The JSON of an answer to a JSON body."""
+        request = urllib.request.Request(self._url + path, data=json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        return self._send(request, self._timeout_seconds * 20, with_key=with_key)
+
+    def _send(
+        self, request: urllib.request.Request, timeout: float, *, with_key: bool = True
+    ) -> Any:
+        if not request.full_url.startswith(("http://", "https://")):
+            raise CheckError(f"{request.full_url}: not an http address")
+        if self.key and with_key:
+            request.add_header("Authorization", f"Bearer {self.key}")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            told = error.read(500).decode(errors="replace")
+            raise CheckError(f"{request.full_url}: {error.code} {told}") from error
+        except (OSError, ValueError) as error:
+            raise CheckError(f"{request.full_url}: {error}") from error
+        return json.loads(text) if text else None
+
+
+def _ask_all(server: _Server) -> list[str]:
+    """Ask in each mode, and without a key where there is one; a line for each answer."""
+    model = server.get("/v1/models")["data"][0]
+    lines = [_ask(server, mode) for mode in model["reasoning_modes"]]
+    if server.key:
+        try:
+            server.post("/v1/completions", {"prompt": [1]}, with_key=False)
+        except CheckError as error:
+            if ": 401 " not in str(error):
+                raise
+        else:
+            raise CheckError("the server answers without a key")
+        lines.append("without a key: 401")
+    return lines
+
+
+def _ask(server: _Server, mode: str) -> str:
+    body: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "reasoning_mode": mode}
+    try:
+        text = [{"role": "user", "content": _QUESTION}]
+        answer = server.post("/v1/chat/completions", {**body, "messages": text})
+        shown = answer["choices"][0]["message"]["content"]
+    except CheckError as error:
+        if not any(code in str(error) for code in ("no_tokenizer", "no_chat_template")):
+            raise
+        answer = server.post("/v1/completions", {**body, "prompt": [1, 2, 3]})
+        shown = answer["choices"][0]["text"]
+    used = answer["usage"]["reasoning"]["mode"]
+    if used != mode or not answer["usage"]["completion_tokens"]:
+        raise CheckError(f"asked for {mode}, got {used} with usage {answer['usage']}")
+    return f"{mode}: {shown!r}"
