@@ -16,7 +16,7 @@ from typing import Any, get_args
 import uvicorn
 import yaml
 from fastapi import FastAPI
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector
 
 import coconut_serve
 from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
@@ -377,6 +377,8 @@ def run_serve(args: argparse.Namespace) -> int:
         engine=values["engine"],
         modes=mode_names(),
     )
+
+    ProcessCollector(registry=metrics.registry)
 
     async def load(metrics: Metrics) -> Service:
         return await load_service(args.model, values, config, metrics)

@@ -80,6 +80,7 @@ class ServeConfig:
     reasoning_field: ReasoningField = "both"
     strict_params: bool = False
     keep_alive_seconds: float = 15.0
+    max_send_seconds: float = 60.0  # a client that reads nothing for so long is dropped
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:

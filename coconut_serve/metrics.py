@@ -40,6 +40,7 @@ REJECTIONS = ("queue_full", "draining", "too_long", "invalid")
 STAGES = ("queued", "thinking", "decode")
 PHASES = ("prefill", "latent", "distribution", "decode")
 STEP_KINDS = ("pure_decode", "pure_latent", "pure_distribution", "mixed", "prefill")
+LIMITS = ("max_model_len", "max_num_seqs", "max_queue", "kv_cache_positions", "dtype", "device")
 HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.NONE)
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
@@ -142,7 +143,13 @@ class Metrics:
         self.engine_restarts = counter("engine_restarts", "Recoveries from a failed step.")
         self.ready = gauge("ready", "1 while new work is accepted.")
         self.load_seconds = gauge("model_load_seconds", "Time to load the model.")
-        self.build_info = gauge("build_info", "Always 1.", version=None)
+        self.build_info = gauge("build_info", "Always 1.", version=None, torch=None)
+        self.config_info = gauge("config_info", "Always 1; limits in force.", **dict.fromkeys(LIMITS))
+
+        self.buffered = gauge("sse_buffered_chunks", "Results that wait to be sent.")
+        self.slow_drops = counter("slow_client_drops", "Streams ended because nobody read them.")
+        self.http_requests = counter("http_requests", "HTTP requests answered.", method=None, route=None, status=None)
+        self.http_seconds = histogram("http_request_duration_seconds", "Arrival to the last byte.", _REQUEST, method=None, route=None)
         # fmt: on
 
     def _declare(self, metric: MetricT, labels: _Labels) -> MetricT:
@@ -164,6 +171,10 @@ class Metrics:
     def set(self, metric: Gauge, value: float, *labels: str) -> None:
         """Set a gauge."""
         metric.labels(*self._base.values(), *labels).set(value)
+
+    def shift(self, metric: Gauge, change: float) -> None:
+        """Add to a gauge without labels of its own."""
+        metric.labels(*self._base.values()).inc(change)
 
     def observe_restarts(self, total: int) -> None:
         """Follow an engine's own count of its restarts."""

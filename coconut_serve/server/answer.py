@@ -166,6 +166,8 @@ async def respond(request: Request, answer: Answer, ignored: list[str]) -> Respo
         return EventStream(
             answer.stream(),
             close=generation.close,
+            on_slow=lambda: service.metrics.add(service.metrics.slow_drops, 1),
+            max_send_seconds=service.config.max_send_seconds,
             keep_alive_seconds=service.config.keep_alive_seconds,
             headers=headers,
         )

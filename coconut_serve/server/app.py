@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -61,6 +62,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
             app.state.on_loaded(error)
             return
         metrics.set(metrics.load_seconds, time.monotonic() - started)
+        metrics.set(metrics.config_info, 1, *_limits(app.state.service))
         app.state.on_loaded(app.state.service)
 
     app = FastAPI(
@@ -74,7 +76,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.state.service = None
     app.state.metrics = metrics
     app.state.on_loaded = lambda _: None
-    metrics.set(metrics.build_info, 1, coconut_serve.__version__)
+    metrics.set(metrics.build_info, 1, coconut_serve.__version__, _torch_version())
     for module in (chat, completions, ops):
         app.include_router(module.router)
     app.add_exception_handler(CoconutError, handle_coconut)
@@ -83,3 +85,18 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.add_exception_handler(Exception, handle_unexpected)
     app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
     return app
+
+
+def _limits(service: Service) -> tuple[str, ...]:
+    """Values of metrics.LIMITS."""
+    info, config = service.engine.info, service.config
+    limits = (info.max_model_len, config.max_num_seqs, config.max_queue, info.kv_cache_positions)
+    return (*map(str, limits), info.dtype, info.device)
+
+
+def _torch_version() -> str:
+    """What is installed; importing it here would load it for engines that need none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

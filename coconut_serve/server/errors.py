@@ -89,6 +89,17 @@ async def handle_unexpected(request: Request, error: Exception) -> Response:
     return error_response(ours)
 
 
+def count_http(request: Request, status: int, seconds: float) -> None:
+    """Record an HTTP request under the template of its route, never under its path."""
+    metrics: Metrics | None = getattr(request.app.state, "metrics", None)
+    if metrics is None:
+        return
+    route = getattr(request.scope.get("route"), "path", "other")
+    method = request.method if route != "other" else "other"  # clients may invent methods
+    metrics.add(metrics.http_requests, 1, method, route, str(status))
+    metrics.observe(metrics.http_seconds, seconds, method, route)
+
+
 def count_error(request: Request, error: CoconutError) -> None:
     """Record an error response, if the model's metrics exist already."""
     metrics: Metrics | None = getattr(request.app.state, "metrics", None)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coconut_serve.errors import AuthenticationError
-from coconut_serve.server.errors import count_error, error_response
+from coconut_serve.server.errors import count_error, count_http, error_response
 from coconut_serve.server.logs import current
 from coconut_serve.server.parse import request_id
 
@@ -65,6 +65,7 @@ class RequestMiddleware:
             method, seconds = scope["method"], time.perf_counter() - started
             path = scope["raw_path"].decode("ascii", "replace")  # not decoded: no line breaks
             level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+            count_http(request, status, seconds)
             logger.log(
                 level,
                 "%s %s %d %.3fs request_id=%s",

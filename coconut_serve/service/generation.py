@@ -142,6 +142,7 @@ class Generation:
         finally:
             if num_places:
                 self._admission.release(num_places)
+                self._metrics.shift(self._metrics.buffered, -self._deltas.qsize())
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yield deltas of all choices until each has ended.
@@ -152,6 +153,7 @@ class Generation:
         num_open = len(self.prepared.requests)
         while num_open:
             delta = await self._deltas.get()
+            self._metrics.shift(self._metrics.buffered, -1)
             if isinstance(delta, Exception):
                 raise delta
             num_open -= delta.finish_reason is not None
@@ -172,7 +174,7 @@ class Generation:
                         return
         except CoconutError as error:
             clock.fail()
-            self._deltas.put_nowait(error)
+            self._put(error)
         except asyncio.CancelledError:
             clock.cancel(self.choices[index].counts)
             raise
@@ -180,7 +182,11 @@ class Generation:
             logger.exception("generation failed, request_id=%s", request.request_id)
             clock.fail()
             failure = GenerationError(f"generation failed: {type(error).__name__}")
-            self._deltas.put_nowait(failure)
+            self._put(failure)
+
+    def _put(self, delta: Delta | Exception) -> None:
+        self._metrics.shift(self._metrics.buffered, 1)
+        self._deltas.put_nowait(delta)
 
     def _note(self, index: int, output: RequestOutput) -> None:
         state = self.choices[index]
@@ -210,7 +216,7 @@ class Generation:
             stop_reason=stop_reason,
         )
         if delta != Delta(index=index):
-            self._deltas.put_nowait(delta)
+            self._put(delta)
         return finish_reason is not None
 
 

@@ -1,0 +1,37 @@
+"""Clients that do not read, and what waits for them."""
+
+import asyncio
+import json
+import socket
+
+import httpx
+
+from tests.fakes import listening, stub_app
+
+
+async def test_client_that_reads_nothing_is_dropped_and_its_places_are_free() -> None:
+    app = stub_app(max_model_len=60_000, max_send_seconds=0.3)
+    body: dict[str, object] = {"prompt": "abc", "max_tokens": 8_000, "stream": True}
+    body["stream_options"] = {"continuous_usage_stats": True}  # makes chunks large
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n"
+    async with listening(app) as url:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + payload)
+            metrics, service = app.state.metrics, app.state.service
+            drops = metrics.slow_drops.labels("m", "stub")
+            async with asyncio.timeout(30):
+                while drops._value.get() == 0 or service.admission.num_in_flight:
+                    await asyncio.sleep(0.02)
+        assert metrics.buffered.labels("m", "stub")._value.get() == 0
+        async with httpx.AsyncClient(base_url=url) as http:
+            answer = await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.status_code == 200
+            text = (await http.get("/metrics")).text
+            await http.request("PUT", "/nowhere")
+            text = (await http.get("/metrics")).text
+    assert 'route="/v1/completions",status="200"} 2.0' in text
+    assert 'method="other",model_name="m",route="other",status="404"} 1.0' in text
+    assert "coconut_config_info{" in text
