@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import Any, get_args
 import uvicorn
 import yaml
 from fastapi import FastAPI
-from prometheus_client import REGISTRY, CollectorRegistry, ProcessCollector
+from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
 from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
@@ -38,9 +39,8 @@ from coconut_serve.errors import CoconutError, StartupError
 from coconut_serve.evaluation import command as evaluation
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.server import observe
 from coconut_serve.server.app import create_app
-from coconut_serve.server.logs import set_format
-from coconut_serve.server.metrics_port import add_metrics_port
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training.command import add_train_command, run_train
@@ -98,6 +98,8 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     add("port", 8000, "port to listen on; 0 picks a free one", int)
     add("metrics-port", None, "also serve /metrics on this port, without a key; 0 picks one", int)
     choose("log-format", "text", "of the log: lines of text or of JSON", get_args(LogFormat))
+    add("otlp-traces-endpoint", None, "send a span a request to this address (OTLP over HTTP)")
+    add("vllm-metric-aliases", False, "show metrics under vLLM's names too", bool)
     add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
     add("api-key", [], "key that clients must send; may be repeated", action="append")
     choose("dtype", "auto", "of weights and cache", get_args(DType))
@@ -206,6 +208,13 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     """
     if values["more_flags"] and values["engine"] != "vllm":
         raise StartupError(f"{values['more_flags'][0]} after -- needs --engine vllm", param="--")
+    if values["vllm_flags"] and values["engine"] != "vllm":
+        raise StartupError(f"{values['vllm_flags'][0]} after -- needs --engine vllm", param="--")
+    if values["engine"] == "vllm" and values["vllm_metric_aliases"]:
+        raise StartupError(
+            "--vllm-metric-aliases: the vllm engine shows vLLM's own metrics",
+            param="--vllm-metric-aliases",
+        )
     if values["engine"] == "vllm" and values["device"] == "cpu":
         raise StartupError("--device cpu: the vllm engine runs where vLLM does", param="--device")
     allowed = values["allowed_reasoning_modes"]
@@ -370,7 +379,6 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
     values = vars(args)
     config = serve_config(args.model, values)
-    set_format(config.log_format)
     metrics = Metrics(
         CollectorRegistry(),
         model_name=config.served_model_name,
@@ -378,17 +386,18 @@ def run_serve(args: argparse.Namespace) -> int:
         modes=mode_names(),
     )
 
-    ProcessCollector(registry=metrics.registry)
+    tracer = observe.prepare(config, metrics)
 
     async def load(metrics: Metrics) -> Service:
-        return await load_service(args.model, values, config, metrics)
+        service = await load_service(args.model, values, config, metrics)
+        return dataclasses.replace(service, tracer=tracer)
 
     app = create_app(config, load=load, metrics=metrics)
-    if config.metrics_port is not None:
-        add_metrics_port(app, host=config.host, port=config.metrics_port)
+    observe.attach(app, config)
     server = DrainingServer(config, app)
     with contextlib.suppress(KeyboardInterrupt):
         server.run()
+    tracer.stop()
     if server.failure is not None:
         raise server.failure
     return 0

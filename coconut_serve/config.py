@@ -69,6 +69,8 @@ class ServeConfig:
     port: int = 8000
     metrics_port: int | None = None  # None: /metrics only on the port above
     log_format: LogFormat = "text"
+    otlp_traces_endpoint: str | None = None  # None: no traces
+    vllm_metric_aliases: bool = False
     api_keys: tuple[str, ...] = ()
     max_num_seqs: int = 64
     max_queue: int = 256

@@ -176,6 +176,11 @@ class Metrics:
         """Add to a gauge without labels of its own."""
         metric.labels(*self._base.values()).inc(change)
 
+    def total(self, metric: Counter | Gauge) -> float:
+        """Sum over all label values."""
+        samples = (s for family in metric.collect() for s in family.samples)
+        return sum(s.value for s in samples if not s.name.endswith("_created"))
+
     def observe_restarts(self, total: int) -> None:
         """Follow an engine's own count of its restarts."""
         self.add(self.engine_restarts, total - self._num_restarts)

@@ -24,6 +24,7 @@ from coconut_serve.server.errors import (
 )
 from coconut_serve.server.middleware import RequestMiddleware
 from coconut_serve.server.state import Service
+from coconut_serve.server.stats import log_stats
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(app))
+        tasks = [asyncio.create_task(_load(app)), asyncio.create_task(log_stats(metrics))]
         yield
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         service: Service | None = app.state.service
         if service is not None:
             await service.engine.stop()

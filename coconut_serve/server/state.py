@@ -16,6 +16,7 @@ from coconut_serve.service.generation import Generation
 from coconut_serve.service.prompt import GenerationAsk, PromptBuilder
 from coconut_serve.service.reasoning import ModelReasoning
 from coconut_serve.service.tokenizer import Tokenizer
+from coconut_serve.service.tracing import NoTracer, Tracer
 
 _MAX_INLINE_CHARACTERS = 20_000
 
@@ -32,6 +33,7 @@ class Service:
     prompts: PromptBuilder
     admission: Admission
     metrics: Metrics
+    tracer: Tracer = field(default_factory=NoTracer)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -101,6 +103,7 @@ class Service:
             tokenizer=self.tokenizer,
             admission=self.admission,
             metrics=self.metrics,
+            span=self.tracer.start(prepared),
         )
 
     @property

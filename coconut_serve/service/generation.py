@@ -16,6 +16,7 @@ from coconut_serve.service.admission import Admission
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.prompt import Prepared
 from coconut_serve.service.tokenizer import Tokenizer
+from coconut_serve.service.tracing import Span, Value
 from coconut_serve.types import (
     FinishReason,
     HaltReason,
@@ -91,6 +92,7 @@ class Generation:
         tokenizer: None for a model without one.
         admission: Places are taken on creation and given back on leaving.
         metrics: What is measured here is recorded there.
+        span: Told of each phase, and ended on leaving.
 
     Raises:
         QueueFullError: There is no place.
@@ -105,8 +107,11 @@ class Generation:
         tokenizer: Tokenizer | None,
         admission: Admission,
         metrics: Metrics,
+        span: Span,
     ) -> None:
         self.prepared = prepared
+        self._span = span
+        self._error: Exception | None = None
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
@@ -114,7 +119,11 @@ class Generation:
         self.choices = [ChoiceState() for _ in prepared.requests]
         self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
-        admission.acquire(len(prepared.requests))
+        try:
+            admission.acquire(len(prepared.requests))
+        except CoconutError as error:
+            span.end({}, error)
+            raise
         self._num_places = len(prepared.requests)
 
     async def __aenter__(self) -> Self:
@@ -143,6 +152,18 @@ class Generation:
             if num_places:
                 self._admission.release(num_places)
                 self._metrics.shift(self._metrics.buffered, -self._deltas.qsize())
+                self._span.end(self._cost(), self._error)
+
+    def _cost(self) -> dict[str, Value]:
+        """The span's attributes that are known at the end."""
+        counts = [choice.counts for choice in self.choices]
+        return {
+            "gen_ai.usage.input_tokens": sum(map(len, self.prepared.prompt_token_ids)),
+            "gen_ai.usage.output_tokens": sum(c.num_output_tokens for c in counts),
+            "coconut.reasoning.steps": sum(c.num_reasoning_steps for c in counts),
+            "coconut.latent.steps": sum(c.num_vector_steps for c in counts),
+            "coconut.forward_passes": sum(c.num_forward_passes for c in counts),
+        }
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         """Yield deltas of all choices until each has ended.
@@ -162,7 +183,7 @@ class Generation:
     async def _run(self, index: int, request: Request) -> None:
         """Follow one sequence from arrival to end."""
         ask = self.prepared.ask
-        clock = _Clock(self._metrics, request, ask.endpoint)
+        clock = _Clock(self._metrics, request, ask.endpoint, self._span, index)
         text = _ChoiceText(self._tokenizer, self.prepared)
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as outputs:
@@ -185,6 +206,8 @@ class Generation:
             self._put(failure)
 
     def _put(self, delta: Delta | Exception) -> None:
+        if isinstance(delta, Exception):
+            self._error = delta
         self._metrics.shift(self._metrics.buffered, 1)
         self._deltas.put_nowait(delta)
 
@@ -267,8 +290,11 @@ def _trace_steps(output: RequestOutput, mode: str) -> tuple[TraceStep, ...]:
 class _Clock:
     """Measures one sequence: arrival, first result, first answer token, gaps, end."""
 
-    def __init__(self, metrics: Metrics, request: Request, endpoint: str) -> None:
+    def __init__(
+        self, metrics: Metrics, request: Request, endpoint: str, span: Span, index: int
+    ) -> None:
         self._metrics = metrics
+        self._span, self._index = span, index
         self._mode = request.reasoning.mode
         self._endpoint = endpoint
         self._num_prompt = len(request.prompt_token_ids)
@@ -276,6 +302,9 @@ class _Clock:
         self._first: float | None = None
         self._first_answer: float | None = None
         self._last_answer: float | None = None
+
+    def _event(self, name: str, **attributes: Value) -> None:
+        self._span.event(name, {"choice": self._index, **attributes})
 
     def note(self, output: RequestOutput) -> None:
         """Follow an output."""
@@ -288,13 +317,17 @@ class _Clock:
             m.add(m.prompt_tokens, self._num_prompt, mode)
             m.observe(m.request_prompt_tokens, self._num_prompt, mode)
             m.add(m.cached_tokens, output.counts.num_cached_tokens, mode)
+            self._event("prefill", queue_seconds=output.queue_seconds)
         if output.halt_reason is not HaltReason.NONE:
             m.add(m.halts, 1, mode, output.halt_reason.label)
+            steps = output.counts.num_reasoning_steps
+            self._event("thinking", steps=steps, halt_reason=output.halt_reason.label)
         if output.phase is not Phase.ANSWER or output.token_id is None:
             return
         if self._first_answer is None:
             self._first_answer = now
             m.observe(m.ttfot, now - self._arrival, mode)
+            self._event("decode")
             if output.counts.num_reasoning_steps:
                 m.observe(m.latent_phase, now - self._first, mode)
         elif self._last_answer is not None:
@@ -316,6 +349,7 @@ class _Clock:
                 m.observe(m.tpot, gap, mode)
         self._count_thinking(counts)
         outcome = output.finish_reason.value if output.finish_reason else "stop"  # stop string
+        self._event("end", finish_reason=outcome, output_tokens=counts.num_output_tokens)
         m.add(m.requests, 1, mode, self._endpoint, outcome)
 
     def _count_thinking(self, counts: SequenceCounts) -> None:
@@ -332,6 +366,7 @@ class _Clock:
         m, mode = self._metrics, self._mode
         stage = "queued" if self._first is None else "thinking"
         stage = stage if self._first_answer is None else "decode"
+        self._event("cancelled", stage=stage)
         m.add(m.requests, 1, mode, self._endpoint, "cancelled")
         m.add(m.cancelled, 1, mode, stage)
         m.add(m.wasted_tokens, counts.num_output_tokens + counts.num_reasoning_steps, mode)
