@@ -23,7 +23,7 @@ import coconut_serve
 from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
-from coconut_serve.commands import healthcheck
+from coconut_serve.commands import bench, healthcheck
 from coconut_serve.config import (
     Device,
     DType,
@@ -49,6 +49,8 @@ from coconut_serve.types import TraceLevel
 logger = logging.getLogger("coconut_serve")
 
 DEFAULT_MODEL = "demo"
+DEFAULT_MODEL = "smollm2"
+_COMMANDS = {"bench": bench, "healthcheck": healthcheck}
 _NOT_FLAGS = frozenset({"command", "model", "config"})
 _NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
@@ -75,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_convert_parser(commands)
     add_train_command(commands)
     healthcheck.add_parser(commands)
+    for command in _COMMANDS.values():
+        command.add_parser(commands)
     return parser
 
 

@@ -1,0 +1,135 @@
+"""`coconut-serve bench`: latency and throughput of each mode, side by side."""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from coconut_serve.commands.measure import Record, Target, ask, summarise
+from coconut_serve.errors import StartupError
+
+_QUESTION = "What is {number} plus {number}? Think about it, then answer in a sentence."
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to argparse's subparsers."""
+    parser = commands.add_parser(
+        "bench", help="latency and throughput per mode; the last line is JSON"
+    )
+    about = "server to ask, or a model, which is served meanwhile"
+    parser.add_argument("target", metavar="URL|MODEL", help=about)
+    parser.add_argument("--modes", metavar="A,B", help="default: all the model has")
+    parser.add_argument("--concurrency", default="1,4", metavar="N,N", help="requests at once")
+    parser.add_argument(
+        "--requests", type=int, default=16, metavar="N", help="of each mode and concurrency"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer")
+    parser.add_argument("--steps", type=int, metavar="N", help="of thinking; default: the model's")
+    parser.add_argument("--prompt", default=_QUESTION, help="{number} is put in, so prompts differ")
+    parser.add_argument("--engine", help="of a MODEL; flags of serve come from COCONUT_*")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit status.
+
+    Raises:
+        StartupError: The server does not start or does not answer.
+    """
+    with _server(args.target, args.engine) as url:
+        target = Target(url=url, api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0])
+        model = _model(target)
+        modes = args.modes.split(",") if args.modes else model["reasoning_modes"]
+        results = []
+        for concurrency in map(int, args.concurrency.split(",")):
+            _run(target, args, modes[0], 1, min(2, args.requests))  # warm-up, not counted
+            for mode in modes:
+                records = _run(target, args, mode, concurrency, args.requests)
+                results.append({"mode": mode, "concurrency": concurrency, **summarise(records)})
+                _print_row(results[-1], is_first=len(results) == 1)
+    failed = sum(row["requests"] - row["ok"] for row in results)
+    machine = {"python": platform.python_version(), "cpus": os.cpu_count()}
+    settings = {"max_tokens": args.max_tokens, "steps": args.steps, "requests": args.requests}
+    told = {"model": model["id"], "settings": settings, "machine": machine, "results": results}
+    print(json.dumps(told))
+    return 1 if failed else 0
+
+
+def _run(
+    target: Target, args: argparse.Namespace, mode: str, concurrency: int, count: int
+) -> list[Record]:
+    def one(number: int) -> Record:
+        prompt = args.prompt.replace("{number}", str(number))
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": args.max_tokens,
+            "temperature": 0,
+            "reasoning_mode": mode,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        if args.steps is not None and mode in ("latent", "distribution"):
+            body["reasoning"] = {"steps": args.steps}
+        return ask(target, body)
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        records = list(pool.map(one, range(count)))
+    for record in records:
+        if not record.is_ok:
+            print(f"{mode}: {record.status} {record.error}", file=sys.stderr)
+    return records
+
+
+def _print_row(row: dict[str, Any], *, is_first: bool) -> None:
+    if is_first:
+        names = ("req/s", "tok/s", "steps/s", "ttft ms", "ttfot ms", "itl ms", "e2e ms")
+        print(f"{'mode':13} at once     ok " + " ".join(f"{name:>8}" for name in names))
+
+    def median(name: str) -> str:
+        return f"{row[name].get('p50', float('nan')) * 1e3:8.1f}"
+
+    print(
+        f"{row['mode']:13} {row['concurrency']:7} {row['ok']:6} "
+        f"{row['requests_per_second']:8.2f} {row['answer_tokens_per_second']:8.1f} "
+        f"{row['reasoning_steps_per_second']:8.1f} "
+        f"{median('ttft')} {median('ttfot')} {median('itl')} {median('e2e')}",
+        flush=True,
+    )
+
+
+def _model(target: Target) -> dict[str, Any]:
+    try:
+        status, text = target.get("/v1/models")
+    except OSError as error:
+        raise StartupError(f"{target.url}: {error}", param="URL") from error
+    if status != 200:
+        raise StartupError(f"{target.url}/v1/models answers {status}: {text[:200]}", param="URL")
+    first: dict[str, Any] = json.loads(text)["data"][0]
+    return first
+
+
+@contextlib.contextmanager
+def _server(target: str, engine: str | None) -> Iterator[str]:
+    """The address of a server: the one named, or one of our own for the time being."""
+    if target.startswith(("http://", "https://")):
+        yield target.rstrip("/").removesuffix("/v1")
+        return
+    command = [sys.executable, "-m", "coconut_serve", "serve", target, "--port", "0"]
+    command += ["--engine", engine] if engine else []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://[^/]+", line)
+            if found is None:
+                raise StartupError(f"{target} could not be served", param="MODEL")
+            yield found.group()
+        finally:
+            process.terminate()
