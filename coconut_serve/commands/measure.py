@@ -207,6 +207,7 @@ def summarise(records: list[Record]) -> dict[str, Any]:
         "answer_tokens": tokens,
         "answer_tokens_per_second": tokens / seconds if seconds else 0.0,
         "reasoning_steps": steps,
+        "halts": sum(bool((r.usage.get("reasoning") or {}).get("halt_reason")) for r in good),
         "vector_steps": sum(
             d.get("latent_steps", 0) + d.get("distribution_steps", 0) for d in details
         ),

@@ -153,6 +153,7 @@ def read_ask(
         effort=asked.effort,
         reasoning=asked.settings,
         n=body.n or 1,
+        arrival=request.state.arrival,
         sampling=sampling_ask(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
         **own,
     )

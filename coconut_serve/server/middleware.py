@@ -41,6 +41,7 @@ class RequestMiddleware:
         request = Request(scope)
         started = time.perf_counter()
         request.state.request_id = request_id(request)
+        request.state.arrival = time.monotonic()
         current.set(request.state)
         status = 500
 

@@ -14,7 +14,7 @@ from coconut_serve.errors import CoconutError, GenerationError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission
 from coconut_serve.service.detokenize import Detokenizer
-from coconut_serve.service.prompt import Prepared
+from coconut_serve.service.prompt import GenerationAsk, Prepared
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.service.tracing import Span, Value
 from coconut_serve.types import (
@@ -183,7 +183,7 @@ class Generation:
     async def _run(self, index: int, request: Request) -> None:
         """Follow one sequence from arrival to end."""
         ask = self.prepared.ask
-        clock = _Clock(self._metrics, request, ask.endpoint, self._span, index)
+        clock = _Clock(self._metrics, request, ask, self._span, index)
         text = _ChoiceText(self._tokenizer, self.prepared)
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as outputs:
@@ -291,14 +291,14 @@ class _Clock:
     """Measures one sequence: arrival, first result, first answer token, gaps, end."""
 
     def __init__(
-        self, metrics: Metrics, request: Request, endpoint: str, span: Span, index: int
+        self, metrics: Metrics, request: Request, ask: GenerationAsk, span: Span, index: int
     ) -> None:
         self._metrics = metrics
         self._span, self._index = span, index
         self._mode = request.reasoning.mode
-        self._endpoint = endpoint
+        self._endpoint = ask.endpoint
         self._num_prompt = len(request.prompt_token_ids)
-        self._arrival = time.monotonic()
+        self._arrival, self._begun = ask.arrival, time.monotonic()
         self._first: float | None = None
         self._first_answer: float | None = None
         self._last_answer: float | None = None
@@ -313,7 +313,7 @@ class _Clock:
             self._first = now
             m.observe(m.ttft, now - self._arrival, mode)
             m.observe(m.queue, output.queue_seconds, mode)
-            m.observe(m.prefill, now - self._arrival - output.queue_seconds, mode)
+            m.observe(m.prefill, now - self._begun - output.queue_seconds, mode)
             m.add(m.prompt_tokens, self._num_prompt, mode)
             m.observe(m.request_prompt_tokens, self._num_prompt, mode)
             m.add(m.cached_tokens, output.counts.num_cached_tokens, mode)

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,7 @@ class GenerationAsk:
     reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
     effort: str | None = None
     has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
+    arrival: float = field(default_factory=time.monotonic)  # of the HTTP request
 
     @property
     def text_field(self) -> str:
