@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_SECONDS = 5  # of a 503 that knows no better
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
+ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}  # path -> label
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 
 
@@ -94,7 +95,9 @@ def count_http(request: Request, status: int, seconds: float) -> None:
     metrics: Metrics | None = getattr(request.app.state, "metrics", None)
     if metrics is None:
         return
-    route = getattr(request.scope.get("route"), "path", "other")
+    path = request.scope["path"]
+    unrouted = path if path in ENDPOINTS else "other"  # such as refused before routing
+    route = str(getattr(request.scope.get("route"), "path", unrouted))
     method = request.method if route != "other" else "other"  # clients may invent methods
     metrics.add(metrics.http_requests, 1, method, route, str(status))
     metrics.observe(metrics.http_seconds, seconds, method, route)
@@ -105,9 +108,7 @@ def count_error(request: Request, error: CoconutError) -> None:
     metrics: Metrics | None = getattr(request.app.state, "metrics", None)
     if metrics is None:
         return
-    endpoint = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}.get(
-        request.url.path, "other"
-    )
+    endpoint = ENDPOINTS.get(request.scope["path"], "other")
     metrics.add(metrics.errors, 1, endpoint, error.code, str(error.status))
     reason = {"queue_full": "queue_full", "not_ready": "draining"}.get(error.code)
     reason = "too_long" if error.code == "context_length_exceeded" else reason

@@ -12,8 +12,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coconut_serve.errors import AuthenticationError
-from coconut_serve.server.errors import count_error, count_http, error_response
+from coconut_serve.errors import AuthenticationError, CoconutError
+from coconut_serve.server.errors import ENDPOINTS, count_error, count_http, error_response
 from coconut_serve.server.logs import current
 from coconut_serve.server.parse import request_id
 
@@ -56,8 +56,8 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if self._keys and scope["path"] not in _OPEN_PATHS and not self._knows(request):
-                error = AuthenticationError("missing or wrong API key (Authorization: Bearer ...)")
+            error = self._refusal(request)
+            if error is not None:
                 count_error(request, error)
                 await error_response(error)(scope, receive, send_with_headers)
             else:
@@ -77,6 +77,23 @@ class RequestMiddleware:
                 request.state.request_id,
                 extra={"method": method, "path": path, "status": status, "seconds": seconds},
             )
+
+    def _refusal(self, request: Request) -> CoconutError | None:
+        """What keeps the request out, found before any work is done for it.
+
+        Under overload refusals are most of the work; each must cost the engine next to nothing.
+        """
+        path = request.scope["path"]
+        if self._keys and path not in _OPEN_PATHS and not self._knows(request):
+            return AuthenticationError("missing or wrong API key (Authorization: Bearer ...)")
+        service = getattr(request.app.state, "service", None)
+        if service is None or path not in ENDPOINTS or request.method != "POST":
+            return None
+        try:
+            service.admission.check(1)
+        except CoconutError as error:
+            return error
+        return None
 
     def _knows(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")

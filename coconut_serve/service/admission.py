@@ -31,7 +31,12 @@ class Admission:
         return self.num_in_flight < self._limit
 
     def acquire(self, count: int) -> None:
-        """Take places for `count` sequences, all or none.
+        """Take places for `count` sequences, all or none; raises as `check` does."""
+        self.check(count)
+        self.num_in_flight += count
+
+    def check(self, count: int) -> None:
+        """Return if there are places for `count` sequences now.
 
         Raises:
             InvalidRequestError: There will never be room for so many.
@@ -50,7 +55,6 @@ class Admission:
                 f"the queue of {self._max_queue} sequences is full",
                 retry_after_seconds=self.retry_after_seconds(),
             )
-        self.num_in_flight += count
 
     def release(self, count: int) -> None:
         """Give places back."""

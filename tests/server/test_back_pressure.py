@@ -35,3 +35,20 @@ async def test_client_that_reads_nothing_is_dropped_and_its_places_are_free() ->
     assert 'route="/v1/completions",status="200"} 2.0' in text
     assert 'method="other",model_name="m",route="other",status="404"} 1.0' in text
     assert "coconut_config_info{" in text
+
+
+async def test_full_server_refuses_before_it_reads_the_request() -> None:
+    app = stub_app(max_num_seqs=1, max_queue=0)
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as http:
+        app.state.service.admission.acquire(1)
+        refused = await http.post("/v1/completions", content=b"no json at all")
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "queue_full"
+        app.state.service.admission.release(1)
+        assert (await http.post("/v1/completions", content=b"no json")).status_code == 400
+        text = (await http.get("/metrics")).text
+    assert (
+        'admission_rejections_total{engine="stub",model_name="m",reason="queue_full"} 1.0' in text
+    )
+    assert 'route="/v1/completions",status="429"} 1.0' in text
