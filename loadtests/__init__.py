@@ -1,0 +1,1 @@
+"""Load tests; see docs/load-tests.md."""

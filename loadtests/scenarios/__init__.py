@@ -1,0 +1,1 @@
+"""What simulated clients do, and how a run is judged."""

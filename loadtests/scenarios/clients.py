@@ -1,0 +1,145 @@
+"""One simulated client a call: polite, impatient, slow, or wrong."""
+
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coconut_serve.commands.measure import CHAT, Record, Target, ask
+
+QUESTIONS = (
+    "What is 2+2?",
+    "Which is larger, 9.11 or 9.9?",
+    "Every wumpus is a yumpus. Max is a wumpus. Is Max a yumpus?",
+    "A train leaves at nine and arrives at noon. How long does it take? Answer in a word.",
+    "Name a colour.",
+    "Tom has three apples, eats one and buys five. How many has he now?",
+    "Is every bird able to fly? Give a reason and an example, and keep it to one sentence.",
+    "Sort these numbers: 7, 3, 19, 2, 11.",
+)
+# A system prompt that many share, so that the prefix cache has something to find.
+_SYSTEM = "You are a careful assistant. Answer briefly and only what was asked."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What clients ask for, by weight."""
+
+    modes: dict[str, float]
+    scenarios: dict[str, float]
+    max_tokens: int
+    steps: int
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read "none=1,cot=2".
+
+    Raises:
+        ValueError: It has another form.
+    """
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        weights[name.strip()] = float(weight or 1)
+    return weights
+
+
+def pick(weights: dict[str, float], rng: random.Random) -> str:
+    """Draw a name by weight."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def body(mix: Mix, rng: random.Random, *, is_stream: bool) -> dict[str, Any]:
+    """A request of the mix."""
+    mode = pick(mix.modes, rng)
+    asked: dict[str, Any] = {
+        "messages": [
+            {"role": "system", "content": _SYSTEM},
+            {"role": "user", "content": f"{rng.choice(QUESTIONS)} (case {rng.randrange(10**6)})"},
+        ],
+        "max_tokens": mix.max_tokens,
+        "temperature": 0.7,
+        "seed": rng.randrange(2**31),
+        "reasoning_mode": mode,
+        "return_token_ids": True,  # so that tokens can be counted, whatever their text
+    }
+    if mode != "none":
+        asked["reasoning"] = {"steps": mix.steps}
+    if is_stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    return asked
+
+
+def stream(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Read a stream to its end."""
+    return ask(target, body(mix, rng, is_stream=True), scenario="stream")
+
+
+def whole(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Wait for an answer in one piece."""
+    return ask(target, body(mix, rng, is_stream=False), scenario="whole")
+
+
+def disconnect(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Hang up after a few events."""
+    last = rng.randrange(1, 6)
+    asked = body(mix, rng, is_stream=True)
+    return ask(target, asked, scenario="disconnect", on_chunk=lambda number: number < last)
+
+
+def slow(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Read a stream with a pause at each event."""
+
+    def wait(_: int) -> bool:
+        time.sleep(0.05)
+        return True
+
+    return ask(target, body(mix, rng, is_stream=True), scenario="slow", on_chunk=wait)
+
+
+def bad(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Send what must be refused with 400, 404 or 413, and at once."""
+    del mix
+    message = [{"role": "user", "content": "x"}]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": message, "reasoning_mode": "telepathy"}),
+        (CHAT, {"messages": message, "temperature": 99}),
+        (CHAT, {"messages": []}),
+        (CHAT, {"messages": message, "model": "no-such-model"}),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 5_000_000}]}),
+        ("/v1/nowhere", {}),
+    ]
+    path, asked = rng.choice(wrong)
+    return ask(target, asked, scenario="bad", path=path)
+
+
+def half(target: Target, mix: Mix, rng: random.Random) -> Record:
+    """Open a connection, send half a request, and go away."""
+    del mix, rng
+    record = Record(mode="default", started=time.time(), scenario="half", error="hung up")
+    connection = target.connect()
+    try:
+        connection.connect()
+        assert isinstance(connection.sock, socket.socket)
+        connection.sock.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode()
+        )
+    except OSError as error:
+        record.error = str(error)
+    finally:
+        connection.close()
+    return record
+
+
+SCENARIOS: dict[str, Callable[[Target, Mix, random.Random], Record]] = {
+    "stream": stream,
+    "whole": whole,
+    "disconnect": disconnect,
+    "slow": slow,
+    "bad": bad,
+    "half": half,
+}
+POLITE = frozenset({"stream", "whole", "slow"})  # their answers are judged and counted
+EXPECTED_OF_BAD = frozenset({400, 404, 413})
