@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test test-vllm check bench bench-vllm clean
+.PHONY: serve test test-vllm check deploy-test bench bench-vllm clean
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,9 @@ check: .venv/dev  ## Format, lint, import contracts, types
 	.venv/bin/ruff check .
 	.venv/bin/lint-imports
 	.venv/bin/mypy
+
+deploy-test: .venv/dev  ## Image, chart, alerts, dashboard and load tests, for real; ARGS picks steps
+	deploy/test.sh $(ARGS)
 
 bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
 	.venv/bin/python loadtests/bench/engine.py $(ARGS)
