@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
-from coconut_serve.checkpoint.convert.command import add_convert_parser, run_convert
+from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
 from coconut_serve.commands import bench, healthcheck
@@ -43,14 +43,19 @@ from coconut_serve.server import observe
 from coconut_serve.server.app import create_app
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
-from coconut_serve.training.command import add_train_command, run_train
+from coconut_serve.training import command as train
 from coconut_serve.types import TraceLevel
 
 logger = logging.getLogger("coconut_serve")
 
 DEFAULT_MODEL = "demo"
-DEFAULT_MODEL = "smollm2"
-_COMMANDS = {"bench": bench, "healthcheck": healthcheck}
+_COMMANDS: dict[str, Any] = {  # modules with add_parser and run
+    "bench": bench,
+    "convert": convert,
+    "eval": evaluation,
+    "healthcheck": healthcheck,
+    "train": train,
+}
 _NOT_FLAGS = frozenset({"command", "model", "config"})
 _NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
@@ -73,10 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
     _add_serve_flags(serve)
     commands.add_parser("models", help="list what can be served offline here")
-    evaluation.add_parser(commands)
-    add_convert_parser(commands)
-    add_train_command(commands)
-    healthcheck.add_parser(commands)
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser
@@ -212,8 +213,6 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     """
     if values["more_flags"] and values["engine"] != "vllm":
         raise StartupError(f"{values['more_flags'][0]} after -- needs --engine vllm", param="--")
-    if values["vllm_flags"] and values["engine"] != "vllm":
-        raise StartupError(f"{values['vllm_flags'][0]} after -- needs --engine vllm", param="--")
     if values["engine"] == "vllm" and values["vllm_metric_aliases"]:
         raise StartupError(
             "--vllm-metric-aliases: the vllm engine shows vLLM's own metrics",
@@ -427,19 +426,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         args = parse_args(argv, os.environ)
-        match args.command:
-            case "models":
-                return run_models()
-            case "healthcheck":
-                return healthcheck.run(args)
-            case "convert":
-                return run_convert(args)
-            case "train":
-                return run_train(args)
-            case "eval":
-                return evaluation.run(args, tuple(args.more_flags))
-            case _:
-                return run_serve(args)
+        if args.command in _COMMANDS:
+            return int(_COMMANDS[args.command].run(args))
+        return run_models() if args.command == "models" else run_serve(args)
     except CoconutError as error:
         print(f"coconut-serve: {error.message}", file=sys.stderr)
         return 2

@@ -5,15 +5,13 @@ import contextlib
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from coconut_serve.commands.measure import Record, Target, ask, summarise
 from coconut_serve.errors import StartupError
+from coconut_serve.evaluation.local import serving
 
 _QUESTION = "What is {number} plus {number}? Think about it, then answer in a sentence."
 
@@ -43,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
         StartupError: The server does not start or does not answer.
     """
     with _server(args.target, args.engine) as url:
-        target = Target(url=url, api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0])
+        target = Target(
+            url=url.rstrip("/").removesuffix("/v1"),
+            api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0],
+        )
         model = _model(target)
         modes = args.modes.split(",") if args.modes else model["reasoning_modes"]
         results = []
@@ -115,21 +116,8 @@ def _model(target: Target) -> dict[str, Any]:
     return first
 
 
-@contextlib.contextmanager
-def _server(target: str, engine: str | None) -> Iterator[str]:
+def _server(target: str, engine: str | None) -> contextlib.AbstractContextManager[str]:
     """The address of a server: the one named, or one of our own for the time being."""
     if target.startswith(("http://", "https://")):
-        yield target.rstrip("/").removesuffix("/v1")
-        return
-    command = [sys.executable, "-m", "coconut_serve", "serve", target, "--port", "0"]
-    command += ["--engine", engine] if engine else []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            found = re.search(r"http://[^/]+", line)
-            if found is None:
-                raise StartupError(f"{target} could not be served", param="MODEL")
-            yield found.group()
-        finally:
-            process.terminate()
+        return contextlib.nullcontext(target)
+    return serving(target, ("--engine", engine) if engine else ())

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     add("--output", type=Path, metavar="FILE", help="write JSON there, and a plot beside it")
 
 
-def run(args: argparse.Namespace, serve_flags: tuple[str, ...]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Evaluate; the exit status.
 
     Raises:
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, serve_flags: tuple[str, ...]) -> int:
         from coconut_serve.evaluation import report
     except ImportError as error:
         raise StartupError(f"eval: {error}: pip install 'coconut-serve[eval]'") from error
+    serve_flags = tuple(args.more_flags)
     is_url = args.target.startswith(("http://", "https://"))
     if is_url and serve_flags:
         raise StartupError(f"{serve_flags[0]} after -- needs a model, not a URL", param="--")

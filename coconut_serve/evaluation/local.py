@@ -1,4 +1,4 @@
-"""A server of our own on this machine, for as long as an evaluation needs one."""
+"""A server of our own on this machine, for as long as a command needs one."""
 
 import contextlib
 import re
@@ -22,13 +22,13 @@ def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
     Raises:
         StartupError: It did not start; the reason is on its standard error, which is ours.
     """
-    command = [sys.executable, "-m", "coconut_serve.cli", "serve", model, "--port", "0", *flags]
+    command = [sys.executable, "-m", "coconut_serve", "serve", model, "--port", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             found = next((m for line in process.stdout if (m := _ADDRESS.search(line))), None)
             if found is None:
-                raise StartupError(f"{model} could not be served", param="TARGET")
+                raise StartupError(f"{model} could not be served", param="MODEL")
             yield found[1]
         finally:
             process.terminate()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from coconut_serve.training.recipe import Recipe
 
 
-def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the program's parser."""
     train = commands.add_parser("train", help="train the demo model, within an hour on a CPU")
     train.add_argument("model", choices=["demo"], help="what to train")
@@ -32,7 +32,7 @@ def add_train_command(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         train.add_argument(f"--{flag}", action="store_true", help=text)
 
 
-def run_train(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train and write the model's directory; the exit status.
 
     Raises:

@@ -99,7 +99,9 @@ async def main() -> None:
     items = json.loads((DEMO / "test.json").read_text())
     items = items[:: max(1, len(items) // args.questions)][: args.questions]
     table = load_file(DEMO / "model.safetensors")["model.embed_tokens.weight"]
-    names = [n for n in Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab() if n.isalpha()]
+    names = [
+        n for n in Tokenizer.from_file(str(DEMO / "tokenizer.json")).get_vocab() if n.isalpha()
+    ]
     names = [name for name in names if name not in ("or", "from")]
     gate = asyncio.Semaphore(32)
 
@@ -129,12 +131,13 @@ async def main() -> None:
         )
         print(rows[-1])
     (HERE / "latent-traces.json").write_text(json.dumps({"n": len(items), "rows": rows}, indent=1))
+    deepest = [i for i, item in enumerate(items) if item["hops"] == 5]
     widest = max(
-        range(len(items)),
-        key=lambda i: sum(len(x) for x in frontiers(items[i]["question"], 6)) * (items[i]["hops"] == 5),
+        deepest, key=lambda i: sum(len(level) for level in frontiers(items[i]["question"], 6))
     )
-    print(items[widest]["question"], "->", items[widest]["answer"])
-    draw(items[widest]["question"], readings(traces[widest], table, names), HERE / "latent-traces.png")
+    question = items[widest]["question"]
+    print(question, "->", items[widest]["answer"])
+    draw(question, readings(traces[widest], table, names), HERE / "latent-traces.png")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from coconut_serve.reasoning.registry import mode_names
 from tests.fakes import listening, stub_app
 
 
-def parse(*words: str) -> argparse.Namespace:
+def parse(*words: str, more: tuple[str, ...] = ()) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["eval", *words])
+    args = parser.parse_args(["eval", *words])
+    args.more_flags = list(more)
+    return args
 
 
 def write_task(folder: Path) -> Path:
@@ -39,7 +41,7 @@ async def test_every_run_of_a_url_is_in_the_report(tmp_path: Path) -> None:
             url, "--task", str(write_task(tmp_path)), "--controls", "--sweep", "steps=2",
             "--modes", "cot,latent", "--max-tokens", "4", "--output", str(output),
         )  # fmt: skip
-        assert await asyncio.to_thread(command.run, args, ()) == 0
+        assert await asyncio.to_thread(command.run, args) == 0
     report: dict[str, Any] = json.loads(output.read_text())
     labels = [row["label"] for row in report["results"]]
     assert labels == ["cot", "latent", "latent, steps=2", "latent, removed", "latent, constant"]
@@ -55,28 +57,39 @@ async def test_every_run_of_a_url_is_in_the_report(tmp_path: Path) -> None:
 async def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:
     task = write_task(tmp_path)
     with pytest.raises(StartupError, match="needs a model, not a URL"):
-        command.run(parse("http://127.0.0.1:9", "--task", str(task)), ("--dtype", "float32"))
+        command.run(parse("http://127.0.0.1:9", "--task", str(task), more=("--dtype", "float32")))
     with pytest.raises(StartupError, match="--task FILE is needed"):
-        command.run(parse("http://127.0.0.1:9"), ())
+        command.run(parse("http://127.0.0.1:9"))
     nobody = parse("http://127.0.0.1:9", "--task", str(task))
     with pytest.raises(StartupError, match="http://127"):
-        await asyncio.to_thread(command.run, nobody, ())
+        await asyncio.to_thread(command.run, nobody)
     async with listening(stub_app()) as url:
         args = parse(url, "--task", str(task), "--modes", "telepathy")
         with pytest.raises(StartupError, match=r"telepathy: .*must be one of"):
-            await asyncio.to_thread(command.run, args, ())
+            await asyncio.to_thread(command.run, args)
 
 
 def test_model_that_cannot_be_served_ends_the_command(tmp_path: Path) -> None:
     args = parse(str(tmp_path / "none"), "--task", str(write_task(tmp_path)))
     with pytest.raises(StartupError, match="could not be served"):
-        command.run(args, ())
+        command.run(args)
 
 
 def test_model_is_served_for_the_evaluation(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     task = str(write_task(tmp_path))
-    args = parse("m", "--task", task, "--limit", "2", "--max-tokens", "3", "--output", str(output))
-    assert command.run(args, ("--engine", "stub")) == 0
+    args = parse(
+        "m",
+        "--task",
+        task,
+        "--limit",
+        "2",
+        "--max-tokens",
+        "3",
+        "--output",
+        str(output),
+        more=("--engine", "stub"),
+    )
+    assert command.run(args) == 0
     report = json.loads(output.read_text())
     assert [row["mode"] for row in report["results"]] == list(mode_names())

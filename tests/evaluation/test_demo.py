@@ -35,16 +35,18 @@ async def test_200_questions_in_all_modes_equal_the_plain_loop() -> None:
     """800 requests, all at once in one batch of mixed modes."""
     assert len(QUESTIONS) == 200
     modes = ("none", "cot", "latent", "distribution")
-    async with listening(native_app(DEMO)) as url:
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=9) as client:
-            asked = [(mode, question) for question in QUESTIONS for mode in modes]
-            gate = asyncio.Semaphore(64)
+    asked = [(mode, question) for question in QUESTIONS for mode in modes]
+    gate = asyncio.Semaphore(64)
+    async with (
+        listening(native_app(DEMO)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=9) as client,
+    ):
 
-            async def one(mode: str, question: str) -> list[str]:
-                async with gate:
-                    return await words(client, mode, question)
+        async def one(mode: str, question: str) -> list[str]:
+            async with gate:
+                return await words(client, mode, question)
 
-            served = await asyncio.gather(*(one(*each) for each in asked))
+        served = await asyncio.gather(*(one(*each) for each in asked))
     model, tokenizer = load_plain(DEMO), AutoTokenizer.from_pretrained(DEMO)
     for (mode, question), got in zip(asked, served, strict=True):
         tokens = answer(model, tokenizer(question).input_ids, mode)

@@ -30,7 +30,7 @@ class Options:
     tokens: tuple[tuple[str, int], ...] = ()
 
 
-def add_convert_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add the command to the parser of all commands."""
     about = "public checkpoint formats to a directory that both engines serve"
     parser: argparse.ArgumentParser = commands.add_parser("convert", help=about, description=about)
@@ -79,7 +79,7 @@ def parse_options(args: argparse.Namespace) -> Options:
     return Options(**{**own, "tokens": tuple(tokens)})
 
 
-def run_convert(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert and print the report; the exit status.
 
     Raises:
