@@ -1,0 +1,22 @@
+"""A whole new way of thinking: what tests/test_new_mode.py adds with this file and one line."""
+
+from typing import ClassVar
+
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.types import ReasoningParams
+
+
+class NegatedMode(ReasoningMode):
+    """Feed the hidden state upside down."""
+
+    name: ClassVar[str] = "negated"
+    has_text: ClassVar[bool] = False
+
+    @classmethod
+    def needs_logits(cls, params: ReasoningParams) -> bool:
+        """None are looked at."""
+        return False
+
+    def decide(self, ctx: StepContext) -> StepDecision:
+        """Negate."""
+        return StepDecision(token=ctx.row_slots * 0 - 1, vector=-ctx.hidden)
