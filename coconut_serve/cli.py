@@ -120,6 +120,7 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     choose("default-reasoning-mode", None, "mode of requests that name none", mode_names())
     add("allowed-reasoning-modes", None, "comma-separated; default: all the model supports")
     choose("max-trace", "topk", "most detailed reasoning.trace allowed", get_args(TraceLevel))
+    choose("min-trace", "none", "least reasoning.trace of each answer", get_args(TraceLevel))
     choose("reasoning-field", "both", "name of thinking text in answers", get_args(ReasoningField))
     add("strict-params", False, "answer 400 to unknown request fields", bool)
     add("drain-seconds", 30.0, "how long SIGTERM waits for running requests", float)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from coconut_serve.errors import StartupError
 from coconut_serve.types import TraceLevel
@@ -79,6 +79,7 @@ class ServeConfig:
     default_reasoning_mode: str | None = None
     allowed_reasoning_modes: tuple[str, ...] | None = None
     max_trace: TraceLevel = "topk"
+    min_trace: TraceLevel = "none"
     reasoning_field: ReasoningField = "both"
     strict_params: bool = False
     keep_alive_seconds: float = 15.0
@@ -95,6 +96,9 @@ class ServeConfig:
         has_port = metrics_port is None or 0 <= metrics_port <= 65535
         _require(has_port, "--metrics-port", "must be in 0..65535")
         _require(self.max_n >= 1, "--max-n", "must be at least 1")
+        levels = get_args(TraceLevel)
+        has_range = levels.index(self.min_trace) <= levels.index(self.max_trace)
+        _require(has_range, "--min-trace", "must be at most --max-trace")
         _require(all(self.api_keys), "--api-key", "must not be empty")
 
 

@@ -21,7 +21,7 @@ def _added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_help_models_metrics_and_api_show_it() -> None:
     parser = build_parser()
-    serve = next(a for a in parser._actions if a.dest == "command").choices["serve"]  # type: ignore[index,call-overload]
+    serve = next(a for a in parser._actions if a.dest == "command").choices["serve"]  # type: ignore[index]
     assert "negated" in serve.format_help()
     async with listening(stub_app()) as url, httpx.AsyncClient(base_url=url) as client:
         models = (await client.get("/v1/models")).json()["data"]

@@ -27,6 +27,24 @@ def cache_directory() -> Path:
     return Path(base) / "coconut-serve"
 
 
+def fingerprint(directory: Path, **facts: object) -> str:
+    """Tell one set of weights from another: latents mean nothing to other weights.
+
+    Args:
+        directory: config.json, manifest, weights and adapters; of large files the size and the
+            first mebibyte count, which holds the header.
+        facts: What else a model's numbers depend on, such as its dtype.
+
+    Returns:
+        12 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode())
+    kinds = ("config.json", "latent_config.json", "*.safetensors", "latent/*.safetensors")
+    for file in sorted(file for kind in kinds for file in directory.glob(kind)):
+        digest.update(f"{file.name}:{file.stat().st_size}:{_head_digest(file)}".encode())
+    return digest.hexdigest()[:12]
+
+
 def resolve_model(name: str) -> Path:
     """Find the directory of a model, converting or downloading it if need be.
 

@@ -71,7 +71,7 @@ class Service:
             model=model,
             info=engine.info,
             max_n=config.max_n,
-            max_trace=config.max_trace,
+            trace_bounds=(config.min_trace, config.max_trace),
             eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
         return cls(

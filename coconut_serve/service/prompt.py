@@ -20,6 +20,7 @@ from coconut_serve.types import (
     ReasoningParams,
     Request,
     SamplingParams,
+    TraceLevel,
     require,
 )
 
@@ -94,7 +95,7 @@ class PromptBuilder:
         model: What the model can do.
         info: The engine's limits.
         max_n: Choices a request may ask for.
-        max_trace: The most detailed trace allowed.
+        trace_bounds: The least detailed trace that is given, and the most.
         eos_token_ids: Ids that end an answer.
     """
 
@@ -105,14 +106,14 @@ class PromptBuilder:
         model: ModelReasoning,
         info: EngineInfo,
         max_n: int,
-        max_trace: str,
+        trace_bounds: tuple[TraceLevel, TraceLevel],
         eos_token_ids: tuple[int, ...],
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._info = info
         self._max_n = max_n
-        self._max_trace = max_trace
+        self._trace_bounds = trace_bounds
         self._eos_token_ids = eos_token_ids
 
     def prepare(self, ask: GenerationAsk) -> Prepared:
@@ -136,7 +137,7 @@ class PromptBuilder:
             ask.reasoning,
             self._model,
             effort=ask.effort,
-            max_trace=self._max_trace,
+            trace_bounds=self._trace_bounds,
             num_prompt_tokens=max(len(p) for p in prompts),
             max_tokens=max_tokens or 1,
         )

@@ -16,6 +16,7 @@ from coconut_serve.types import (
     ReasoningParams,
     Source,
     SwitchParams,
+    TraceLevel,
     require,
 )
 
@@ -175,7 +176,7 @@ def resolve(
     model: ModelReasoning,
     *,
     effort: str | None,
-    max_trace: str,
+    trace_bounds: tuple[TraceLevel, TraceLevel],
     num_prompt_tokens: int,
     max_tokens: int,
 ) -> Resolved:
@@ -186,7 +187,7 @@ def resolve(
         asked: Explicit settings by dotted name, e.g. "mixture.top_k".
         model: What the model can do.
         effort: reasoning_effort, which scales the default step budget.
-        max_trace: The most detailed trace the server gives.
+        trace_bounds: The least detailed trace the server gives, and the most.
         num_prompt_tokens: Length of the prompt before the suffix.
         max_tokens: Answer tokens asked for.
 
@@ -219,7 +220,7 @@ def resolve(
         **(_latent_input(pick, manifest, warnings) if mode == "latent" else {}),
         **({"mixture": _mixture(pick), **_gate(pick, manifest)} if is_soft else {}),
         **(_switching(pick, model) if mode == "auto" else {}),
-        trace=_trace(pick, max_trace),
+        trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),
     )
     unused = _unused(pick, mode, effort)
@@ -417,12 +418,15 @@ def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
     return unused
 
 
-def _trace(pick: _Picker, max_trace: str) -> Any:
-    levels = ("none", "summary", "topk", "vectors")
-    level = pick("trace", "none")
+def _trace(pick: _Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:
+    levels = get_args(TraceLevel)
+    level: TraceLevel = pick("trace", "none")
     require(
-        levels.index(level) <= levels.index(max_trace),
+        levels.index(level) <= levels.index(most),
         "reasoning.trace",
-        f"must be at most {max_trace!r} on this server (--max-trace)",
+        f"must be at most {most!r} on this server (--max-trace)",
     )
-    return level
+    if levels.index(level) >= levels.index(least):
+        return level
+    pick.parameters["trace"] = {"value": least, "source": "server"}
+    return least

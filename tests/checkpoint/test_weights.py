@@ -21,6 +21,24 @@ def test_demo_comes_with_the_package() -> None:
     assert directory.is_relative_to(Path(weights.__file__).parents[1])
 
 
+def test_fingerprint_tells_weights_adapters_and_facts_apart(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    from tests.models import with_projection
+
+    model, _ = with_projection(tiny_llama, tmp_path / "a")
+    same, _ = with_projection(tiny_llama, tmp_path / "b")
+    first = weights.fingerprint(model, dtype="float32")
+    assert weights.fingerprint(same, dtype="float32") == first
+    assert weights.fingerprint(model, dtype="bfloat16") != first
+    for name in ("model.safetensors", "latent/adapter.safetensors", "latent_config.json"):
+        file = same / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        assert weights.fingerprint(same, dtype="float32") != first, name
+        file.write_bytes(whole)
+
+
 def test_missing_paths_and_names_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,12 @@ def make_builder(tokenizer: ByteTokenizer | None = None, thinks: bool = True) ->
         max_model_len=INFO.max_model_len,
     )
     return PromptBuilder(
-        tokenizer=tokenizer, model=model, info=INFO, max_n=8, max_trace="topk", eos_token_ids=(256,)
+        tokenizer=tokenizer,
+        model=model,
+        info=INFO,
+        max_n=8,
+        trace_bounds=("none", "topk"),
+        eos_token_ids=(256,),
     )
 
 

@@ -40,7 +40,7 @@ def resolved(mode: str, model: ModelReasoning, effort: str | None = None, **aske
         {name.replace("__", "."): value for name, value in asked.items()},
         model,
         effort=effort,
-        max_trace="topk",
+        trace_bounds=("none", "topk"),
         num_prompt_tokens=50,
         max_tokens=30,
     )
@@ -122,6 +122,21 @@ def test_mode_that_the_model_lacks_is_refused_with_the_list() -> None:
         check_mode("latent", make_model(None), {"adapter": "realign"})
     able = replace(make_model(None), adapters=("realign",))
     check_mode("latent", able, {"adapter": "realign"})
+
+
+def test_server_can_force_a_trace() -> None:
+    from coconut_serve.service.reasoning import _Picker, _trace
+
+    def level(asked: dict[str, Any]) -> tuple[str, str]:
+        pick = _Picker([("request", asked)])
+        found = _trace(pick, "summary", "topk")
+        return found, pick.parameters["trace"]["source"]
+
+    assert level({}) == ("summary", "server")
+    assert level({"trace": "none"}) == ("summary", "server")
+    assert level({"trace": "topk"}) == ("topk", "request")
+    with pytest.raises(InvalidRequestError, match="at most 'topk'"):
+        level({"trace": "vectors"})
 
 
 def test_server_can_narrow_the_modes() -> None:

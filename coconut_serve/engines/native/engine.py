@@ -1,7 +1,6 @@
 """The native engine: one thread that schedules and computes; asyncio on the outside."""
 
 import asyncio
-import hashlib
 import logging
 import os
 import queue
@@ -17,6 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from coconut_serve.checkpoint.manifest import load_manifest
+from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig, parse_memory
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.native.block_pool import BlockPool
@@ -142,7 +142,6 @@ class NativeEngine:
         self._max_model_len = max_model_len
         self._num_blocks = positions // self._block_size + 1
         self._reset()
-        digest = hashlib.sha256(f"{self._model.config.to_json_string()}{dtype}{device}".encode())
         self._info = EngineInfo(
             engine="native",
             vocab_size=self._model.vocab_size,
@@ -153,7 +152,7 @@ class NativeEngine:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             adapters=(*self._adapters.names, REALIGN),
-            fingerprint=digest.hexdigest()[:12],
+            fingerprint=fingerprint(config.model, dtype=str(dtype), device=device.type),
         )
         logger.info("model loaded in %.1f s", time.monotonic() - started)
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import time
@@ -15,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from coconut_serve.checkpoint.manifest import load_manifest
+from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.vllm import plugin
@@ -352,13 +351,11 @@ def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) ->
     """Read off vLLM's configuration what it can do."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
-        "model": model.hf_config.to_dict(),
         "dtype": str(model.dtype),
         "vllm": plugin.vllm_version(),
         "quantization": str(model.quantization),
         "tensor_parallel_size": parallel.tensor_parallel_size,
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     return EngineInfo(
         engine="vllm",
         vocab_size=model.get_vocab_size(),
@@ -370,7 +367,7 @@ def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) ->
         device=str(config.device_config.device_type),
         adapters=adapters,
         unsupported_features=plugin.UNSUPPORTED,
-        fingerprint=digest.hexdigest()[:12],
+        fingerprint=fingerprint(Path(model.model), **facts),
     )
 
 

@@ -38,7 +38,8 @@ def resolved(manifest: Manifest, mode: str, **asked: Any) -> Resolved:
     )  # fmt: skip
     calm = {"latent_temperature": 0, "halt.sample": False, "halt.stop_test": "argmax"}
     return resolve(
-        mode, {"trace": "vectors", **calm, **asked}, model, effort=None, max_trace="vectors",
+        mode, {"trace": "vectors", **calm, **asked}, model, effort=None,
+        trace_bounds=("none", "vectors"),
         num_prompt_tokens=8, max_tokens=MAX_TOKENS,
     )  # fmt: skip
 
