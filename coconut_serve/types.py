@@ -17,6 +17,7 @@ MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows 
 MAX_FORCED_TOKENS = 8
 MAX_STOP_TOKENS = 8
 MAX_HARD_TOKENS = 128
+MAX_BRANCHES = 32
 MAX_LOGPROBS = 20
 
 _SAMPLING_RANGES = {
@@ -49,6 +50,7 @@ WeightKind = Literal["prob", "equal"]
 NormKind = Literal["none", "l2", "embed_mean"]
 NoiseKind = Literal["none", "gumbel", "dirichlet"]
 Source = Literal["hidden", "constant"]
+Select = Literal["first", "vote", "logprob", "all"]
 SwitchRule = Literal["swi", "confidence"]
 SoftWhen = Literal["confident", "uncertain"]
 StopTest = Literal["argmax", "sampled"]

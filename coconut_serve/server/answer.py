@@ -4,6 +4,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from openai.types import Completion
@@ -17,6 +18,7 @@ from coconut_serve.server.parse import read_reasoning, sampling_ask
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import EventStream
 from coconut_serve.server.state import Service, ignored_header
+from coconut_serve.service.branches import Branch, choose
 from coconut_serve.service.generation import Delta, Generation
 from coconut_serve.service.prompt import GenerationAsk
 
@@ -74,7 +76,7 @@ class Answer(ABC):
     def prompt_ids(self, index: int) -> list[int]:
         """Ids of the prompt that choice `index` answers."""
         prepared = self.generation.prepared
-        return list(prepared.prompt_token_ids[index // prepared.ask.n])
+        return list(prepared.prompt_token_ids[index // prepared.num_choices])
 
     def _extra(self, delta: Delta) -> dict[str, Any]:
         """Fields beyond OpenAI's, and logprobs, of a choice."""
@@ -88,7 +90,8 @@ class Answer(ABC):
                 costs.trace_json(step, number, self.service.tokenizer)
                 for number, step in enumerate(delta.trace, first)
             ]
-        if any(token.logprobs for token in delta.tokens):
+        has_asked = self.generation.prepared.ask.sampling.num_logprobs is not None
+        if has_asked and any(token.logprobs for token in delta.tokens):
             extra["logprobs"] = self.logprobs(delta)
         if delta.finish_reason is not None:
             extra["stop_reason"] = delta.stop_reason
@@ -101,16 +104,38 @@ class Answer(ABC):
     async def whole(self) -> str:
         """Run to the end; the answer in one piece."""
         merged = [Delta(index=index) for index in range(len(self.generation.choices))]
+        ended: list[int] = []
         async with self.generation as deltas:
             async for delta in deltas:
                 merged[delta.index] = merged[delta.index].merge(delta)
+                ended += [delta.index] if delta.finish_reason is not None else []
         choices = []
-        for delta in merged:
+        for delta in self._select(merged, ended):
             extra = {"logprobs": None, **self._extra(delta)}
             if self.body.return_token_ids:
                 extra.setdefault("token_ids", [])
             choices.append(self.choice(delta, extra, is_whole=True))
         return self.reply(choices, self._cost(), is_whole=True).model_dump_json(exclude_unset=True)
+
+    def _select(self, merged: list[Delta], ended: list[int]) -> list[Delta]:
+        """Keep the branches that the request's `select` picks, numbered anew."""
+        resolved = self.generation.prepared.resolved
+        if resolved.branches == 1:
+            return merged
+        kept: list[Delta] = []
+        for start in range(0, len(merged), resolved.branches):
+            group = merged[start : start + resolved.branches]
+            branches = [
+                Branch(
+                    text=delta.content or str([token.token_id for token in delta.tokens]),
+                    logprobs=[token.logprobs.logprob for token in delta.tokens if token.logprobs],
+                    place=ended.index(delta.index),
+                )
+                for delta in group
+            ]
+            kept += [group[i] for i in choose(branches, resolved.select)]
+        self.generation.shown = kept[0].index
+        return [replace(delta, index=index) for index, delta in enumerate(kept)]
 
     async def stream(self) -> AsyncIterator[str]:
         """Run; the answer as chunks, usage last if asked."""
@@ -148,6 +173,12 @@ def read_ask(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     asked = read_reasoning(request, body, service.config)
+    is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
+    if body.stream and is_picked:
+        raise InvalidRequestError(
+            "reasoning.select must be 'all' in a stream: a pick is known at the end alone",
+            param="reasoning.select",
+        )
     return GenerationAsk(
         mode=asked.mode,
         effort=asked.effort,

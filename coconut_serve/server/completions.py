@@ -84,7 +84,7 @@ class _TextAnswer(Answer):
         ask, tokenizer = self.generation.prepared.ask, self.service.tokenizer
         if not self._is_echoing or tokenizer is None:
             return ""
-        prompt = ask.prompts[index // ask.n]
+        prompt = ask.prompts[index // self.generation.prepared.num_choices]
         return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
     def _make(self, delta: Delta, text: str, extra: dict[str, Any]) -> CompletionChoice:

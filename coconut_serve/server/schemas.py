@@ -38,8 +38,7 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "pad_positions", "speed", "after", "branches", "select", "seed",
-        "max_total_steps",
+        "pad_positions", "speed", "after", "seed", "max_total_steps",
     )),
     "preset": ("later_free",),
     "halt.converge_metric": ("kl",),
@@ -143,6 +142,8 @@ class ReasoningBody(_Body):
     mixture: MixtureBody | None = None
     halt: HaltBody | None = None
     switch: SwitchBody | None = None
+    branches: Annotated[int, Field(ge=1)] | None = None
+    select: Literal["first", "vote", "logprob", "all"] | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
     trace_top_k: int | None = None
 

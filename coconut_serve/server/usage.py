@@ -12,9 +12,9 @@ from coconut_serve.types import HaltReason, SequenceCounts
 
 
 def reasoning_info(generation: Generation) -> dict[str, Any]:
-    """The effective mode and what it did, of the first choice; totals are in usage."""
+    """The effective mode and what it did, of the first choice shown; totals are in usage."""
     prepared = generation.prepared
-    state = generation.choices[0]
+    state = generation.choices[generation.shown]
     counts = state.counts
     warnings = list(prepared.resolved.warnings)
     if counts.num_reasoning_steps and not counts.num_output_tokens:
@@ -40,7 +40,7 @@ def usage(generation: Generation) -> CompletionUsage:
     num_reasoning = sum(c.num_reasoning_steps for c in counts)
     num_vectors = sum(c.num_vector_steps for c in counts)
     mode = generation.prepared.mode
-    n = generation.prepared.ask.n
+    n = generation.prepared.num_sequences
     return CompletionUsage(
         prompt_tokens=num_prompt,
         completion_tokens=num_completion,

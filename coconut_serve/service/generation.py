@@ -117,6 +117,7 @@ class Generation:
         self._admission = admission
         self._metrics = metrics
         self.choices = [ChoiceState() for _ in prepared.requests]
+        self.shown = 0  # the choice that `reasoning_info` tells of
         self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service import presets, reasoning
+from coconut_serve.service.branches import has_noise
 from coconut_serve.service.reasoning import ModelReasoning, Resolved
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import (
@@ -78,13 +79,23 @@ class GenerationAsk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Engine requests of one API call; choice i answers prompt i // n."""
+    """Engine requests of one API call; request i answers prompt i // num_sequences."""
 
     requests: tuple[Request, ...]
     prompt_token_ids: tuple[tuple[int, ...], ...]  # by prompt
     mode: str
     resolved: Resolved
     ask: GenerationAsk
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of each prompt."""
+        return self.ask.n * self.resolved.branches
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt that the client sees."""
+        return self.num_sequences if self.resolved.select == "all" else self.ask.n
 
 
 class PromptBuilder:
@@ -150,21 +161,22 @@ class PromptBuilder:
         requests = []
         # Engine ids are ours: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex
+        by_logprob = resolved.branches > 1 and resolved.select == "logprob"
         for index, prompt in enumerate(prompts):
             params = resolved.params
             if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
                 # A raw prompt is continued as it is; it thinks only if it ends in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             room = self._room(prompt, params, max_tokens, ask)
-            sampling = self._sampling(ask.sampling, room)
-            for choice in range(ask.n):
-                number = index * ask.n + choice
+            sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
+            num_sequences = ask.n * resolved.branches
+            for number in range(index * num_sequences, (index + 1) * num_sequences):
                 request = Request(
                     request_id=f"{ask.request_id}-{number}.{unique}",
                     prompt_token_ids=prompt,
                     sampling=replace(sampling, seed=_derive_seed(seed, number)),
                     reasoning=params,
-                    group_id=f"{unique}-{index}" if ask.n > 1 else None,
+                    group_id=f"{unique}-{index}" if num_sequences > 1 else None,
                 )
                 requests.append(request)
         return Prepared(
@@ -257,6 +269,7 @@ class PromptBuilder:
         params = resolved.params
         draws = params.steps > 0 and params.mixture.kind == "multiplex"
         is_random = sampling.params.get("temperature", 1.0) >= MIN_TEMPERATURE
+        self._check_branches(resolved, sampling)
         is_possible = is_random or not draws
         require(is_possible, "temperature", "must be above 0: multiplex draws its tokens")
         is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS
@@ -267,6 +280,20 @@ class PromptBuilder:
                 "reasoning.end" if token_id in resolved.params.end_token_ids else "reasoning.start",
                 f"token id {token_id} is not in the vocabulary",
             )
+
+    def _check_branches(self, resolved: Resolved, sampling: SamplingAsk) -> None:
+        if resolved.branches == 1:
+            return
+        params, manifest = resolved.params, self._model.manifest
+        adapter = manifest.adapters.get(params.adapter) if manifest else None
+        temperature = sampling.params.get("temperature", 1.0)
+        differs = has_noise(params, temperature, adapter.type if adapter else None)
+        require(
+            differs,
+            "reasoning.branches",
+            "above 1 needs noise while thinking (latent_noise_std, mixture.noise, ...): all would "
+            "be the same",
+        )
 
     def _room(
         self,
@@ -296,7 +323,9 @@ class PromptBuilder:
             )
         return room if max_tokens is None else max_tokens
 
-    def _sampling(self, ask: SamplingAsk, max_tokens: int) -> SamplingParams:
+    def _sampling(
+        self, ask: SamplingAsk, max_tokens: int, *, needs_logprobs: bool
+    ) -> SamplingParams:
         """Resolve the sampling fields; OpenAI's defaults."""
         last = self._info.vocab_size - 1
         for name, ids in (("logit_bias", ask.logit_bias), ("stop_token_ids", ask.stop_token_ids)):
@@ -310,7 +339,7 @@ class PromptBuilder:
             logit_bias=tuple(ask.logit_bias.items()),
             banned_token_ids=tuple(manifest.tokens.never_emit) if manifest else (),
             stop_token_ids=frozenset((*eos, *ask.stop_token_ids)),
-            num_logprobs=ask.num_logprobs,
+            num_logprobs=0 if needs_logprobs and ask.num_logprobs is None else ask.num_logprobs,
             **params,
         )
 

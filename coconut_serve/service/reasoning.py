@@ -10,10 +10,12 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.presets import EFFORTS, MIXTURES, PRESETS
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import (
+    MAX_BRANCHES,
     MAX_STEPS,
     HaltParams,
     MixtureParams,
     ReasoningParams,
+    Select,
     Source,
     SwitchParams,
     TraceLevel,
@@ -121,6 +123,8 @@ class Resolved:
     suffix_ids: tuple[int, ...]  # to append to the prompt
     parameters: dict[str, dict[str, Any]]  # name -> {"value", "source"}
     warnings: tuple[str, ...]
+    branches: int = 1  # sequences of each choice
+    select: Select = "first"
 
 
 @dataclass(slots=True)
@@ -223,13 +227,21 @@ def resolve(
         trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),
     )
+    branches, select = _branches(pick)
     unused = _unused(pick, mode, effort)
     if unused:
         warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
-        warnings=tuple(warnings),
+        warnings=tuple(warnings), branches=branches, select=select,
     )  # fmt: skip
+
+
+def _branches(pick: _Picker) -> tuple[int, Select]:
+    """How many lines of thought a choice has, and which of them is shown."""
+    branches = pick("branches", 1)
+    require(1 <= branches <= MAX_BRANCHES, "reasoning.branches", f"must be in 1..{MAX_BRANCHES}")
+    return branches, pick("select", "vote") if branches > 1 else "first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,25 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         {"reasoning_mode": "auto", "reasoning": {"switch": {"window": -1}}},
         "reasoning.switch.window",
     ),
-    ("not yet: branches", {"reasoning": {"branches": 2}}, "reasoning.branches"),
+    (
+        "branches alike",
+        {"reasoning_mode": "latent", "reasoning": {"branches": 2}},
+        "reasoning.branches",
+    ),
+    (
+        "too many branches",
+        {"reasoning_mode": "latent", "reasoning": {"branches": 33, "latent_noise_std": 1}},
+        "reasoning.branches",
+    ),
+    (
+        "picked stream",
+        {
+            "reasoning_mode": "latent",
+            "stream": True,
+            "reasoning": {"branches": 2, "latent_noise_std": 1},
+        },
+        "reasoning.select",
+    ),
     ("source", {"reasoning_mode": "latent", "reasoning": {"source": "x"}}, "reasoning.source"),
     (
         "no constant",
