@@ -180,13 +180,15 @@ class Multiplex(Mixer):
 
     def mix(self, ctx: StepContext) -> Mixed:
         """Draw and average."""
-        weights = mixing.filter_vocabulary(
-            self._tempered(ctx).softmax(-1),
-            top_k=self._of("filter_top_k", ctx),
-            top_p=self._of("top_p", ctx),
-            min_p=self._of("min_p", ctx),
-        )
         asked = self._mixtures.each(ctx)
+        weights = self._tempered(ctx).softmax(-1)
+        if any(m.filter_top_k > 0 or m.top_p < 1 or m.min_p > 0 for m in asked):
+            weights = mixing.filter_vocabulary(
+                weights,
+                top_k=self._of("filter_top_k", ctx),
+                top_p=self._of("top_p", ctx),
+                min_p=self._of("min_p", ctx),
+            )
         width = max(m.top_k for m in asked)
         ids = self._draw(ctx, weights, width)
         if not all(m.replacement for m in asked):

@@ -198,12 +198,8 @@ def resolve(
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
     """
-    preset = PRESETS.get(asked.get("preset", ""), {})
     manifest = model.manifest or Manifest()
-    declared = _declared(manifest, mode)
-    pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
-    if mode in ("distribution", "auto"):
-        pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
+    pick = _picker(mode, asked, manifest)
     warnings: list[str] = []
     phase = _Phase()
     is_soft = mode == "distribution"
@@ -235,6 +231,16 @@ def resolve(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
         warnings=tuple(warnings), branches=branches, select=select,
     )  # fmt: skip
+
+
+def _picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> _Picker:
+    """Where settings come from, first come first served."""
+    preset = PRESETS.get(asked.get("preset", ""), {})
+    declared = _declared(manifest, mode)
+    pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
+    if mode in ("distribution", "auto"):
+        pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
+    return pick
 
 
 def _branches(pick: _Picker) -> tuple[int, Select]:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -29,9 +30,17 @@ from coconut_serve.engines.native.engine import (
     resolve_device,
     resolve_dtype,
 )
-from coconut_serve.types import MixtureParams, ReasoningParams, Request, SamplingParams, StepStats
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.types import (
+    MixtureParams,
+    ReasoningParams,
+    Request,
+    SamplingParams,
+    StepStats,
+    SwitchParams,
+)
 
-MODES = ("cot", "latent", "distribution")
+MODES = ("cot", "latent", "distribution", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +51,45 @@ class Sample:
     step_seconds: float  # median over pure decode steps; 0 for transformers
 
 
-def reasoning(mode: str, positions: int) -> ReasoningParams:
-    """Think for all positions but the last, so that a run is pure in its mode."""
+def reasoning(mode: str, index: int, positions: int) -> ReasoningParams:
+    """Think for all positions but the last, so that a run is pure in its mode.
+
+    "mixed" gives each row of a batch another method.
+    """
+    steps = positions - 1
+    if mode == "mixed":
+        return _methods(steps)[index % len(_methods(steps))]
     if mode == "cot":
         return ReasoningParams(mode="none")
-    return ReasoningParams(mode=mode, steps=positions - 1, mixture=MixtureParams(top_k=10))
+    return ReasoningParams(mode=mode, steps=steps, mixture=MixtureParams(top_k=10))
+
+
+def _methods(steps: int) -> list[ReasoningParams]:
+    """Every method that needs no trained weights, once."""
+    free = {"temperature": 1.0, "top_p": 1.0, "filter_top_k": 0, "min_p": 0.0}
+
+    def soft(**mixture: Any) -> ReasoningParams:
+        return ReasoningParams(
+            mode="distribution", steps=steps, mixture=MixtureParams(**(free | mixture))
+        )
+
+    return [
+        ReasoningParams(mode="none"),
+        ReasoningParams(mode="latent", steps=steps),
+        soft(top_k=10),
+        ReasoningParams(mode="cot", steps=steps),
+        soft(kind="moi", top_k=20),
+        ReasoningParams(mode="latent", steps=steps, noise_std=0.1),
+        soft(top_k=15, noise="gumbel"),
+        ReasoningParams(mode="auto", steps=steps),
+        soft(kind="multiplex", top_k=3),
+        ReasoningParams(mode="latent", steps=steps, adapter="realign"),
+        soft(kind="full"),
+        ReasoningParams(
+            mode="auto", steps=steps, switch=SwitchParams(rule="confidence"),
+            mixture=MixtureParams(top_k=10),
+        ),
+    ]  # fmt: skip
 
 
 class Bench:
@@ -71,7 +114,7 @@ class Bench:
             max_num_batched_tokens=max(args.batch_sizes) * args.prompt,
             enable_prefix_caching=False,
         )
-        self.engine = NativeEngine(config, ("none", *MODES), self.steps.append)
+        self.engine = NativeEngine(config, mode_names(), self.steps.append)
 
     def prompts(self, batch_size: int) -> list[tuple[int, ...]]:
         """Random prompts of equal length: a static batch then has no padding to lose time on."""
@@ -86,12 +129,12 @@ class Bench:
         self.steps.clear()
 
         async def one(index: int, prompt: tuple[int, ...]) -> None:
-            max_tokens = positions if mode == "cot" else 1
+            thinking = reasoning(mode, index, positions)
             request = Request(
                 request_id=f"{mode}-{index}",
                 prompt_token_ids=prompt,
-                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
-                reasoning=reasoning(mode, positions),
+                sampling=SamplingParams(max_tokens=positions - thinking.steps, temperature=0.0),
+                reasoning=thinking,
             )
             async for _ in self.engine.generate(request):
                 pass
@@ -127,7 +170,7 @@ class Bench:
         await self.engine.start()
         sizes, repeats = self.args.batch_sizes, self.args.repeats
         results = {}
-        with tqdm(total=len(sizes) * (repeats + 1) * 4, file=sys.stderr) as bar:
+        with tqdm(total=len(sizes) * (repeats + 1) * (1 + len(MODES)), file=sys.stderr) as bar:
             for size in sizes:
                 samples: dict[str, list[Sample]] = {}
                 for repeat in range(repeats + 1):  # the first is warm-up
@@ -175,6 +218,7 @@ class Bench:
         report["native_over_transformers"] = ratio(seconds["transformers"], seconds["cot"])
         report["latent_step_over_cot"] = ratio(steps["latent"], steps["cot"])
         report["distribution_step_over_cot"] = ratio(steps["distribution"], steps["cot"])
+        report["mixed_steps_over_cot"] = ratio(steps["cot"], steps["mixed"])  # steps a second
         return report
 
 

@@ -52,6 +52,25 @@ def can_pack(dtype: torch.dtype) -> bool:
     return torch.allclose(packed, F.linear(x, weight, bias), atol=tolerance, rtol=tolerance)
 
 
+class PackedTable:
+    """A table as the right side of a product, packed when it is first needed.
+
+    Args:
+        table: [num_rows, width].
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._packed: PackedLinear | None = None
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """Multiply; [n, num_rows] -> [n, width]."""
+        if self._packed is None:
+            self._packed = PackedLinear(self._table.t().contiguous(), None)
+        product: Tensor = self._packed(weights)
+        return product
+
+
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Replace the model's linear layers by packed ones, in place.
 

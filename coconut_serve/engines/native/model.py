@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
-from coconut_serve.engines.native.linear import pack_linears
+from coconut_serve.engines.native.linear import PackedTable, can_pack, pack_linears
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.embedding import Embedding
 
@@ -60,7 +60,10 @@ class PagedModel:
         self.device = device
         self.dtype = model.dtype
         self.embed_tokens: Callable[[Tensor], Tensor] = model.get_input_embeddings()
-        self.embedding = Embedding(self.embed_tokens, model.get_input_embeddings().weight)
+        table: Tensor = model.get_input_embeddings().weight
+        is_packed = device.type == "cpu" and can_pack(table.dtype)
+        multiply = PackedTable(table) if is_packed else None
+        self.embedding = Embedding(self.embed_tokens, table, multiply=multiply)
         config = model.config.get_text_config()
         self.config = config
         self.hidden_size: int = config.hidden_size
