@@ -40,7 +40,6 @@ NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
         "pad_positions", "speed", "after", "seed", "max_total_steps",
     )),
-    "preset": ("later_free",),
     "halt.converge_metric": ("kl",),
 }  # fmt: skip
 
@@ -95,7 +94,7 @@ class HaltBody(_Body):
     """reasoning.halt."""
 
     rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
-    stop_tokens: list[int] | None = None
+    stop_tokens: list[int | str] | None = None
     stop_test: Literal["argmax", "sampled"] | None = None
     stop_temperature: Number | None = None
     stop_prob: Number | None = None
@@ -119,7 +118,7 @@ class SwitchBody(_Body):
     alpha: Number | None = None
     beta: Number | None = None
     max_switches: int | None = None
-    hard_tokens: list[int] | None = None
+    hard_tokens: list[int | str] | None = None
 
 
 class ReasoningBody(_Body):

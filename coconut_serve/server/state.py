@@ -13,8 +13,8 @@ from coconut_serve.errors import NotReadyError, StartupError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission
 from coconut_serve.service.generation import Generation
+from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import GenerationAsk, PromptBuilder
-from coconut_serve.service.reasoning import ModelReasoning
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.service.tracing import NoTracer, Tracer
 

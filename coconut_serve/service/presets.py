@@ -1,6 +1,10 @@
 """Named settings: presets of published methods, kinds of mixtures, efforts."""
 
+import string
 from typing import Any
+
+# What SwiReasoning always feeds as a token: letters, digits and signs of formulas.
+_MATH = tuple(string.ascii_letters + string.digits + "+-*/=^<>()")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "coconut": {"mode": "latent"},
@@ -8,7 +12,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "adaptive": {"mode": "latent", "halt.rule": "learned"},
     "colar": {"mode": "latent", "halt.rule": "stop_token"},
     "switch": {"mode": "latent"},
-    "swi": {"mode": "auto", "switch.rule": "swi"},
+    "later_free": {
+        "mode": "latent",
+        "adapter": "realign",
+        "steps": 96,
+        "halt.rule": "stop_token",
+        "halt.stop_tokens": ("\n\n", "</think>", "<|endoftext|>", "<|im_end|>"),
+    },
+    "swi": {"mode": "auto", "switch.rule": "swi", "switch.hard_tokens": _MATH},
     "thinkrouter": {"mode": "auto", "switch.rule": "confidence", "halt.entropy_below": 0.01},
     "moi": {"mode": "distribution", "mixture.kind": "moi", "mixture.moi_beta": 1.0},
     "multiplex": {"mode": "distribution", "mixture.kind": "multiplex"},

@@ -12,7 +12,8 @@ from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service import presets, reasoning
 from coconut_serve.service.branches import has_noise
-from coconut_serve.service.reasoning import ModelReasoning, Resolved
+from coconut_serve.service.model import ModelReasoning
+from coconut_serve.service.reasoning import Resolved
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import (
     MAX_FORCED_TOKENS,

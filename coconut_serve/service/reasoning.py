@@ -1,14 +1,13 @@
 """From what a request asks of reasoning to resolved parameters, each with its source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
-from coconut_serve.errors import InvalidRequestError, StartupError
-from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.errors import InvalidRequestError
+from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import EFFORTS, MIXTURES, PRESETS
-from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import (
     MAX_BRANCHES,
     MAX_STEPS,
@@ -27,92 +26,6 @@ _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name i
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
 _EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelReasoning:
-    """What the served model can do, read once from manifest and tokenizer."""
-
-    modes: tuple[str, ...]
-    default_mode: str
-    manifest: Manifest | None
-    think_start_id: int | None
-    think_end_id: int | None
-    max_model_len: int
-    adapters: tuple[str, ...] = ()  # the engine's
-    newline_id: int | None = None
-
-    @classmethod
-    def read(
-        cls,
-        manifest: Manifest | None,
-        tokenizer: Tokenizer | None,
-        *,
-        engine_modes: tuple[str, ...],
-        allowed_modes: tuple[str, ...] | None,
-        default_mode: str | None,
-        max_model_len: int,
-        adapters: tuple[str, ...] = (),
-    ) -> "ModelReasoning":
-        """Combine manifest, tokenizer and server settings.
-
-        Raises:
-            StartupError: A mode does not exist, or the server's default is not the model's.
-        """
-        declared = tuple((manifest or Manifest()).modes)
-        unknown = [mode for mode in declared if mode not in mode_names()]
-        if unknown:
-            raise StartupError(
-                f"latent_config.json: modes: {unknown[0]!r} is none of {', '.join(mode_names())}",
-                param="modes",
-            )
-        modes = tuple(m for m in engine_modes if m in declared)
-        if allowed_modes is not None:
-            modes = tuple(m for m in modes if m in allowed_modes)
-        preferred = default_mode or (manifest.default_mode if manifest else None)
-        if default_mode is not None and default_mode not in modes:
-            raise StartupError(
-                f"--default-reasoning-mode {default_mode!r} is not one of {', '.join(modes)}",
-                param="--default-reasoning-mode",
-            )
-        fallback = "cot" if "cot" in modes else next(iter(modes), "none")
-        start = manifest.tokens.think_start if manifest else None
-        end = manifest.tokens.think_end if manifest else None
-        find = tokenizer.find_id if tokenizer else lambda _: None
-        end_id = end.id if end else find("</think>")
-        start_id = start.id if start else None if end else find("<think>")
-        is_thinker = end_id is not None and (end is not None or start_id is not None)
-        return cls(
-            modes=modes,
-            default_mode=preferred if preferred in modes else fallback,
-            manifest=manifest,
-            think_start_id=start_id if is_thinker else None,
-            think_end_id=end_id if is_thinker else None,
-            max_model_len=max_model_len,
-            newline_id=_newline(tokenizer),
-            adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
-        )
-
-    @property
-    def is_thinker(self) -> bool:
-        """Whether an end-of-thought token bounds the model's thinking."""
-        return self.think_end_id is not None
-
-    @property
-    def has_latent_slots(self) -> bool:
-        """Whether soft tokens stand where hidden states would: the model was trained for that."""
-        return self.manifest is not None and self.manifest.distribution.slots == "latent"
-
-    @property
-    def question_template(self) -> str | None:
-        """The template of a model that takes questions, not chats; else None."""
-        prompt = (self.manifest or Manifest()).prompt
-        return None if prompt.chat_template else prompt.template or "{question}"
-
-
-def _newline(tokenizer: Tokenizer | None) -> int | None:
-    ids = tokenizer.encode("\n", add_special_tokens=False) if tokenizer else []
-    return ids[-1] if ids else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +121,7 @@ def resolve(
     elif mode != "none":
         phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
     thinks = phase.steps > 0
-    halt = _halt(pick, phase.stop_ids) if thinks else HaltParams()
+    halt = _halt(pick, phase.stop_ids, model) if thinks else HaltParams()
     params = ReasoningParams(
         mode=mode,
         steps=phase.steps,
@@ -285,11 +198,12 @@ def _mixture(pick: _Picker) -> MixtureParams:
 def _switching(pick: _Picker, model: ModelReasoning) -> dict[str, Any]:
     """When `auto` switches, and what its soft tokens are."""
     hard = pick("switch.hard_tokens", ())
+    newline = model.find_token("\n")
     given: dict[str, Any] = {
-        "hard_token_ids": tuple(hard),
+        "hard_token_ids": _tokens(pick, "switch.hard_tokens", hard, model),
         "think_token_id": -1 if model.think_start_id is None else model.think_start_id,
         "end_token_id": -1 if model.think_end_id is None else model.think_end_id,
-        "newline_token_id": -1 if model.newline_id is None else model.newline_id,
+        "newline_token_id": -1 if newline is None else newline,
     }
     names = [f.name for f in fields(SwitchParams) if f.name not in given]
     defaults = SwitchParams()
@@ -337,7 +251,19 @@ def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dic
     }
 
 
-def _halt(pick: _Picker, stop_ids: tuple[int, ...]) -> HaltParams:
+def _tokens(
+    pick: _Picker, name: str, tokens: Sequence[int | str], model: ModelReasoning
+) -> tuple[int, ...]:
+    """Ids of tokens given by id or text; a preset's texts that are no token here are left out."""
+    found = [model.find_token(token) for token in tokens]
+    is_asked = pick.parameters[name]["source"] == "request"
+    for token, token_id in zip(tokens, found, strict=True):
+        is_known = token_id is not None or not is_asked
+        require(is_known, f"reasoning.{name}", f"{token!r} is no single token of this model")
+    return tuple(token_id for token_id in found if token_id is not None)
+
+
+def _halt(pick: _Picker, stop_ids: tuple[int, ...], model: ModelReasoning) -> HaltParams:
     """The halting rules; `stop_ids` end the phase whatever else is asked."""
     rule = pick("halt.rule", "auto")
     if rule == "fixed":
@@ -346,7 +272,8 @@ def _halt(pick: _Picker, stop_ids: tuple[int, ...]) -> HaltParams:
         f.name: pick(f"halt.{_HALT_NAMES.get(f.name, f.name)}", f.default)
         for f in fields(HaltParams)
     }
-    values["stop_token_ids"] = (*stop_ids, *(values["stop_token_ids"] or ()))
+    stops = _tokens(pick, "halt.stop_tokens", values["stop_token_ids"], model)
+    values["stop_token_ids"] = (*stop_ids, *stops)
     values["learned_token_ids"] = tuple(values["learned_token_ids"])
     if rule == "cold_stop" and not values["entropy_below"]:
         values["entropy_below"] = PRESETS["soft_thinking"]["halt.entropy_below"]
@@ -393,9 +320,10 @@ def _latent_steps(
     if effort is not None:
         default = min(manifest.max_steps, round(default * EFFORTS[effort]))
     steps = int(pick("steps", default))
-    require(steps <= manifest.max_steps, "reasoning.steps", f"must be in 0..{manifest.max_steps}")
+    limit = manifest.max_steps if model.manifest else MAX_STEPS
+    require(steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
     trained = manifest.is_trained_for
-    if steps not in trained and not manifest.variable_steps:
+    if model.manifest and steps not in trained and not manifest.variable_steps:
         warnings.append(f"steps={steps}, but this checkpoint was trained with {trained}")
     return steps
 

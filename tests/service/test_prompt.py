@@ -7,8 +7,8 @@ import pytest
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import GenerationAsk, Prepared, PromptBuilder, SamplingAsk
-from coconut_serve.service.reasoning import ModelReasoning
 from coconut_serve.service.tokenizer import ByteTokenizer
 
 THINK, ANSWER = ord("<"), ord(">")

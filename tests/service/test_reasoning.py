@@ -7,7 +7,8 @@ import pytest
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
-from coconut_serve.service.reasoning import ModelReasoning, Resolved, check_mode, resolve
+from coconut_serve.service.model import ModelReasoning
+from coconut_serve.service.reasoning import Resolved, check_mode, resolve
 
 MANIFEST = Manifest.model_validate(
     {
@@ -122,6 +123,21 @@ def test_mode_that_the_model_lacks_is_refused_with_the_list() -> None:
         check_mode("latent", make_model(None), {"adapter": "realign"})
     able = replace(make_model(None), adapters=("realign",))
     check_mode("latent", able, {"adapter": "realign"})
+
+
+def test_tokens_may_be_named_by_their_text() -> None:
+    model = replace(make_model(None), encode=lambda text: [ord(c) for c in text])
+    model = replace(model, adapters=("realign",))
+    named = resolved("distribution", model, halt__stop_tokens=["a", 7]).params
+    assert named.halt.stop_token_ids == (97, 7)
+    with pytest.raises(InvalidRequestError, match="'ab' is no single token") as caught:
+        resolved("distribution", model, halt__stop_tokens=["ab"])
+    assert caught.value.param == "reasoning.halt.stop_tokens"
+    later = resolved("latent", replace(model, encode=lambda _: [5]), preset="later_free").params
+    assert (later.steps, later.adapter, set(later.halt.stop_token_ids)) == (96, "realign", {5})
+    swi = resolved("auto", model, preset="swi").params.switch
+    assert {ord("x"), ord("7"), ord("+")} <= {*swi.hard_token_ids}
+    assert swi.newline_token_id == ord("\n")
 
 
 def test_server_can_force_a_trace() -> None:

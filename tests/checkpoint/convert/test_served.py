@@ -17,7 +17,8 @@ from torch import Tensor
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.cli import main
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.service.reasoning import ModelReasoning, Resolved, resolve
+from coconut_serve.service.model import ModelReasoning
+from coconut_serve.service.reasoning import Resolved, resolve
 from coconut_serve.types import Request
 from tests.checkpoint.convert.builders import VOCAB, Case
 from tests.checkpoint.convert.layouts_halting import BUILDERS, adaptive, later, plain, switch

@@ -1,0 +1,98 @@
+"""What the served model can do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.errors import StartupError
+from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReasoning:
+    """What the served model can do, read once from manifest and tokenizer."""
+
+    modes: tuple[str, ...]
+    default_mode: str
+    manifest: Manifest | None
+    think_start_id: int | None
+    think_end_id: int | None
+    max_model_len: int
+    adapters: tuple[str, ...] = ()  # the engine's
+    encode: Callable[[str], list[int]] | None = None  # of the tokenizer, without special tokens
+
+    def find_token(self, token: int | str) -> int | None:
+        """The id of a token given by id or by its text; None if the text is not one token."""
+        if isinstance(token, int):
+            return token
+        ids = self.encode(token) if self.encode else []
+        return ids[0] if len(ids) == 1 else None
+
+    @classmethod
+    def read(
+        cls,
+        manifest: Manifest | None,
+        tokenizer: Tokenizer | None,
+        *,
+        engine_modes: tuple[str, ...],
+        allowed_modes: tuple[str, ...] | None,
+        default_mode: str | None,
+        max_model_len: int,
+        adapters: tuple[str, ...] = (),
+    ) -> "ModelReasoning":
+        """Combine manifest, tokenizer and server settings.
+
+        Raises:
+            StartupError: A mode does not exist, or the server's default is not the model's.
+        """
+        declared = tuple((manifest or Manifest()).modes)
+        unknown = [mode for mode in declared if mode not in mode_names()]
+        if unknown:
+            raise StartupError(
+                f"latent_config.json: modes: {unknown[0]!r} is none of {', '.join(mode_names())}",
+                param="modes",
+            )
+        modes = tuple(m for m in engine_modes if m in declared)
+        if allowed_modes is not None:
+            modes = tuple(m for m in modes if m in allowed_modes)
+        preferred = default_mode or (manifest.default_mode if manifest else None)
+        if default_mode is not None and default_mode not in modes:
+            raise StartupError(
+                f"--default-reasoning-mode {default_mode!r} is not one of {', '.join(modes)}",
+                param="--default-reasoning-mode",
+            )
+        fallback = "cot" if "cot" in modes else next(iter(modes), "none")
+        start = manifest.tokens.think_start if manifest else None
+        end = manifest.tokens.think_end if manifest else None
+        find = tokenizer.find_id if tokenizer else lambda _: None
+        end_id = end.id if end else find("</think>")
+        start_id = start.id if start else None if end else find("<think>")
+        is_thinker = end_id is not None and (end is not None or start_id is not None)
+        return cls(
+            modes=modes,
+            default_mode=preferred if preferred in modes else fallback,
+            manifest=manifest,
+            think_start_id=start_id if is_thinker else None,
+            think_end_id=end_id if is_thinker else None,
+            max_model_len=max_model_len,
+            encode=partial(tokenizer.encode, add_special_tokens=False) if tokenizer else None,
+            adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
+        )
+
+    @property
+    def is_thinker(self) -> bool:
+        """Whether an end-of-thought token bounds the model's thinking."""
+        return self.think_end_id is not None
+
+    @property
+    def has_latent_slots(self) -> bool:
+        """Whether soft tokens stand where hidden states would: the model was trained for that."""
+        return self.manifest is not None and self.manifest.distribution.slots == "latent"
+
+    @property
+    def question_template(self) -> str | None:
+        """The template of a model that takes questions, not chats; else None."""
+        prompt = (self.manifest or Manifest()).prompt
+        return None if prompt.chat_template else prompt.template or "{question}"
