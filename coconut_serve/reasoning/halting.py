@@ -273,7 +273,6 @@ class Controller:
     """Asks the rules that rows have on, in order."""
 
     def __init__(self, slots: Slots) -> None:
-        self._slots = slots
         self._rules = [rule(slots) for rule in RULES]
         self._min_left = slots.register("min_steps_left", torch.int64)
         self._min_steps = slots.register("min_steps", torch.int64)

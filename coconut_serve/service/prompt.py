@@ -270,9 +270,9 @@ class PromptBuilder:
         params = resolved.params
         draws = params.steps > 0 and params.mixture.kind == "multiplex"
         is_random = sampling.params.get("temperature", 1.0) >= MIN_TEMPERATURE
-        self._check_branches(resolved, sampling)
         is_possible = is_random or not draws
         require(is_possible, "temperature", "must be above 0: multiplex draws its tokens")
+        self._check_branches(resolved, sampling)
         is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.start", f"must be at most {MAX_FORCED_TOKENS} tokens")
         for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):

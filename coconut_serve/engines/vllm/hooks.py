@@ -95,7 +95,6 @@ class ReasoningStateMixin:
             device=device,
         )
         self.captured: Tensor | None = None  # hidden states that the logits were made from
-        self.batch: Any = None  # the batch whose inputs were prepared last
         self.inputs: Tensor | None = None  # [num_rows, hidden_size], the last input of each row
         self._adapted: list[nn.Module] | None = None  # embedding layers that LoRA wraps
         self._compute_logits = model.compute_logits
@@ -152,7 +151,7 @@ class ReasoningStateMixin:
             scheduled_encoder_inputs, input_batch, req_states
         )
         self.reasoning.overlay(embeds, input_batch)
-        self.batch, self.inputs = input_batch, None
+        self.inputs = None
         if self.reasoning.wants_inputs(input_batch.idx_mapping_np):
             self.inputs = embeds[input_batch.logits_indices]  # layers may write over `embeds`
         return embeds
