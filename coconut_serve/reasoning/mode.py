@@ -79,6 +79,7 @@ class ReasoningMode(ABC):
     name: ClassVar[str]
     feeds_vectors: ClassVar[bool] = True  # False: every input is the token that is reported
     has_text: ClassVar[bool] = True  # False: a step stands for no token
+    takes_samples: ClassVar[bool] = False  # True: every step is the drawn token, whatever it is
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots

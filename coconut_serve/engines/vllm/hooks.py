@@ -126,6 +126,7 @@ class ReasoningStateMixin:
             thinking,
             num_prompt=new_req_data.prompt_len,
             prefill_token_ids=new_req_data.prefill_token_ids,
+            has_penalties=_has_penalties(sampling),
         )
         if counts is not None:
             self._sampler.restored.append((req_index, counts))
@@ -257,6 +258,7 @@ class ReasoningSamplerMixin:
             seq_lens_upper_bound_np,
             return_logprobs=return_logprobs,
         )
+        state.reasoning.watch(idx_mapping_np, seq_lens_upper_bound_np, sampled)
         if not found or hidden is None:
             return sampled, processed
         decided = state.reasoning.decide(
@@ -317,8 +319,15 @@ def read_thinking(sampling: Any) -> Thinking | None:
     thinking = from_extra_args(sampling.extra_args)
     if thinking is None:
         return None
-    thinks = thinking.params.steps > 0 or thinking.params.num_forced > 0
+    params = thinking.params
+    thinks = params.num_forced > 0 or (params.steps > 0 and not thinking.is_relayed)
     return thinking if thinks or thinking.report_width or thinking.min_tokens else None
+
+
+def _has_penalties(sampling: Any) -> bool:
+    """Whether vLLM counts the tokens of a request."""
+    is_neutral = sampling.presence_penalty == sampling.frequency_penalty == 0
+    return not is_neutral or sampling.repetition_penalty != 1
 
 
 def _load_adapters(model: str, device: torch.device) -> AdapterBank:

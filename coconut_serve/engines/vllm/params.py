@@ -59,6 +59,22 @@ class Thinking:
             return _MAX_ID  # wherever the model opens a block
         return params.steps + params.end_adds_vector + params.keeps_last
 
+    @property
+    def is_relayed(self) -> bool:
+        """Whether vLLM's draws stand as they are until the steps are spent.
+
+        Nothing but the end token can end such a phase, and saying it forces nothing after it.
+        """
+        params, halt = self.params, self.params.halt
+        ends, stops = params.end_token_ids, halt.stop_token_ids
+        return (
+            load_mode(params.mode).takes_samples
+            and _halts_on_text(params)
+            and params.enter_token_id is None
+            and self.report_width == self.min_tokens == 0
+            and (not stops or not ends or stops == ends)
+        )
+
     def within(self, vocab_size: int) -> "Thinking":
         """The same with every id in the vocabulary: a worker must not write beyond its tables."""
 
@@ -124,9 +140,15 @@ def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
     mode, halt = load_mode(params.mode), params.halt
     if mode.feeds_vectors:
         return params.is_fixed and not mode.has_text and has_stop
-    is_plain = not halt.needs_logits(has_text=True) and params.min_steps == 0
     ends = params.end_token_ids
-    return is_plain and (not halt.stop_token_ids or not ends or halt.stop_token_ids == ends[:1])
+    return _halts_on_text(params) and (
+        not halt.stop_token_ids or not ends or halt.stop_token_ids == ends[:1]
+    )
+
+
+def _halts_on_text(params: ReasoningParams) -> bool:
+    """Whether only tokens that vLLM sees can end a phase in text."""
+    return not params.halt.needs_logits(has_text=True) and params.min_steps == 0
 
 
 def to_extra_args(thinking: Thinking) -> dict[str, Any]:

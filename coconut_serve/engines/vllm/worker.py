@@ -34,6 +34,7 @@ class WorkerRow:
     num_prompt: int  # positions
     num_prefill: int  # positions to compute before the next decision: the prompt, and after a
     # preemption the outputs so far
+    is_relayed: bool  # whether vLLM's draws stand until the steps are spent
     fed: list[tuple[Tensor, int]] = field(default_factory=list)  # decision -> log, its row there
 
     @property
@@ -48,7 +49,12 @@ class WorkerRow:
         """Whether a decision is more than sampling."""
         thinking = self.thinking
         is_counted = thinking.report_width > 0 or thinking.min_tokens > 0
-        return decision < self.num_decisions or is_counted
+        is_own = decision < self.num_decisions and not self.is_passed_on(decision)
+        return is_own or is_counted
+
+    def is_passed_on(self, decision: int) -> bool:
+        """Whether a decision is vLLM's draw, which can be the end token at most."""
+        return self.is_relayed and decision < self.thinking.params.steps
 
     def plan(self, slot: int, decision: int) -> RowPlan:
         """Plan a decision; the host knows no more than that thinking cannot last longer."""
@@ -131,8 +137,17 @@ class WorkerReasoning:
         *,
         num_prompt: int,
         prefill_token_ids: list[int],
+        has_penalties: bool,
     ) -> Tensor | None:
         """Set a slot up; a request that was preempted goes on where it stopped.
+
+        Args:
+            slot: vLLM's request index.
+            request_id: As vLLM names it.
+            thinking: What the request asks.
+            num_prompt: Positions.
+            prefill_token_ids: Prompt, and outputs so far.
+            has_penalties: Whether vLLM counts the tokens of the request.
 
         Returns:
             vLLM's penalty counts to put back, if they were kept.
@@ -140,7 +155,10 @@ class WorkerReasoning:
         thinking = thinking.within(self._vocab_size)
         saved = self._saved.pop(request_id, None)
         if saved is None:
-            row = WorkerRow(request_id, thinking, num_prompt, len(prefill_token_ids))
+            is_relayed = thinking.is_relayed and not has_penalties  # end tokens are not counted
+            row = WorkerRow(
+                request_id, thinking, num_prompt, len(prefill_token_ids), is_relayed=is_relayed
+            )
         else:
             row = saved.row
             row.num_prefill = len(prefill_token_ids)
@@ -153,6 +171,8 @@ class WorkerReasoning:
             next_token_id=prefill_token_ids[-1],
             snapshot=saved.snapshot if saved else None,
         )
+        if row.is_relayed:
+            self.slots.steps_left[slot] = 0  # nobody counts them down
         stops = thinking.answer_stop_token_ids
         self._hidden_token[slot] = thinking.hidden_token_id
         self._failure_token[slot] = stops[0] if stops else -1
@@ -283,6 +303,31 @@ class WorkerReasoning:
             if row.needs_step(decision):
                 found.append((i, slot, row, decision))
         return found
+
+    def watch(self, slots: np.ndarray, num_positions: np.ndarray, sampled: Tensor) -> None:
+        """Note which rows of draws passed on have said their end token.
+
+        Args:
+            slots: [num_rows].
+            num_positions: [num_rows], as `deciding` takes them.
+            sampled: [num_rows] int64, vLLM's draws.
+        """
+        passed = []
+        for i, slot in enumerate(slots.tolist() if self.rows else ()):
+            row = self.rows.get(slot)
+            if row is None or int(num_positions[i]) < row.num_prefill:
+                continue
+            if row.thinking.params.halt.stop_token_ids and row.is_passed_on(
+                int(num_positions[i]) - row.num_prompt
+            ):
+                passed.append((i, slot))
+        if not passed:
+            return
+        members, index = (upload(part, sampled.device) for part in zip(*passed, strict=True))
+        state = self.slots
+        is_end = state.is_thinking[index] & (sampled[members] == state.forced[index, 0])
+        state.is_thinking[index] &= ~is_end
+        state.forced_left[index] -= is_end.to(torch.int64)
 
     def decide(
         self,

@@ -11,6 +11,7 @@ class CotMode(ReasoningMode):
 
     name: ClassVar[str] = "cot"
     feeds_vectors: ClassVar[bool] = False
+    takes_samples: ClassVar[bool] = True
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:

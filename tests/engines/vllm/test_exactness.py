@@ -144,6 +144,41 @@ async def test_halting_on_the_device_ends_where_native_ends(
         assert {HaltReason.COLD_STOP, HaltReason.STOP_TOKEN, HaltReason.FIXED} <= {*halts}
 
 
+async def test_end_token_that_the_model_says_is_seen_without_a_step(
+    wide_llama: Path, engines: Engines
+) -> None:
+    """`cot` rows pass vLLM's draws on: ended by the token, at the cap, counted by penalties."""
+    from tests.engines.native.test_exactness import prompt
+
+    async with native_engine(wide_llama) as engine:
+        free = make_request(mode="cot", steps=9, prompt=prompt(1, 26), max_tokens=4)
+        said = (await run(engine, free)).thinking_ids
+        asked = []
+        for at, penalty in ((0, 0.0), (3, 0.0), (3, 0.9), (5, 0.0), (None, 0.0), (None, 0.9)):
+            end = next(t for t in range(3, 120) if t not in said) if at is None else said[at]
+            asked.append(
+                make_request(
+                    request_id=f"{at}-{penalty}",
+                    mode="cot",
+                    steps=9,
+                    prompt=prompt(1, 26),
+                    end=(end,),
+                    max_tokens=6,
+                    frequency_penalty=penalty,
+                    reasoning={"halt": HaltParams(stop_token_ids=(end,))},
+                )
+            )
+        expected = [summary(r) for r in await run_all(engine, asked)]
+    halts = {h for row in expected for h in row[3] if h is not HaltReason.NONE}  # type: ignore[attr-defined]
+    assert halts == {HaltReason.STOP_TOKEN, HaltReason.CAP}
+    async with engines.open(wide_llama) as engine:
+        assert [summary(await run(engine, request)) for request in asked] == expected
+    async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
+        results = await run_all(engine, asked)
+        assert [summary(r) for r in results] == expected
+        assert sum(r.counts.num_preemptions for r in results) > 0
+
+
 async def test_logprobs_and_traces_are_those_of_native(wide_llama: Path, engines: Engines) -> None:
     trace = {"trace": "vectors", "trace_top_k": 4}
     asked = [
