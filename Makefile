@@ -48,7 +48,7 @@ bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
 	.venv/bin/python loadtests/bench/engine.py $(ARGS)
 
 bench-vllm: .venv/vllm  ## vLLM with our hooks beside stock vLLM, on the CPU
-	.venv/bin/python loadtests/bench/vllm_engine.py --cpu --eager $(ARGS)
+	.venv/bin/python -m loadtests.bench.vllm_engine --cpu --eager $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 A new mode is one file in modes/ and one line here.
 """
 
+import functools
 import importlib
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def mode_names() -> tuple[str, ...]:
     return tuple(_MODES)
 
 
+@functools.cache
 def load_mode(name: str) -> "type[ReasoningMode]":
     """Import the class of a mode.
 

@@ -1,27 +1,37 @@
 """Measure vLLM with our hooks beside stock vLLM, on one model, in one run.
 
 Both engines are up at once and take turns, so that a busy machine slows both; ratios are medians
-over repetitions. The last line of stdout is one JSON object. On a machine without a GPU give
+over repetitions, those of tokens a second from the time of a whole batch, those of a step from the
+median step of a batch. The last line of stdout is one JSON object. On a machine without a GPU give
 --cpu: vLLM's GPU code then runs with the stand-in kernels of tests/vllm_cpu, for both sides.
 
-    python loadtests/bench/vllm_engine.py [--cpu] [--eager] [--batch-sizes 1,8,16] [--repeats 5]
+    python -m loadtests.bench.vllm_engine [--cpu] [--eager] [--batch-sizes 1,8,16] [--repeats 5]
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from coconut_serve.types import MixtureParams, ReasoningParams, Request, SamplingParams
+from tests import vllm_cpu
 
 KINDS = ("stock", "none", "cot", "latent", "distribution")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed batch."""
+
+    seconds: float
+    step_seconds: float  # median
 
 
 def prepare(*, is_cpu: bool) -> None:
@@ -29,16 +39,8 @@ def prepare(*, is_cpu: bool) -> None:
     os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", VLLM_NO_USAGE_STATS="1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if is_cpu:
-        root = Path(__file__).parents[2]
-        path = str(root / "tests" / "vllm_cpu")
-        sys.path.insert(0, path)
-        os.environ.update(
-            TRITON_INTERPRET="1",
-            OMP_NUM_THREADS="1",
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            COCONUT_TEST_KERNELS="torch",
-            PYTHONPATH=os.pathsep.join((path, str(root))),
-        )
+        vllm_cpu.prepare()
+        os.environ["COCONUT_TEST_KERNELS"] = "torch"
 
 
 def request(kind: str, prompt: tuple[int, ...], positions: int) -> Request:
@@ -133,19 +135,17 @@ class Bench:
         )
         return found
 
-    async def seconds(self, kind: str, batch_size: int) -> float:
+    async def measure(self, kind: str, batch_size: int) -> Sample:
         """Time one batch; from the first result of all on, so that prefill is left out."""
-        started: list[float] = []
 
-        async def one(index: int, prompt: tuple[int, ...]) -> None:
-            is_first = True
-            async for _ in self._stream(kind, prompt, index):
-                if is_first:
-                    started.append(time.perf_counter())
-                is_first = False
+        async def one(index: int, prompt: tuple[int, ...]) -> list[float]:
+            return [time.perf_counter() async for _ in self._stream(kind, prompt, index)]
 
-        await asyncio.gather(*(one(i, p) for i, p in enumerate(self.prompts(batch_size))))
-        return time.perf_counter() - max(started)
+        rows = await asyncio.gather(*(one(i, p) for i, p in enumerate(self.prompts(batch_size))))
+        started = max(times[0] for times in rows)
+        times = [t for t in rows[-1] if t >= started]
+        steps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        return Sample(time.perf_counter() - started, statistics.median(steps))
 
     async def run(self) -> dict[str, object]:
         """Measure everything and build the report."""
@@ -158,14 +158,14 @@ class Bench:
         args, results = self.args, {}
         with tqdm(total=len(args.batch_sizes) * (args.repeats + 1) * len(KINDS)) as bar:
             for size in args.batch_sizes:
-                samples: dict[str, list[float]] = {kind: [] for kind in KINDS}
+                samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
                 for repeat in range(args.repeats + 1):  # the first is warm-up
                     # Each time in another order: what a machine does to the first, it does to all.
                     for kind in KINDS[repeat % len(KINDS) :] + KINDS[: repeat % len(KINDS)]:
-                        seconds = await self.seconds(kind, size)
+                        sample = await self.measure(kind, size)
                         bar.update()
                         if repeat:
-                            samples[kind].append(seconds)
+                            samples[kind].append(sample)
                 results[str(size)] = self.summary(size, samples)
         await self.stop()
         is_cuda = torch.cuda.is_available()
@@ -186,25 +186,25 @@ class Bench:
             "batch": results,
         }
 
-    def summary(self, size: int, samples: dict[str, list[float]]) -> dict[str, object]:
+    def summary(self, size: int, samples: dict[str, list[Sample]]) -> dict[str, object]:
         """Medians and ratios of one batch size."""
-        num_steps = self.args.positions - 1
+        seconds = {kind: [s.seconds for s in runs] for kind, runs in samples.items()}
+        steps = {kind: [s.step_seconds for s in runs] for kind, runs in samples.items()}
 
-        def ratio(a: str, b: str) -> float:
-            pairs = zip(samples[a], samples[b], strict=True)
-            return round(statistics.median(x / y for x, y in pairs), 3)
+        def ratio(a: list[float], b: list[float]) -> float:
+            return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
 
         report: dict[str, object] = {
-            f"{kind}_step_ms": round(statistics.median(values) / num_steps * 1e3, 3)
-            for kind, values in samples.items()
+            f"{kind}_step_ms": round(statistics.median(values) * 1e3, 3)
+            for kind, values in steps.items()
         }
         report["stock_tokens_per_second"] = round(
-            size * num_steps / statistics.median(samples["stock"]), 1
+            size * (self.args.positions - 1) / statistics.median(seconds["stock"]), 1
         )
-        report["hooks_over_stock_none"] = ratio("stock", "none")
-        report["hooks_over_stock_cot"] = ratio("stock", "cot")
-        report["latent_step_over_cot"] = ratio("latent", "cot")
-        report["distribution_step_over_cot"] = ratio("distribution", "cot")
+        report["hooks_over_stock_none"] = ratio(seconds["stock"], seconds["none"])
+        report["hooks_over_stock_cot"] = ratio(seconds["stock"], seconds["cot"])
+        report["latent_step_over_cot"] = ratio(steps["latent"], steps["cot"])
+        report["distribution_step_over_cot"] = ratio(steps["distribution"], steps["cot"])
         return report
 
 

@@ -155,7 +155,8 @@ async def test_end_token_that_the_model_says_is_seen_without_a_step(
         said = (await run(engine, free)).thinking_ids
         asked = []
         for at, penalty in ((0, 0.0), (3, 0.0), (3, 0.9), (5, 0.0), (None, 0.0), (None, 0.9)):
-            end = next(t for t in range(3, 120) if t not in said) if at is None else said[at]
+            unsaid = next(t for t in range(3, 120) if t not in said)
+            end = unsaid if at is None else said[at] or unsaid
             asked.append(
                 make_request(
                     request_id=f"{at}-{penalty}",
