@@ -55,7 +55,7 @@ SwitchRule = Literal["swi", "confidence"]
 SoftWhen = Literal["confident", "uncertain"]
 StopTest = Literal["argmax", "sampled"]
 EntropyUnit = Literal["nats", "normalized"]
-ConvergeMetric = Literal["none", "cosine", "rel_l2", "argmax_stable"]
+ConvergeMetric = Literal["none", "cosine", "rel_l2", "kl", "argmax_stable"]
 
 
 class FinishReason(StrEnum):
@@ -308,6 +308,9 @@ class ReasoningParams:
         require(has_enter, "reasoning.max_blocks", "must be 1: no token opens another block")
         has_constant = self.source != "constant" or self.constant_token_id is not None
         require(has_constant, "reasoning.source", "'constant' needs a token to feed")
+        has_vectors = self.mode != "cot" or self.halt.converge_metric not in ("cosine", "rel_l2")
+        metric = "reasoning.halt.converge_metric"
+        require(has_vectors, metric, "must be kl or argmax_stable: cot has no vectors to compare")
         is_short = len(self.end_token_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.end", f"must be at most {MAX_FORCED_TOKENS} tokens")
 

@@ -27,3 +27,10 @@ def test_value_out_of_range_is_refused_by_name(
     with pytest.raises(InvalidRequestError) as caught:
         record(**{field: value})
     assert caught.value.param == param
+
+
+def test_vectors_are_not_compared_where_there_are_none() -> None:
+    """Such a row once stopped the whole engine."""
+    halt = HaltParams(converge_metric="cosine")
+    with pytest.raises(InvalidRequestError, match="converge_metric must be kl or argmax_stable"):
+        ReasoningParams(mode="cot", halt=halt)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.slots import Slots, upload
-from coconut_serve.types import MAX_STOP_TOKENS, HaltParams, HaltReason, ReasoningParams
+from coconut_serve.types import (
+    MAX_STOP_TOKENS,
+    ConvergeMetric,
+    HaltParams,
+    HaltReason,
+    ReasoningParams,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +34,11 @@ class View:
     token: Tensor  # [num_rows] int64, the text of the step
     has_text: bool  # False: the mode's steps have none
     vector: Tensor | None  # [num_rows, hidden_size], what would be fed
+
+    @property
+    def is_first(self) -> Tensor:
+        """Whether it is the first step of a phase; [num_rows] bool."""
+        return self.slots.steps_left[self.row_slots] == self.slots.block_steps[self.row_slots]
 
     def uniform(self) -> Tensor:
         """One number in (0, 1) for each row; [num_rows]."""
@@ -64,9 +75,10 @@ class Rule(ABC):
         """Decide for each row; [num_rows] bool."""
 
     def _lasts(self, count: Tensor, patience: Tensor, view: View, is_hit: Tensor) -> Tensor:
-        """Whether a condition has held for `patience` steps in a row; counts in `count`."""
+        """Whether a condition has held for `patience` steps of a phase; counts in `count`."""
         rows = view.row_slots
-        count[rows] = torch.where(is_hit, count[rows] + 1, 0)
+        before = torch.where(view.is_first, 0, count[rows])
+        count[rows] = torch.where(is_hit, before + 1, 0)
         return count[rows] >= patience[rows]
 
 
@@ -165,7 +177,6 @@ class Entropy(Rule):
         self._temperature[slot] = params.mixture.temperature if is_soft else 1.0
         self._bound[slot] = bound
         self._is_share[slot] = params.halt.entropy_unit == "normalized"
-        self._count[slot] = 0
         self._patience[slot] = patience
 
     def _distance(self, view: View) -> Tensor:
@@ -221,52 +232,97 @@ class Converged(Rule):
     """Steps stopped changing (exit criteria of recurrent depth, arXiv 2502.05171)."""
 
     reason = HaltReason.CONVERGED
+    metrics: ClassVar[tuple[ConvergeMetric, ...]]
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._metric = self._buffer("metric", torch.int64)
         self._bound = self._buffer("bound", torch.float32)
         self._count = self._buffer("count", torch.int64)
         self._patience = self._buffer("patience", torch.int64)
-        self._likeliest = self._buffer("likeliest", torch.int64)  # -1 before the first step
-        self._metrics = ("none", "cosine", "rel_l2", "argmax_stable")
 
-    @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
-        """Whether a metric is chosen."""
-        return halt.converge_metric != "none"
+    @classmethod
+    def is_asked(cls, halt: HaltParams) -> bool:
+        """Whether one of its metrics is chosen."""
+        return halt.converge_metric in cls.metrics
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the bound."""
+        self._bound[slot] = params.halt.converge_below
+        self._patience[slot] = params.halt.converge_patience
+
+    def holds(self, view: View) -> Tensor:
+        """Count steps that are near the one before."""
+        is_near = self._is_near(view) & ~view.is_first
+        return self._lasts(self._count, self._patience, view, is_near)
+
+    @abstractmethod
+    def _is_near(self, view: View) -> Tensor:
+        """Compare with the step before, and keep what the next one is compared with."""
+
+
+class SameVector(Converged):
+    """The vector that would be fed is near the one before.
+
+    cosine: 1 - cos; rel_l2: |new - old| / |old|.
+    """
+
+    metrics = ("cosine", "rel_l2")
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._is_cosine = self._buffer("is_cosine", torch.bool)
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note metric and bound."""
-        halt = params.halt
-        self._metric[slot] = self._metrics.index(halt.converge_metric)
-        self._bound[slot] = halt.converge_below
-        self._count[slot] = 0
-        self._patience[slot] = halt.converge_patience
-        self._likeliest[slot] = -1
+        super().admit(slot, params)
+        self._is_cosine[slot] = params.halt.converge_metric == "cosine"
 
-    def holds(self, view: View) -> Tensor:
-        """Compare the vector that would be fed with the one before, or the likeliest tokens.
-
-        cosine: 1 - cos; rel_l2: |new - old| / |old|; argmax_stable: the same likeliest token.
-        """
-        assert view.logits is not None
-        assert view.vector is not None
+    def _is_near(self, view: View) -> Tensor:
+        assert view.vector is not None, "ReasoningParams lets no other mode through"
         rows, slots = view.row_slots, view.slots
         new, old = view.vector.float(), slots.vector[rows].float()
-        distance = 1 - torch.cosine_similarity(new, old, dim=-1)
+        angle = 1 - torch.cosine_similarity(new, old, dim=-1)
         relative = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-12)
-        metric = self._metric[rows]
-        is_near = torch.where(metric == 1, distance, relative) < self._bound[rows]
-        is_near &= slots.is_vector[rows]  # there is a vector before this one
-        likeliest = view.logits.argmax(-1)
-        is_same = likeliest == self._likeliest[rows]
-        self._likeliest[rows] = likeliest
-        is_hit = torch.where(metric == 3, is_same, is_near)
-        return self._lasts(self._count, self._patience, view, is_hit)
+        is_near = torch.where(self._is_cosine[rows], angle, relative) < self._bound[rows]
+        return is_near & slots.is_vector[rows]  # there is a vector before this one
 
 
-RULES: tuple[type[Rule], ...] = (StopToken, Learned, ColdStop, Uncertain, Converged)
+class SameToken(Converged):
+    """The likeliest token stays."""
+
+    metrics = ("argmax_stable",)
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._likeliest = self._buffer("likeliest", torch.int64)
+
+    def _is_near(self, view: View) -> Tensor:
+        assert view.logits is not None
+        new, old = view.logits.argmax(-1), self._likeliest[view.row_slots]
+        self._likeliest[view.row_slots] = new
+        return new == old
+
+
+class SameDistribution(Converged):
+    """The divergence KL(old | new) of the raw next-token distributions is below the bound."""
+
+    metrics = ("kl",)
+    # Made when the first request asks for it: it is as large as the logits.
+    _log_probs: Tensor | None = None  # [num_slots, vocab_size] float32
+
+    def _is_near(self, view: View) -> Tensor:
+        assert view.raw_logits is not None
+        rows, new = view.row_slots, view.raw_logits.log_softmax(-1)
+        if self._log_probs is None:
+            self._log_probs = self._buffer("log_probs", torch.float32, new.shape[1])
+        old = self._log_probs[rows]
+        self._log_probs[rows] = new
+        return (old.exp() * (old - new)).sum(-1) < self._bound[rows]
+
+
+RULES: tuple[type[Rule], ...] = (
+    StopToken, Learned, ColdStop, Uncertain, SameVector, SameToken, SameDistribution,
+)  # fmt: skip
 
 
 class Controller:

@@ -40,7 +40,6 @@ NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
         "pad_positions", "speed", "after", "seed", "max_total_steps",
     )),
-    "halt.converge_metric": ("kl",),
 }  # fmt: skip
 
 

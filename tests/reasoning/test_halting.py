@@ -98,13 +98,50 @@ def test_entropy_on_both_sides(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "below"), [("cosine", 1e-3), ("rel_l2", 1e-2), ("argmax_stable", 0.0)]
+    ("metric", "below"), [("cosine", 1e-3), ("rel_l2", 1e-2), ("kl", 1e-3), ("argmax_stable", 0.0)]
 )
 def test_convergence(metric: str, below: float) -> None:
     halt = HaltParams(converge_metric=metric, converge_below=below, converge_patience=2)  # type: ignore[arg-type]
     moving = [pointing_at(i, 5) for i in (3, 9, 14)]
     still = [pointing_at(20, 5)] * 6
     assert steps_until_end(halt, [*moving, *still]) == (5, HaltReason.CONVERGED)
+
+
+def test_divergence_is_of_the_distribution_before_from_the_one_now() -> None:
+    """KL(p | q) and KL(q | p) are far apart here; the bound lies between."""
+    old, new = pointing_at(3, 9), pointing_at(4, 4)
+    p, q = ((hidden @ TABLE.T).log_softmax(-1) for hidden in (old, new))
+    forth, back = (float((a.exp() * (a - b)).sum()) for a, b in ((p, q), (q, p)))
+    for below, expected in (((forth + back) / 2, forth < back), (forth + 1e-3, True)):
+        halt = HaltParams(converge_metric="kl", converge_below=below)
+        reason = HaltReason.CONVERGED if expected else HaltReason.CAP
+        assert steps_until_end(halt, [old, new])[1] == reason
+
+
+def test_steps_of_another_block_do_not_count() -> None:
+    """A row's second block starts like its first: nothing to compare with, no step counted."""
+    from coconut_serve.reasoning.halting import Controller, View
+    from coconut_serve.reasoning.slots import Slots
+    from coconut_serve.types import ReasoningParams
+
+    slots = Slots(1, HIDDEN, dtype=torch.float32, device=torch.device("cpu"))
+    controller = Controller(slots)
+    halt = HaltParams(converge_metric="kl", converge_below=1e-3, converge_patience=2)
+    params = ReasoningParams(mode="latent", steps=9, enter_token_id=1, max_blocks=2, halt=halt)
+    slots.admit(0, params, 0, 0)
+    controller.admit(0, params)
+    row, logits = torch.tensor([0]), torch.randn(1, 4)
+    view = View(
+        slots=slots, row_slots=row, logits=logits, raw_logits=logits, token=row, has_text=False,
+        vector=None,
+    )  # fmt: skip
+    for _ in range(2):
+        slots.open_blocks(row, torch.tensor([True]))
+        halts = []
+        for _ in range(3):
+            halts.append(controller.check(view, (0,)))
+            slots.steps_left -= 1
+        assert [int(halt) for halt in halts if halt is not None] == [0, 0, HaltReason.CONVERGED]
 
 
 def test_first_rule_wins_and_rows_without_rules_go_on() -> None:

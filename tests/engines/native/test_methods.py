@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
-from coconut_serve.types import HaltReason, MixtureParams, Request, SwitchParams
+from coconut_serve.types import HaltParams, HaltReason, MixtureParams, Request, SwitchParams
 from tests.engines.native.test_exactness import prompt
 from tests.fakes import Result, make_request, native_engine, run, run_all
 from tests.models import load_plain
@@ -33,8 +33,9 @@ def uniform(step: int, stream: int, columns: list[int]) -> list[float]:
     return drawn
 
 
-# What one step feeds, given its number, its logits and the embedding table: text and vector.
-Step = Callable[[int, Tensor, Tensor], tuple[int, Tensor]]
+# What one step feeds, given its number, its logits and the embedding table: text and vector; None:
+# the phase ends.
+Step = Callable[[int, Tensor, Tensor], tuple[int, Tensor] | None]
 
 
 def full(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
@@ -133,6 +134,27 @@ class Swi:
         return token, table[token]
 
 
+def token(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """Greedy cot."""
+    likeliest = int(logits.argmax())
+    return likeliest, table[likeliest]
+
+
+class UntilKl:
+    """Ends once sum p ln(p / q), p the distribution before and q this one, is below a bound."""
+
+    def __init__(self, step: Step, below: float) -> None:
+        self.step, self.below = step, below
+        self.before: Tensor | None = None
+
+    def __call__(self, step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor] | None:
+        p, q = self.before, logits.softmax(-1)
+        self.before = q
+        if p is not None and float((p * (p / q).log()).sum()) < self.below:
+            return None
+        return self.step(step, logits, table)
+
+
 @torch.inference_mode()
 def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[int]]:
     """Think, feed the end token, answer greedily; -> texts of the steps, answer."""
@@ -145,9 +167,11 @@ def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[
 
     texts = []
     for number in range(STEPS):
-        token, vector = step(number, logits(), table)
-        texts.append(token)
-        inputs = torch.cat([inputs, vector[None]])
+        fed = step(number, logits(), table)
+        if fed is None:
+            break
+        texts.append(fed[0])
+        inputs = torch.cat([inputs, fed[1][None]])
     inputs = torch.cat([inputs, table[list(END)]])
     answer: list[int] = []
     for _ in range(ANSWER):
@@ -158,6 +182,11 @@ def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[
 
 def soft(**mixture: Any) -> dict[str, Any]:
     return {"mode": "distribution", "reasoning": {"mixture": MixtureParams(**(FREE | mixture))}}
+
+
+def kl(settings: dict[str, Any], below: float) -> dict[str, Any]:
+    halt = HaltParams(converge_metric="kl", converge_below=below)
+    return {**settings, "reasoning": {**settings.get("reasoning", {}), "halt": halt}}
 
 
 def auto(mixture: dict[str, Any] | None = None, **switch: Any) -> dict[str, Any]:
@@ -186,6 +215,8 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
     ),
     "thinkrouter": (auto({"top_k": 10}, rule="confidence", p_max=0.1), lambda: confidence),
     "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
+    "kl": (kl(soft(kind="full"), 0.6), lambda: UntilKl(full, 0.6)),
+    "kl-cot": (kl({"mode": "cot"}, 0.6), lambda: UntilKl(token, 0.6)),
     "swi-hard": (auto(**SWI, hard_token_ids=HARD), lambda: Swi(2, 40, 41, 42, set(HARD))),
 }
 
@@ -213,6 +244,8 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
         for key, result in zip(asked, results, strict=True):
             assert (result.thinking_ids, result.token_ids) == expected[key], key
 
+    lengths = {len(texts) for (name, _), (texts, _) in expected.items() if name.startswith("kl")}
+    assert len(lengths) > 2, "phases end at different steps"
     async with native_engine(tiny_llama) as engine:
         check([await run(engine, request) for request in asked.values()])
         check(await run_all(engine, list(asked.values())))
