@@ -53,7 +53,7 @@ class Prompt(_Strict):
     add_bos: bool = True
     suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
     end_ids: list[int] | None = None  # forced after it; None: the end token
-    speed: int | str | None = None  # fills {speed} of the template (CoLaR)
+    speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
 
 
 class Hidden(_Strict):
@@ -189,14 +189,19 @@ def load_manifest(directory: Path) -> Manifest | None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise StartupError(f"{path}: {where}: {first['msg']}", param=where) from error
-    _check_modes(path, manifest)
+    _check_parts(path, manifest)
     return manifest
 
 
-def _check_modes(path: Path, manifest: Manifest) -> None:
+def _check_parts(path: Path, manifest: Manifest) -> None:
+    """Check what one part says against another."""
     if manifest.default_mode is not None and manifest.default_mode not in manifest.modes:
         raise StartupError(
             f"{path}: default_mode {manifest.default_mode!r} is not in modes", param="default_mode"
+        )
+    if "{speed}" in (manifest.prompt.template or "") and manifest.prompt.speed is None:
+        raise StartupError(
+            f"{path}: prompt.speed is needed: the template has {{speed}}", param="prompt.speed"
         )
     if manifest.steps > manifest.max_steps:
         raise StartupError(f"{path}: steps is more than max_steps", param="steps")

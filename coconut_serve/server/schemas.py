@@ -38,7 +38,7 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "pad_positions", "speed", "after", "seed", "max_total_steps",
+        "pad_positions", "after", "seed", "max_total_steps",
     )),
 }  # fmt: skip
 
@@ -140,6 +140,7 @@ class ReasoningBody(_Body):
     mixture: MixtureBody | None = None
     halt: HaltBody | None = None
     switch: SwitchBody | None = None
+    speed: int | str | None = None
     branches: Annotated[int, Field(ge=1)] | None = None
     select: Literal["first", "vote", "logprob", "all"] | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
@@ -330,6 +331,11 @@ def _check_values(asked: Mapping[str, Any]) -> None:
         known = ", ".join(PRESETS)
         raise InvalidRequestError(
             f"reasoning.preset must be one of {known}", param="reasoning.preset"
+        )
+    speed = asked.get("speed", "auto")
+    if speed != "auto" and (isinstance(speed, str) or speed < 1):
+        raise InvalidRequestError(
+            "reasoning.speed must be 'auto' or a whole number from 1", param="reasoning.speed"
         )
     for name in ("start", "end"):
         value = asked.get(name)

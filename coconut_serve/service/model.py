@@ -92,6 +92,16 @@ class ModelReasoning:
         return self.manifest is not None and self.manifest.distribution.slots == "latent"
 
     @property
+    def takes_speed(self) -> bool:
+        """Whether the question's template says how fast to think."""
+        return "{speed}" in (self.question_template or "")
+
+    @property
+    def default_speed(self) -> int | str | None:
+        """What the template's {speed} is where a request names none."""
+        return (self.manifest or Manifest()).prompt.speed
+
+    @property
     def question_template(self) -> str | None:
         """The template of a model that takes questions, not chats; else None."""
         prompt = (self.manifest or Manifest()).prompt

@@ -152,6 +152,7 @@ class PromptBuilder:
             trace_bounds=self._trace_bounds,
             num_prompt_tokens=max(len(p) for p in prompts),
             max_tokens=max_tokens or 1,
+            has_speed=self._model.takes_speed and ask.messages is not None,
         )
         self._check_resolved(resolved, ask.sampling)
         if self._model.question_template and len(ask.messages or ()) > 1:
@@ -198,7 +199,7 @@ class PromptBuilder:
                 code="context_length_exceeded",
             )
         if ask.messages is not None:
-            ids = self._chat(ask.messages, mode, ask.chat_template_options)
+            ids = self._chat(ask, ask.messages, mode)
             return [self._bound_thinking(ids, mode, _TEMPLATE_TAIL)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
         is_implied = self._model.is_thinker and self._model.think_start_id is None
@@ -219,7 +220,7 @@ class PromptBuilder:
         return tuple(tokenizer.encode(text, add_special_tokens=add_special))
 
     def _chat(
-        self, messages: Sequence[ChatMessage], mode: str, options: Mapping[str, object]
+        self, ask: GenerationAsk, messages: Sequence[ChatMessage], mode: str
     ) -> tuple[int, ...]:
         """Render a chat: the model's chat template, or the manifest's question template."""
         template = self._model.question_template
@@ -227,14 +228,16 @@ class PromptBuilder:
             question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
             if question is None:
                 raise InvalidRequestError("messages must have a user message", param="messages")
-            return self._ids(template.replace("{question}", str(question)), "messages")
+            speed = ask.reasoning.get("speed", self._model.default_speed)
+            text = template.replace("{speed}", str(speed)).replace("{question}", str(question))
+            return self._ids(text, "messages")
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions",
                 param="messages",
                 code="no_chat_template",
             )
-        options = {"enable_thinking": mode != "none", **options}
+        options = {"enable_thinking": mode != "none", **ask.chat_template_options}
         text = self._tokenizer.render_chat(messages, **options)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 

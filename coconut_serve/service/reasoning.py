@@ -96,6 +96,7 @@ def resolve(
     trace_bounds: tuple[TraceLevel, TraceLevel],
     num_prompt_tokens: int,
     max_tokens: int,
+    has_speed: bool = False,
 ) -> Resolved:
     """Resolve a request's reasoning.
 
@@ -107,6 +108,7 @@ def resolve(
         trace_bounds: The least detailed trace the server gives, and the most.
         num_prompt_tokens: Length of the prompt before the suffix.
         max_tokens: Answer tokens asked for.
+        has_speed: The prompt says how fast to think.
 
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
@@ -136,6 +138,7 @@ def resolve(
         trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),
     )
+    _speed(pick, has_speed)
     branches, select = _branches(pick)
     unused = _unused(pick, mode, effort)
     if unused:
@@ -154,6 +157,15 @@ def _picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> _Picker:
     if mode in ("distribution", "auto"):
         pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
     return pick
+
+
+def _speed(pick: _Picker, has_speed: bool) -> None:
+    """Note the speed that the prompt names; PromptBuilder has put it there."""
+    asked = pick.layers[0][1]
+    needs = "needs a chat, and a model whose prompt template has {speed}"
+    require(has_speed or "speed" not in asked, "reasoning.speed", needs)
+    if has_speed:
+        pick("speed", None)
 
 
 def _branches(pick: _Picker) -> tuple[int, Select]:
@@ -177,6 +189,7 @@ class _Phase:
 def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
     """What the manifest says of settings, by the names of a request."""
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
+    declared["speed"] = manifest.prompt.speed
     halting = manifest.halting
     if mode in ("latent", "distribution") and halting.rule != "fixed":
         is_drawn = halting.test == "sampled"

@@ -57,6 +57,8 @@ def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
         ({"schema": 1, "steps": "6"}, "steps"),
         ({"schema": 1, "steps": 9, "max_steps": 3}, "steps"),
         ({"schema": 1, "default_mode": "latent"}, "default_mode"),
+        ({"schema": 1, "prompt": {"speed": "fast"}}, "prompt.speed"),
+        ({"schema": 1, "prompt": {"template": "{question} {speed}"}}, "prompt.speed is needed"),
         ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
         ({"schema": 1, "boundary": "telepathic"}, "boundary"),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.engines.base import EngineInfo
+from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import GenerationAsk, Prepared, PromptBuilder, SamplingAsk
@@ -30,9 +31,11 @@ class OpeningTokenizer(ByteTokenizer):
         return text + "<\n"
 
 
-def make_builder(tokenizer: ByteTokenizer | None = None, thinks: bool = True) -> PromptBuilder:
+def make_builder(
+    tokenizer: ByteTokenizer | None = None, thinks: bool = True, **declared: Any
+) -> PromptBuilder:
     tokens = {"think_start": {"id": THINK}, "think_end": {"id": ANSWER}} if thinks else {}
-    manifest = Manifest.model_validate({"schema": 1, "tokens": tokens})
+    manifest = Manifest.model_validate({"schema": 1, "tokens": tokens, **declared})
     tokenizer = tokenizer or ByteTokenizer()
     model = ModelReasoning.read(
         manifest,
@@ -105,6 +108,30 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     assert steps("a<" + "b" * 20, None)[0] > 100, "a thought that has gone on for a while"
     assert steps("a<b>" + "c" * 20, None)[0] == 0
     assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
+
+
+def test_speed_fills_its_place_in_the_template() -> None:
+    template = "{question}(Thinking speed: {speed})###"
+    prompt = {"template": template, "chat_template": False, "speed": 5}
+    halting = {"rule": "stop_token", "token_ids": [35], "test": "sampled"}
+    colar = make_builder(thinks=False, modes=["latent"], prompt=prompt, halting=halting)
+
+    def ask(text: str = "hi {speed}", **asked: Any) -> tuple[str, Any]:
+        prepared = chat(colar, "latent", text, reasoning={"preset": "colar", **asked})
+        return text_of(prepared), prepared.resolved.parameters["speed"]
+
+    end = "(Thinking speed: {})###"
+    assert ask() == ("hi {speed}" + end.format(5), {"value": 5, "source": "manifest"})
+    assert ask(speed=2) == ("hi {speed}" + end.format(2), {"value": 2, "source": "request"})
+    assert ask(speed="auto")[0].endswith(end.format("auto"))
+    raw = GenerationAsk(
+        request_id="r", endpoint="c", mode=None, prompts=["a"], reasoning={"speed": 2}
+    )
+    for builder, asked in ((colar, raw), (make_builder(), raw)):
+        with pytest.raises(InvalidRequestError, match=r"whose prompt template has \{speed\}"):
+            builder.prepare(asked)
+    with pytest.raises(InvalidRequestError, match=r"reasoning\.speed needs a chat"):
+        chat(make_builder(), "cot", reasoning={"speed": 2})
 
 
 def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
