@@ -42,6 +42,7 @@ _SWITCH_RANGES = {
 _REASONING_RANGES = {
     "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "noise_std": (0, 10),
     "latent_temperature": (0, 5), "soft_weight": (0, 1), "trace_top_k": (1, MAX_LOGPROBS),
+    "max_total_steps": (0, 2**31),
 }  # fmt: skip
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
@@ -286,6 +287,7 @@ class ReasoningParams:
     keeps_last: bool = False  # the vector of the step that halts is fed all the same
     enter_token_id: int | None = None  # thinking starts each time the answer says this token
     max_blocks: int = 1  # thinking phases; more than one only with enter_token_id
+    max_total_steps: int = 0  # thinking, end tokens and answer together; 0: no bound of their own
     source: Source = "hidden"  # latent: what is fed; constant: a control run
     constant_token_id: int | None = None  # the token of source "constant"
     adapter: str = "none"  # latent: its name in the manifest, or "realign"
@@ -341,9 +343,15 @@ class Request:
     group_id: str | None = None  # same prompt; members share the prompt's blocks
 
     @property
+    def max_new_positions(self) -> int:
+        """Positions after the prompt that the request can take at most."""
+        steps = self.reasoning.max_thinking + self.sampling.max_tokens
+        return min(steps, self.reasoning.max_total_steps or steps)
+
+    @property
     def max_num_positions(self) -> int:
         """KV positions the request can take at most."""
-        return len(self.prompt_token_ids) + self.reasoning.max_thinking + self.sampling.max_tokens
+        return len(self.prompt_token_ids) + self.max_new_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,6 +122,7 @@ class StubEngine:
         params, ids = request.reasoning, request.prompt_token_ids
         lengths = (params.steps, len(params.end_token_ids), request.sampling.max_tokens)
         kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
+        del kinds[request.max_new_positions :]
         done: Counter[Phase] = Counter()
         for position, phase in enumerate(kinds):
             await self._pace(position)

@@ -38,7 +38,7 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "pad_positions", "after", "seed", "max_total_steps",
+        "pad_positions", "after", "seed",
     )),
 }  # fmt: skip
 
@@ -130,6 +130,7 @@ class ReasoningBody(_Body):
     steps: Annotated[int, Field(ge=0)] | None = None
     min_steps: Annotated[int, Field(ge=0)] | None = None
     max_blocks: Annotated[int, Field(ge=1)] | None = None
+    max_total_steps: Annotated[int, Field(ge=1)] | None = None
     start: str | int | list[int] | None = None
     end: str | int | list[int] | None = None
     source: Literal["hidden", "distribution", "constant"] | None = None

@@ -113,12 +113,10 @@ def resolve(
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
     """
-    manifest = model.manifest or Manifest()
-    pick = _picker(mode, asked, manifest)
+    pick = _picker(mode, asked, model.manifest or Manifest())
     warnings: list[str] = []
     phase = _Phase()
-    is_soft = mode == "distribution"
-    if mode == "latent" or (is_soft and model.has_latent_slots):
+    if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
         phase = _latent_phase(pick, asked, model, effort, warnings)
     elif mode != "none":
         phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
@@ -132,9 +130,8 @@ def resolve(
         end_token_ids=phase.end_ids,
         noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         halt=halt,
-        **(_latent_input(pick, manifest, warnings) if mode == "latent" else {}),
-        **({"mixture": _mixture(pick), **_gate(pick, manifest)} if is_soft else {}),
-        **(_switching(pick, model) if mode == "auto" else {}),
+        **_fed(pick, mode, model, warnings),
+        max_total_steps=pick("max_total_steps", None) or 0,
         trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),
     )
@@ -200,6 +197,16 @@ def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
         else:
             declared |= {"halt.stop_tokens": halting.token_ids, "halt.stop_test": halting.test}
     return declared
+
+
+def _fed(pick: _Picker, mode: str, model: ModelReasoning, warnings: list[str]) -> dict[str, Any]:
+    """What the mode feeds."""
+    manifest = model.manifest or Manifest()
+    if mode == "latent":
+        return _latent_input(pick, manifest, warnings)
+    if mode == "distribution":
+        return {"mixture": _mixture(pick), **_gate(pick, manifest)}
+    return _switching(pick, model) if mode == "auto" else {}
 
 
 def _mixture(pick: _Picker) -> MixtureParams:

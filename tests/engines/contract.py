@@ -50,6 +50,22 @@ class EngineContract:
                 assert has_text == [mode != "latent"] * 3
                 assert sum(o.halt_reason != 0 for o in result.outputs) == 1
 
+    async def test_all_positions_together_may_be_bounded(self) -> None:
+        """In the thinking, at its end, among the end tokens, in the answer, and beyond it."""
+        async with self.engine() as (engine, _):
+            for bound, expected in ((2, 2), (3, 3), (4, 4), (6, 6), (50, 9)):
+                reasoning = {"max_total_steps": bound}
+                for mode in ("latent", "distribution", "cot"):
+                    request = make_request(
+                        "r", mode=mode, steps=3, end=(4, 5), max_tokens=4, reasoning=reasoning
+                    )
+                    result = await run(engine, request)
+                    assert len(result.outputs) == expected
+                    assert result.finish_reason is FinishReason.LENGTH
+                    counts = result.counts
+                    assert counts.num_reasoning_steps == min(expected, 3)
+                    assert counts.num_output_tokens == max(0, expected - 5)
+
     async def test_same_seed_same_tokens_whatever_else_runs(self) -> None:
         async with self.engine() as (engine, _):
             requests = [

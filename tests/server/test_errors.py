@@ -140,6 +140,7 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         {"reasoning_mode": "latent", "reasoning": {"steps": 2, "min_steps": 3}},
         "reasoning.min_steps",
     ),
+    ("total", {"reasoning": {"max_total_steps": 0}}, "reasoning.max_total_steps"),
     ("speed", {"reasoning": {"speed": 0}}, "reasoning.speed"),
     ("speed in words", {"reasoning": {"speed": "fast"}}, "reasoning.speed"),
     ("speed list", {"reasoning": {"speed": [1]}}, "reasoning.speed"),

@@ -140,6 +140,16 @@ def test_tokens_may_be_named_by_their_text() -> None:
     assert swi.newline_token_id == ord("\n")
 
 
+def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
+    for mode in ENGINE_MODES:
+        result = resolved(mode, make_model(), max_total_steps=7)
+        assert result.params.max_total_steps == 7
+        assert result.parameters["max_total_steps"] == {"value": 7, "source": "request"}
+        plain = resolved(mode, make_model())
+        assert plain.params.max_total_steps == 0
+        assert plain.parameters["max_total_steps"] == {"value": None, "source": "default"}
+
+
 def test_server_can_force_a_trace() -> None:
     from coconut_serve.service.reasoning import _Picker, _trace
 

@@ -291,8 +291,8 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
     num_thinking = params.max_thinking
     has_known_length = params.is_fixed or not params.steps
     return SamplingParams(
-        max_tokens=num_thinking + sampling.max_tokens,
-        min_tokens=num_thinking + sampling.min_tokens
+        max_tokens=request.max_new_positions,
+        min_tokens=min(num_thinking + sampling.min_tokens, request.max_new_positions)
         if sampling.min_tokens and has_known_length
         else 0,
         temperature=0.0 if sampling.is_greedy else sampling.temperature,

@@ -28,7 +28,8 @@ from coconut_serve.types import (
 
 _PREFIX = "reasoning_"
 _NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
-_NOT_PLAIN = ("mixture", "halt", "switch", "trace", "trace_top_k")
+# What vLLM bounds by its own max_tokens comes last.
+_NOT_PLAIN = ("mixture", "halt", "switch", "trace", "trace_top_k", "max_total_steps")
 _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
 _OWN = ("seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width")
 # What only our engine sends: it reads the report, and its service has counted the tokens.
