@@ -109,7 +109,7 @@ def _check_ranges(record: object, path: str, ranges: Mapping[str, tuple[float, f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How answer tokens (and `cot` thinking tokens) are drawn.
+    """How tokens are drawn: of the answer, and of the thinking phase where its mode draws any.
 
     Temperature 0 is greedy. The seed and the position alone decide the noise of a row, so batch
     mates never change it.
@@ -339,8 +339,15 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]  # includes the start-of-thought token
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    thinking: SamplingParams | None = None  # draws thinking tokens and seeds all noise of thinking;
+    # None: `sampling` does
     reasoning: ReasoningParams = field(default_factory=ReasoningParams)
     group_id: str | None = None  # same prompt; members share the prompt's blocks
+
+    @property
+    def thinking_seed(self) -> int:
+        """What seeds the thinking phase."""
+        return (self.thinking or self.sampling).seed
 
     @property
     def max_new_positions(self) -> int:

@@ -44,13 +44,15 @@ def make_request(
     max_tokens: int = 8,
     group_id: str | None = None,
     reasoning: dict[str, Any] | None = None,
+    thinking: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> Request:
-    sampling = {"temperature": 0.0, **sampling}
+    sampling = {"temperature": 0.0, "max_tokens": max_tokens, **sampling}
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        sampling=SamplingParams(**sampling),
+        thinking=None if thinking is None else SamplingParams(**(sampling | thinking)),
         reasoning=ReasoningParams(
             mode=mode,
             steps=steps,

@@ -103,7 +103,7 @@ class Decider:
         if any(self._host_end_adds[slot] for slot in step.host_slots):
             self._add_end(step, is_last & self._end_adds[rows] & step.is_vector)
         step.is_vector &= step.thinks | step.adds_end
-        token = torch.where(step.thinks, step.text, step.sampled)
+        token = torch.where(step.thinks, step.text, step.answer)
         step.token = torch.where(step.is_forced, slots.forced[rows, 0], token)
         is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)
         step.halt = torch.where(is_bad & ~step.is_forced, int(HaltReason.NUMERICAL), step.halt)

@@ -28,7 +28,7 @@ class StepContext:
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
     # neither the mode nor a halting rule looks at them
     raw_logits: Tensor | None  # the same without bias, penalties and banned tokens
-    sampled: Tensor  # [num_rows] int64, drawn by the row's ordinary sampling settings, -1 for none
+    sampled: Tensor  # [num_rows] int64, drawn as the row's thinking tokens are, -1 for none
     embedding: Embedding
     adapters: AdapterBank
     has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
@@ -96,7 +96,7 @@ class ReasoningMode(ABC):
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
-        """Whether thinking steps draw a token as answers do."""
+        """Whether thinking steps draw a token."""
         return False
 
     def admit(self, slot: int, params: ReasoningParams) -> None:  # noqa: B027 (optional hook)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import HaltReason, Phase, ReasoningTrace, Request, TokenLogprobs
 
@@ -56,6 +57,7 @@ class RowPlan:
     needs_logits: bool
     needs_sampled: bool  # a token is drawn from the logits
     thinks_on_logits: bool = False  # the mode or a halting rule looks at them
+    draws_apart: bool = False  # thinking tokens are drawn otherwise than those of the answer
     wanted: Wanted = NOTHING
 
 
@@ -85,6 +87,7 @@ class StepRows:
         self.logits: Tensor | None = None  # the same, adjusted
         self._logit_row: dict[int, int] = {}  # row -> its row in the logits
         self.sampled = torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+        self.answer = self.sampled  # the same for the answer, where that is drawn otherwise
         self.text = self.sampled.clone()  # the token a thinking step stands for
         self.token = self.sampled  # decided: next input, or the text of a vector
         self.halt = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -134,6 +137,16 @@ class StepRows:
         logits = self.raw_logits if is_raw else self.logits
         assert logits is not None
         return self.select(logits, [self._logit_row[i] for i in members])
+
+    def draw_apart(self, drawer: Drawer) -> None:
+        """Draw thinking tokens anew where they have settings of their own."""
+        members = [i for i, row in enumerate(self.rows) if row.draws_apart]
+        if not members:
+            return
+        self.answer = self.sampled.clone()
+        host_slots = tuple(self.rows[i].slot for i in members)
+        rows = self.select(self.row_slots, members)
+        self.assign(self.sampled, members, drawer.sample(self.logits_of(members), rows, host_slots))
 
     @property
     def emitted(self) -> Tensor:

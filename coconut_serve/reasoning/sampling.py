@@ -53,20 +53,111 @@ def apply_changes(logits: Tensor, changes: list[LogitChange], num_output_tokens:
     return logits.index_put((at, column), added, accumulate=True)
 
 
-class Sampler:
-    """Per-slot sampling settings and the token counts that penalties need.
+class Drawer:
+    """Draws tokens by each slot's temperature, filters and seed.
 
     The host keeps each slot's settings too, so a step runs only what some row asks for.
+
+    Args:
+        slots: The engine's slots.
+        vocab_size: Columns of the logits.
+        name: What its buffers are called after.
     """
 
-    def __init__(self, slots: Slots, vocab_size: int) -> None:
+    def __init__(self, slots: Slots, vocab_size: int, name: str) -> None:
         self._slots = slots
         self._vocab_size = vocab_size
         self._params: list[SamplingParams] = [SamplingParams()] * slots.num_slots
-        self._temperature = slots.register("temperature", torch.float32)  # [num_slots]
-        self._top_p = slots.register("top_p", torch.float32)
-        self._top_k = slots.register("top_k", torch.int64)
-        self._min_p = slots.register("min_p", torch.float32)
+        self._temperature = slots.register(f"{name}_temperature", torch.float32)  # [num_slots]
+        self._top_p = slots.register(f"{name}_top_p", torch.float32)
+        self._top_k = slots.register(f"{name}_top_k", torch.int64)
+        self._min_p = slots.register(f"{name}_min_p", torch.float32)
+        self._seed = slots.register(f"{name}_seed", torch.int64)
+
+    def admit(self, slot: int, params: SamplingParams) -> None:
+        """Set the slot up for a new sequence."""
+        self._params[slot] = params
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._top_k[slot] = params.top_k
+        self._min_p[slot] = params.min_p
+        self._seed[slot] = params.seed
+
+    def sample(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
+        """Draw one token a row.
+
+        Args:
+            logits: [num_rows, vocab_size] float32, adjusted.
+            row_slots: [num_rows] int64.
+            host_slots: The same on the host.
+
+        Returns:
+            [num_rows] int64.
+        """
+        params = [self._params[slot] for slot in host_slots]
+        drawn = logits.argmax(-1)
+        random = [i for i, p in enumerate(params) if not p.is_greedy and not p.has_filters]
+        filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
+        for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
+            if indices:
+                rows = upload(indices, logits.device)
+                drawn[rows] = draw(logits[rows], row_slots[rows])
+        return drawn
+
+    def _probs(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        return (logits / self._temperature[row_slots].unsqueeze(1)).softmax(-1)
+
+    def _uniform(self, row_slots: Tensor) -> Tensor:
+        """One number in (0, 1) a row; [num_rows, 1]."""
+        counter = self._slots.num_decisions[row_slots]
+        column = torch.zeros(1, 1, dtype=torch.int64, device=counter.device)
+        return noise.uniform(self._seed[row_slots], counter, noise.SAMPLE_STREAM, column)
+
+    def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        """Invert the cumulative distribution over the whole vocabulary."""
+        cumulative = self._probs(logits, row_slots).double().cumsum(-1)
+        return _invert(cumulative, self._uniform(row_slots))
+
+    def _draw_filtered(self, logits: Tensor, row_slots: Tensor) -> Tensor:
+        """The same over the tokens that top-k, then top-p, then min-p leave."""
+        probs = self._probs(logits, row_slots)
+        if probs.is_cuda or probs.shape[1] <= _NUM_CANDIDATES:
+            p, ids = probs.sort(dim=-1, descending=True, stable=True)
+            return self._draw_sorted(p, ids, row_slots)
+        # On the CPU a partial sort is many times cheaper, and looking at it waits for nothing.
+        # Each row chooses for itself, so batch mates do not change how its ties are ordered.
+        p, ids = probs.topk(_NUM_CANDIDATES, dim=-1)
+        top_k, top_p = self._top_k[row_slots], self._top_p[row_slots]
+        is_enough = ((top_k > 0) & (top_k <= _NUM_CANDIDATES)) | (
+            (top_k == 0) & (p.sum(-1) >= top_p + 1e-4)
+        )
+        drawn = self._draw_sorted(p, ids, row_slots)
+        rest = (~is_enough).nonzero().squeeze(1)
+        if rest.numel():
+            p, ids = probs[rest].sort(dim=-1, descending=True, stable=True)
+            drawn[rest] = self._draw_sorted(p, ids, row_slots[rest])
+        return drawn
+
+    def _draw_sorted(self, p: Tensor, ids: Tensor, row_slots: Tensor) -> Tensor:
+        """Filter and draw from probabilities [num_rows, width] in falling order."""
+        top_k, top_p = self._top_k[row_slots].unsqueeze(1), self._top_p[row_slots].unsqueeze(1)
+        rank = torch.arange(p.shape[1], device=p.device)
+        p = torch.where((top_k > 0) & (rank >= top_k), 0.0, p)
+        mass = torch.where(top_k > 0, p.sum(-1, keepdim=True), 1.0)
+        is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
+        is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
+        is_kept[:, 0] = True  # however small top_p is
+        # Back to the order of ids: rounding may swap ranks, and must not change the draw.
+        weights = p.new_zeros(p.shape[0], self._vocab_size)
+        weights.scatter_(1, ids, torch.where(is_kept, p, 0.0))
+        return _invert(weights.double().cumsum(-1), self._uniform(row_slots))
+
+
+class Sampler(Drawer):
+    """Draws answers: adds penalties, with the token counts they need, and changes of logits."""
+
+    def __init__(self, slots: Slots, vocab_size: int) -> None:
+        super().__init__(slots, vocab_size, "answer")
         self._repetition = slots.register("repetition_penalty", torch.float32)
         self._presence = slots.register("presence_penalty", torch.float32)
         self._frequency = slots.register("frequency_penalty", torch.float32)
@@ -74,13 +165,11 @@ class Sampler:
         self._counts: Tensor | None = None  # [num_slots, vocab_size] int16, emitted tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
 
-    def admit(self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
+    def admit(
+        self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...] = ()
+    ) -> None:
         """Set the slot up for a new sequence."""
-        self._params[slot] = params
-        self._temperature[slot] = params.temperature
-        self._top_p[slot] = params.top_p
-        self._top_k[slot] = params.top_k
-        self._min_p[slot] = params.min_p
+        super().admit(slot, params)
         if params.has_penalties:
             self._admit_penalties(slot, params, prompt_token_ids)
 
@@ -133,76 +222,6 @@ class Sampler:
         changed = changed - (counts > 0) * self._presence[row_slots].unsqueeze(1)
         is_on = torch.tensor(has_penalties, device=logits.device).unsqueeze(1)
         return torch.where(is_on, changed, logits)
-
-    def sample(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
-        """Draw one token a row.
-
-        Args:
-            logits: [num_rows, vocab_size] float32, adjusted.
-            row_slots: [num_rows] int64.
-            host_slots: The same on the host.
-
-        Returns:
-            [num_rows] int64.
-        """
-        params = [self._params[slot] for slot in host_slots]
-        drawn = logits.argmax(-1)
-        random = [i for i, p in enumerate(params) if not p.is_greedy and not p.has_filters]
-        filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
-        for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
-            if indices:
-                rows = upload(indices, logits.device)
-                drawn[rows] = draw(logits[rows], row_slots[rows])
-        return drawn
-
-    def _probs(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        return (logits / self._temperature[row_slots].unsqueeze(1)).softmax(-1)
-
-    def _uniform(self, row_slots: Tensor) -> Tensor:
-        """One number in (0, 1) a row; [num_rows, 1]."""
-        slots = self._slots
-        counter = slots.num_decisions[row_slots]
-        column = torch.zeros(1, 1, dtype=torch.int64, device=counter.device)
-        return noise.uniform(slots.seed[row_slots], counter, noise.SAMPLE_STREAM, column)
-
-    def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        """Invert the cumulative distribution over the whole vocabulary."""
-        cumulative = self._probs(logits, row_slots).double().cumsum(-1)
-        return _invert(cumulative, self._uniform(row_slots))
-
-    def _draw_filtered(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        """The same over the tokens that top-k, then top-p, then min-p leave."""
-        probs = self._probs(logits, row_slots)
-        if probs.is_cuda or probs.shape[1] <= _NUM_CANDIDATES:
-            p, ids = probs.sort(dim=-1, descending=True, stable=True)
-            return self._draw_sorted(p, ids, row_slots)
-        # On the CPU a partial sort is many times cheaper, and looking at it waits for nothing.
-        # Each row chooses for itself, so batch mates do not change how its ties are ordered.
-        p, ids = probs.topk(_NUM_CANDIDATES, dim=-1)
-        top_k, top_p = self._top_k[row_slots], self._top_p[row_slots]
-        is_enough = ((top_k > 0) & (top_k <= _NUM_CANDIDATES)) | (
-            (top_k == 0) & (p.sum(-1) >= top_p + 1e-4)
-        )
-        drawn = self._draw_sorted(p, ids, row_slots)
-        rest = (~is_enough).nonzero().squeeze(1)
-        if rest.numel():
-            p, ids = probs[rest].sort(dim=-1, descending=True, stable=True)
-            drawn[rest] = self._draw_sorted(p, ids, row_slots[rest])
-        return drawn
-
-    def _draw_sorted(self, p: Tensor, ids: Tensor, row_slots: Tensor) -> Tensor:
-        """Filter and draw from probabilities [num_rows, width] in falling order."""
-        top_k, top_p = self._top_k[row_slots].unsqueeze(1), self._top_p[row_slots].unsqueeze(1)
-        rank = torch.arange(p.shape[1], device=p.device)
-        p = torch.where((top_k > 0) & (rank >= top_k), 0.0, p)
-        mass = torch.where(top_k > 0, p.sum(-1, keepdim=True), 1.0)
-        is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
-        is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
-        is_kept[:, 0] = True  # however small top_p is
-        # Back to the order of ids: rounding may swap ranks, and must not change the draw.
-        weights = p.new_zeros(p.shape[0], self._vocab_size)
-        weights.scatter_(1, ids, torch.where(is_kept, p, 0.0))
-        return _invert(weights.double().cumsum(-1), self._uniform(row_slots))
 
     def count(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
         """Note emitted tokens for the penalties.

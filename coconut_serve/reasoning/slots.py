@@ -52,7 +52,7 @@ class Slots:
         self.steps_left = self.register("steps_left", torch.int64)  # [num_slots]
         self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
         self.num_output_tokens = self.register("num_output_tokens", torch.int64)  # of the answer
-        self.seed = self.register("seed", torch.int64)  # [num_slots]
+        self.seed = self.register("seed", torch.int64)  # of the thinking phase
         self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS)  # queue, as a ring
         self.forced_left = self.register("forced_left", torch.int64)  # [num_slots]
         self.enter_token = self.register("enter_token", torch.int64)  # -1: none opens a block

@@ -16,7 +16,7 @@ from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.mode import ProjectLogits
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
-from coconut_serve.reasoning.sampling import Sampler
+from coconut_serve.reasoning.sampling import Drawer, Sampler
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot
 from coconut_serve.types import Phase, ReasoningParams, Request
 
@@ -72,7 +72,8 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
     may_halt = params.halt.may_halt
     may_leave = not may_think or progress.num_steps_left <= 0 or may_halt
     may_answer = may_leave and progress.num_forced_left == 0
-    needs_sampled = may_answer or (may_think and mode.needs_sampled(params))
+    draws_thoughts = may_think and mode.needs_sampled(params)
+    needs_sampled = may_answer or draws_thoughts
     thinks_on_logits = may_think and mode.thinks_on_logits(params)
     wanted = Wanted.read(request)
     if not may_think:
@@ -85,6 +86,7 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
         needs_logits=needs_sampled or has_trace or thinks_on_logits,
         needs_sampled=needs_sampled,
         thinks_on_logits=thinks_on_logits,
+        draws_apart=draws_thoughts and request.thinking is not None,
         wanted=wanted,
     )
 
@@ -114,14 +116,21 @@ class ReasoningStep:
         self._slots = slots
         self._decider = Decider(slots, mode_names, embedding=embedding, adapters=adapters)
         self._sampler = Sampler(slots, vocab_size)
+        self._thinking = Drawer(slots, vocab_size, "thinking")
         self._project_logits = project_logits
 
     def admit(self, slot: int, request: Request, snapshot: SlotSnapshot | None = None) -> None:
         """Set a slot up for a request; with a snapshot, go on where it was taken."""
         sampling, prompt = request.sampling, request.prompt_token_ids
         self._sampler.admit(slot, sampling, prompt)
+        if request.thinking is not None:
+            self._thinking.admit(slot, request.thinking)
         self._decider.admit(
-            slot, request.reasoning, seed=sampling.seed, next_token_id=prompt[-1], snapshot=snapshot
+            slot,
+            request.reasoning,
+            seed=request.thinking_seed,
+            next_token_id=prompt[-1],
+            snapshot=snapshot,
         )
 
     def run(self, rows: list[RowPlan], hidden: Tensor, inputs: Tensor) -> list[RowResult]:
@@ -163,3 +172,4 @@ class ReasoningStep:
         # With NaN among the logits the drawn token's own is NaN, or none was fit to draw.
         is_bad = ~logits.gather(1, drawn.unsqueeze(1)).squeeze(1).isfinite()
         step.assign(step.is_bad_sample, members, is_bad)
+        step.draw_apart(self._thinking)

@@ -38,7 +38,7 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "pad_positions", "after", "seed",
+        "pad_positions", "after",
     )),
 }  # fmt: skip
 
@@ -51,6 +51,7 @@ def _strict_number(value: object) -> object:
 
 
 Number = Annotated[float, BeforeValidator(_strict_number)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 # Fields that go into SamplingParams under their own name when they are given.
@@ -142,6 +143,7 @@ class ReasoningBody(_Body):
     halt: HaltBody | None = None
     switch: SwitchBody | None = None
     speed: int | str | None = None
+    seed: Seed | None = None
     branches: Annotated[int, Field(ge=1)] | None = None
     select: Literal["first", "vote", "logprob", "all"] | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
@@ -178,7 +180,7 @@ class GenerationBody(NamedBody):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Number] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False

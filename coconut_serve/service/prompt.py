@@ -4,7 +4,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,8 +159,25 @@ class PromptBuilder:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
         prompts = [p + resolved.suffix_ids for p in prompts]
+        return Prepared(
+            requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens)),
+            prompt_token_ids=tuple(prompts),
+            mode=mode,
+            resolved=resolved,
+            ask=ask,
+        )
+
+    def _requests(
+        self,
+        ask: GenerationAsk,
+        mode: str,
+        resolved: Resolved,
+        prompts: Sequence[tuple[int, ...]],
+        max_tokens: int | None,
+    ) -> Iterator[Request]:
+        """Build what the engine is given, prompt by prompt."""
         seed = random.getrandbits(62) if ask.sampling.seed is None else ask.sampling.seed
-        requests = []
+        thinking_seed = seed if resolved.seed is None else resolved.seed
         # Engine ids are ours: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
@@ -173,21 +190,16 @@ class PromptBuilder:
             sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
             num_sequences = ask.n * resolved.branches
             for number in range(index * num_sequences, (index + 1) * num_sequences):
-                request = Request(
+                answer = replace(sampling, seed=_derive_seed(seed, number))
+                thinking = replace(sampling, seed=_derive_seed(thinking_seed, number))
+                yield Request(
                     request_id=f"{ask.request_id}-{number}.{unique}",
                     prompt_token_ids=prompt,
-                    sampling=replace(sampling, seed=_derive_seed(seed, number)),
+                    sampling=answer,
+                    thinking=thinking if thinking != answer else None,
                     reasoning=params,
                     group_id=f"{unique}-{index}" if num_sequences > 1 else None,
                 )
-                requests.append(request)
-        return Prepared(
-            requests=tuple(requests),
-            prompt_token_ids=tuple(prompts),
-            mode=mode,
-            resolved=resolved,
-            ask=ask,
-        )
 
     def _tokenise(self, ask: GenerationAsk, mode: str) -> list[tuple[int, ...]]:
         """Turn messages or prompts into token ids, before the start-of-thought token."""

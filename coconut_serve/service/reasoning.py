@@ -36,6 +36,7 @@ class Resolved:
     suffix_ids: tuple[int, ...]  # to append to the prompt
     parameters: dict[str, dict[str, Any]]  # name -> {"value", "source"}
     warnings: tuple[str, ...]
+    seed: int | None = None  # of the thinking phase; None: the request's
     branches: int = 1  # sequences of each choice
     select: Select = "first"
 
@@ -136,13 +137,14 @@ def resolve(
         trace_top_k=pick("trace_top_k", 5),
     )
     _speed(pick, has_speed)
+    seed = pick("seed", None) if thinks else None
     branches, select = _branches(pick)
     unused = _unused(pick, mode, effort)
     if unused:
         warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
-        warnings=tuple(warnings), branches=branches, select=select,
+        warnings=tuple(warnings), seed=seed, branches=branches, select=select,
     )  # fmt: skip
 
 

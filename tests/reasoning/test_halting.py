@@ -115,7 +115,7 @@ def test_divergence_is_of_the_distribution_before_from_the_one_now() -> None:
     for below, expected in (((forth + back) / 2, forth < back), (forth + 1e-3, True)):
         halt = HaltParams(converge_metric="kl", converge_below=below)
         reason = HaltReason.CONVERGED if expected else HaltReason.CAP
-        assert steps_until_end(halt, [old, new])[1] == reason
+        assert steps_until_end(halt, [old, new, new])[1] == reason
 
 
 def test_steps_of_another_block_do_not_count() -> None:

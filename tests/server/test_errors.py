@@ -141,6 +141,7 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         "reasoning.min_steps",
     ),
     ("total", {"reasoning": {"max_total_steps": 0}}, "reasoning.max_total_steps"),
+    ("thinking seed", {"reasoning": {"seed": 2**63}}, "reasoning.seed"),
     ("speed", {"reasoning": {"speed": 0}}, "reasoning.speed"),
     ("speed in words", {"reasoning": {"speed": "fast"}}, "reasoning.speed"),
     ("speed list", {"reasoning": {"speed": [1]}}, "reasoning.speed"),

@@ -149,6 +149,28 @@ def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
     assert len({r.request_id for r in (*one.requests, *two.requests)}) == 6
 
 
+def test_thinking_may_have_a_seed_of_its_own() -> None:
+    def seeds(**asked: Any) -> list[tuple[int, int]]:
+        ask = GenerationAsk(
+            request_id="r", endpoint="c", mode="distribution", prompts=["a"], n=3,
+            sampling=SamplingAsk(seed=5), reasoning=asked,
+        )  # fmt: skip
+        prepared = make_builder().prepare(ask)
+        source = "request" if asked else "default"
+        assert prepared.resolved.parameters["seed"] == {
+            "value": asked.get("seed"),
+            "source": source,
+        }
+        return [(r.sampling.seed, r.thinking_seed) for r in prepared.requests]
+
+    plain, own = seeds(), seeds(seed=9)
+    assert all(answer == thinking for answer, thinking in plain)
+    assert [answer for answer, _ in own] == [answer for answer, _ in plain]
+    assert own[0] == (5, 9)
+    assert len({thinking for _, thinking in own}) == 3
+    assert seeds(seed=5) == plain
+
+
 @pytest.mark.parametrize("thinks", [True, False])
 def test_answer_gets_what_the_context_leaves(thinks: bool) -> None:
     ask = GenerationAsk(

@@ -22,6 +22,7 @@ from coconut_serve.types import (
     MixtureParams,
     ReasoningParams,
     Request,
+    SamplingParams,
     SwitchParams,
     require,
 )
@@ -31,7 +32,9 @@ _NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
 # What vLLM bounds by its own max_tokens comes last.
 _NOT_PLAIN = ("mixture", "halt", "switch", "trace", "trace_top_k", "max_total_steps")
 _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
-_OWN = ("seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width")
+_OWN = (
+    "seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width", "draw",
+)  # fmt: skip
 # What only our engine sends: it reads the report, and its service has counted the tokens.
 _INTERNAL = (*_OWN[2:], *(f.name for f in fields(Wanted)))
 _MAX_ID = 2**31 - 1
@@ -48,7 +51,19 @@ class Thinking:
     answer_stop_token_ids: tuple[int, ...] = ()  # the first ends a row that goes numerically wrong
     min_tokens: int = 0  # of the answer; 0: vLLM counts by itself
     wanted: Wanted = NOTHING
+    draw: tuple[float, ...] = ()  # temperature, top_p, top_k, min_p of thinking tokens that are
+    # drawn otherwise than those of the answer
     report_width: int = 0  # columns of the step report sent in place of log-probabilities; 0: none
+
+    @property
+    def draws(self) -> SamplingParams | None:
+        """How thinking tokens are drawn; None: by vLLM, as those of the answer."""
+        if not self.draw:
+            return None
+        temperature, top_p, top_k, min_p = self.draw
+        return SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p, seed=self.seed
+        )
 
     @property
     def num_fed(self) -> int:
@@ -117,10 +132,12 @@ def thinking_of(request: Request, *, hidden_size: int, hidden_token_id: int) -> 
     """Say what the workers must know of a request of ours."""
     params, sampling, wanted = request.reasoning, request.sampling, Wanted.read(request)
     stop_token_ids = tuple(sorted(sampling.stop_token_ids))
+    own = request.thinking
     has_report = wanted.has_scores or not _is_legible(params, has_stop=bool(stop_token_ids))
     return Thinking(
         params=params,
-        seed=sampling.seed,
+        seed=request.thinking_seed,
+        draw=(own.temperature, own.top_p, float(own.top_k), own.min_p) if own else (),
         hidden_token_id=hidden_token_id,
         answer_stop_token_ids=stop_token_ids,
         min_tokens=0 if params.is_fixed or not params.steps else sampling.min_tokens,

@@ -21,6 +21,7 @@ from coconut_serve.reasoning.decide import Decider
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, StepRows
+from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
 from coconut_serve.types import HaltReason
 
@@ -61,15 +62,18 @@ class WorkerRow:
         params, thinking = self.thinking.params, self.thinking
         is_open = params.enter_token_id is not None or decision <= params.steps
         may_think = params.steps > 0 and is_open
-        thinks_on_logits = may_think and load_mode(params.mode).thinks_on_logits(params)
+        mode = load_mode(params.mode)
+        thinks_on_logits = may_think and mode.thinks_on_logits(params)
+        draws_apart = may_think and bool(thinking.draw) and mode.needs_sampled(params)
         is_scored = thinking.wanted.has_scores and thinking.report_width > 0
         return RowPlan(
             slot=slot,
             mode=params.mode,
             may_think=may_think,
-            needs_logits=thinks_on_logits or is_scored,
+            needs_logits=thinks_on_logits or is_scored or draws_apart,
             needs_sampled=True,
             thinks_on_logits=thinks_on_logits,
+            draws_apart=draws_apart,
             wanted=thinking.wanted,
         )
 
@@ -120,6 +124,7 @@ class WorkerReasoning:
     ) -> None:
         self.slots = Slots(num_slots, hidden_size, dtype=dtype, device=device)
         self.decider = Decider(self.slots, modes, embedding=embedding, adapters=adapters)
+        self._thinking = Drawer(self.slots, vocab_size, "thinking")
         self._vocab_size = vocab_size
         self._hidden_token = self.slots.register("hidden_token", torch.int64)
         self._failure_token = self.slots.register("failure_token", torch.int64)  # -1: none
@@ -164,6 +169,8 @@ class WorkerReasoning:
             row.num_prefill = len(prefill_token_ids)
         self.rows[slot] = row
         self._slot_of[request_id] = slot
+        if thinking.draws is not None:
+            self._thinking.admit(slot, thinking.draws)
         self.decider.admit(
             slot,
             thinking.params,
@@ -356,7 +363,8 @@ class WorkerReasoning:
             rows = [members[k] for k in scored]
             raw = _take(logits, rows)
             step.set_logits(scored, raw, raw if adjusted is logits else _take(adjusted, rows))
-        step.sampled = sampled[index]
+        step.sampled = step.answer = sampled[index]
+        step.draw_apart(self._thinking)
         self.decider.decide(step)
         decided = Decided(members, [slot for _, slot, _, _ in found], step)
         self._log(decided, [decision for _, _, _, decision in found])

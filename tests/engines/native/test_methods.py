@@ -6,6 +6,7 @@ numbers that its random generator gives. Alone, and in one batch with all the ot
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ FREE = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "temperature": 1.0}
 SEED = 5
 
 
-def uniform(step: int, stream: int, columns: list[int]) -> list[float]:
+def uniform(step: int, stream: int, columns: list[int], seed: int = SEED) -> list[float]:
     """The engine's random numbers of one decision."""
-    one = torch.tensor([SEED]), torch.tensor([step])
+    one = torch.tensor([seed]), torch.tensor([step])
     drawn: list[float] = noise.uniform(*one, stream, torch.tensor([columns]))[0].tolist()
     return drawn
 
@@ -64,12 +65,12 @@ def moi(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
     return token, w @ table
 
 
-def multiplex(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+def multiplex(step: int, logits: Tensor, table: Tensor, seed: int = SEED) -> tuple[int, Tensor]:
     """Three draws with replacement, weighted by their probabilities."""
     p = logits.softmax(-1)
     cumulative = p.double().cumsum(-1)
     ids = []
-    for u in uniform(step, noise.DRAW_STREAM, [0, 1, 2]):
+    for u in uniform(step, noise.DRAW_STREAM, [0, 1, 2], seed):
         ids.append(int((cumulative <= u * cumulative[-1]).sum()))
     weights = torch.stack([p[i] for i in ids])
     return ids[0], (weights / weights.sum()) @ table[ids]
@@ -140,6 +141,28 @@ def token(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
     return likeliest, table[likeliest]
 
 
+def draw(step: int, logits: Tensor, temperature: float, top_k: int, seed: int) -> int:
+    """Invert the cumulative distribution of the `top_k` likeliest."""
+    p = (logits / temperature).softmax(-1)
+    p[p < p.topk(top_k).values[-1]] = 0.0
+    cumulative = p.double().cumsum(-1)
+    [u] = uniform(step, noise.SAMPLE_STREAM, [0], seed)
+    return int((cumulative <= u * cumulative[-1]).sum())
+
+
+def drawn_thought(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    found = draw(step, logits, 1.3, 60, 11)
+    return found, table[found]
+
+
+def drawn_answer(step: int, logits: Tensor) -> int:
+    return draw(step, logits, 0.7, 5, SEED)
+
+
+def greedy(step: int, logits: Tensor) -> int:
+    return int(logits.argmax())
+
+
 class UntilKl:
     """Ends once sum p ln(p / q), p the distribution before and q this one, is below a bound."""
 
@@ -156,8 +179,14 @@ class UntilKl:
 
 
 @torch.inference_mode()
-def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[int]]:
-    """Think, feed the end token, answer greedily; -> texts of the steps, answer."""
+def loop(
+    model: Any,
+    ids: tuple[int, ...],
+    step: Step,
+    say: Callable[[int, Tensor], int] = greedy,
+    end: tuple[int, ...] = END,
+) -> tuple[list[int], list[int]]:
+    """Think, feed the end token, answer; -> texts of the steps, answer."""
     table = model.get_input_embeddings().weight
     inputs = table[list(ids)]
 
@@ -172,10 +201,10 @@ def loop(model: Any, ids: tuple[int, ...], step: Step) -> tuple[list[int], list[
             break
         texts.append(fed[0])
         inputs = torch.cat([inputs, fed[1][None]])
-    inputs = torch.cat([inputs, table[list(END)]])
+    inputs = torch.cat([inputs, table[list(end)]])
     answer: list[int] = []
-    for _ in range(ANSWER):
-        answer.append(int(logits().argmax()))
+    for number in range(ANSWER):
+        answer.append(say(len(texts) + len(end) + number, logits()))
         inputs = torch.cat([inputs, table[answer[-1:]]])
     return texts, answer
 
@@ -204,6 +233,11 @@ SWI: dict[str, Any] = {
     "newline_token_id": 42,
 }
 HARD = (28, 120, 63)
+APART: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_k": 5,
+    "thinking": {"temperature": 1.3, "top_k": 60, "seed": 11},
+}
 METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
     "full": (soft(kind="full"), lambda: full),
     "l2": (soft(top_k=5, norm="l2"), lambda: top_k_by_length),
@@ -217,6 +251,16 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
     "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
     "kl": (kl(soft(kind="full"), 0.6), lambda: UntilKl(full, 0.6)),
     "kl-cot": (kl({"mode": "cot"}, 0.6), lambda: UntilKl(token, 0.6)),
+    "multiplex-seed": (
+        {**soft(kind="multiplex", top_k=3), "thinking": {"seed": 11}},
+        lambda: partial(multiplex, seed=11),
+    ),
+    "apart": ({"mode": "cot", **APART}, lambda: drawn_thought),
+    # No end token: the step that ends the phase says the first token of the answer.
+    "apart-kl": (
+        kl({"mode": "cot", "end": (), **APART}, 0.45),
+        lambda: UntilKl(drawn_thought, 0.45),
+    ),
     "swi-hard": (auto(**SWI, hard_token_ids=HARD), lambda: Swi(2, 40, 41, 42, set(HARD))),
 }
 
@@ -224,8 +268,8 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
 def requests() -> dict[tuple[str, int], Request]:
     return {
         (name, number): make_request(
-            f"{name}{number}", prompt(number, 7 + number), steps=STEPS, end=END,
-            max_tokens=ANSWER, seed=SEED, **settings,
+            f"{name}{number}", prompt(number, 7 + number), steps=STEPS, max_tokens=ANSWER,
+            seed=SEED, **{"end": END, **settings},
         )
         for name, (settings, _) in METHODS.items()
         for number in range(3)
@@ -236,7 +280,13 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
     """Alone, all in one batch, and in a pool so small that rows are preempted."""
     model, asked = load_plain(tiny_llama), requests()
     expected = {
-        key: loop(model, request.prompt_token_ids, METHODS[key[0]][1]())
+        key: loop(
+            model,
+            request.prompt_token_ids,
+            METHODS[key[0]][1](),
+            drawn_answer if key[0].startswith("apart") else greedy,
+            request.reasoning.end_token_ids,
+        )
         for key, request in asked.items()
     }
 
@@ -244,8 +294,9 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
         for key, result in zip(asked, results, strict=True):
             assert (result.thinking_ids, result.token_ids) == expected[key], key
 
-    lengths = {len(texts) for (name, _), (texts, _) in expected.items() if name.startswith("kl")}
-    assert len(lengths) > 2, "phases end at different steps"
+    for kind in ("kl", "apart-kl"):
+        lengths = {len(texts) for (name, _), (texts, _) in expected.items() if name == kind}
+        assert len(lengths) > 1, "phases end at different steps"
     async with native_engine(tiny_llama) as engine:
         check([await run(engine, request) for request in asked.values()])
         check(await run_all(engine, list(asked.values())))
