@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
@@ -38,7 +38,7 @@ REJECTED_FIELDS = frozenset({
 # those named.
 NOT_YET: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys((
-        "pad_positions", "after",
+        "pad_positions",
     )),
 }  # fmt: skip
 
@@ -52,6 +52,10 @@ def _strict_number(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_strict_number)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+TopP = Annotated[Number, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))]  # -1: all, too
+MinP = Annotated[Number, Field(ge=0, le=1)]
 
 
 # Fields that go into SamplingParams under their own name when they are given.
@@ -121,6 +125,15 @@ class SwitchBody(_Body):
     hard_tokens: list[int | str] | None = None
 
 
+class AfterBody(_Body):
+    """reasoning.after."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+
+
 class ReasoningBody(_Body):
     """The `reasoning` object of chat and completions."""
 
@@ -142,6 +155,7 @@ class ReasoningBody(_Body):
     mixture: MixtureBody | None = None
     halt: HaltBody | None = None
     switch: SwitchBody | None = None
+    after: AfterBody | None = None
     speed: int | str | None = None
     seed: Seed | None = None
     branches: Annotated[int, Field(ge=1)] | None = None
@@ -172,10 +186,10 @@ class GenerationBody(NamedBody):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None

@@ -190,7 +190,7 @@ class PromptBuilder:
             sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
             num_sequences = ask.n * resolved.branches
             for number in range(index * num_sequences, (index + 1) * num_sequences):
-                answer = replace(sampling, seed=_derive_seed(seed, number))
+                answer = replace(sampling, seed=_derive_seed(seed, number), **resolved.after)
                 thinking = replace(sampling, seed=_derive_seed(thinking_seed, number))
                 yield Request(
                     request_id=f"{ask.request_id}-{number}.{unique}",
@@ -348,15 +348,13 @@ class PromptBuilder:
             require(all(0 <= i <= last for i in ids), name, f"has token ids outside 0..{last}")
         manifest = self._model.manifest
         eos = () if ask.ignore_eos else self._eos_token_ids
-        params = dict(ask.params)
-        params["top_k"] = max(0, params.get("top_k", 0))  # -1 also means all
         return SamplingParams(
             max_tokens=max_tokens,
             logit_bias=tuple(ask.logit_bias.items()),
             banned_token_ids=tuple(manifest.tokens.never_emit) if manifest else (),
             stop_token_ids=frozenset((*eos, *ask.stop_token_ids)),
             num_logprobs=0 if needs_logprobs and ask.num_logprobs is None else ask.num_logprobs,
-            **params,
+            **ask.params,
         )
 
 

@@ -23,6 +23,7 @@ from coconut_serve.types import (
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
+_AFTER = ("temperature", "top_p", "top_k", "min_p")  # of the answer, where it differs
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
 _EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
@@ -37,6 +38,7 @@ class Resolved:
     parameters: dict[str, dict[str, Any]]  # name -> {"value", "source"}
     warnings: tuple[str, ...]
     seed: int | None = None  # of the thinking phase; None: the request's
+    after: Mapping[str, Any] = field(default_factory=dict)  # how the answer is drawn otherwise
     branches: int = 1  # sequences of each choice
     select: Select = "first"
 
@@ -138,13 +140,14 @@ def resolve(
     )
     _speed(pick, has_speed)
     seed = pick("seed", None) if thinks else None
+    after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
     unused = _unused(pick, mode, effort)
     if unused:
         warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
     return Resolved(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
-        warnings=tuple(warnings), seed=seed, branches=branches, select=select,
+        warnings=tuple(warnings), seed=seed, after=after, branches=branches, select=select,
     )  # fmt: skip
 
 

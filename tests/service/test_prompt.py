@@ -149,6 +149,25 @@ def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
     assert len({r.request_id for r in (*one.requests, *two.requests)}) == 6
 
 
+def test_answer_may_be_drawn_otherwise_than_thinking() -> None:
+    sampling = SamplingAsk(params={"temperature": 0.5, "top_k": 7}, seed=3)
+    for mode in ("cot", "latent", "none"):
+        ask = GenerationAsk(
+            request_id="r", endpoint="c", mode=mode, prompts=["a<"], sampling=sampling,
+            reasoning={"after.temperature": 0.0, "after.top_p": 0.9},
+        )  # fmt: skip
+        prepared = make_builder(modes=["none", "cot", "latent"]).prepare(ask)
+        [request] = prepared.requests
+        answer, thinking = request.sampling, request.thinking
+        assert thinking is not None
+        assert (answer.temperature, answer.top_p, answer.top_k, answer.seed) == (0.0, 0.9, 7, 3)
+        assert (thinking.temperature, thinking.top_p, thinking.top_k) == (0.5, 1.0, 7)
+        parameters = prepared.resolved.parameters
+        assert parameters["after.top_p"] == {"value": 0.9, "source": "request"}
+        assert parameters["after.min_p"] == {"value": None, "source": "default"}
+        assert prepared.resolved.warnings == ()
+
+
 def test_thinking_may_have_a_seed_of_its_own() -> None:
     def seeds(**asked: Any) -> list[tuple[int, int]]:
         ask = GenerationAsk(
