@@ -287,6 +287,7 @@ class ReasoningParams:
     keeps_last: bool = False  # the vector of the step that halts is fed all the same
     enter_token_id: int | None = None  # thinking starts each time the answer says this token
     max_blocks: int = 1  # thinking phases; more than one only with enter_token_id
+    pad_positions: bool = False  # the answer stands where it would if all steps had been taken
     max_total_steps: int = 0  # thinking, end tokens and answer together; 0: no bound of their own
     source: Source = "hidden"  # latent: what is fed; constant: a control run
     constant_token_id: int | None = None  # the token of source "constant"

@@ -67,6 +67,8 @@ def test_every_mode_is_explained(mode: str) -> None:
         schemas.ReasoningBody,
         schemas.MixtureBody,
         schemas.HaltBody,
+        schemas.SwitchBody,
+        schemas.AfterBody,
     ],
 )
 def test_every_request_field_is_in_the_docs(model: type[BaseModel]) -> None:

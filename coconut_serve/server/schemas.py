@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.presets import EFFORTS, PRESETS
-from coconut_serve.service.reasoning import not_yet
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
@@ -32,15 +31,6 @@ REJECTED_FIELDS = frozenset({
     "tools", "tool_choice", "functions", "function_call", "audio",
     "web_search_options", "moderation", "suffix", "best_of", "prompt_embeds", "chat_template",
 })  # fmt: skip
-
-
-# Settings of `reasoning` that the field knows and this version does not serve yet: all values, or
-# those named.
-NOT_YET: dict[str, tuple[str, ...] | None] = {
-    **dict.fromkeys((
-        "pad_positions",
-    )),
-}  # fmt: skip
 
 
 def _strict_number(value: object) -> object:
@@ -144,6 +134,7 @@ class ReasoningBody(_Body):
     steps: Annotated[int, Field(ge=0)] | None = None
     min_steps: Annotated[int, Field(ge=0)] | None = None
     max_blocks: Annotated[int, Field(ge=1)] | None = None
+    pad_positions: bool | None = None
     max_total_steps: Annotated[int, Field(ge=1)] | None = None
     start: str | int | list[int] | None = None
     end: str | int | list[int] | None = None
@@ -315,7 +306,7 @@ def flatten_reasoning(body: ReasoningBody | None) -> dict[str, Any]:
     """Explicit settings by dotted name, e.g. "mixture.top_k".
 
     Raises:
-        InvalidRequestError: A setting is unknown or not yet supported.
+        InvalidRequestError: A setting is unknown.
     """
     asked: dict[str, Any] = {}
     if body is not None:
@@ -330,8 +321,6 @@ def _flatten(part: _Body, prefix: str, asked: dict[str, Any]) -> None:
         if isinstance(value, _Body):
             _flatten(value, f"{dotted}.", asked)
         elif value is not None:
-            if dotted in NOT_YET and ((values := NOT_YET[dotted]) is None or value in values):
-                raise not_yet(f"reasoning.{dotted}", value)
             known = set(type(part).model_fields)
             if name not in known:
                 raise InvalidRequestError(

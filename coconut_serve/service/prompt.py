@@ -320,8 +320,8 @@ class PromptBuilder:
     ) -> int:
         """Answer tokens the request may have; checks that prompt and thinking fit."""
         limit = self._info.max_model_len
-        is_fixed = params.is_fixed or not self._model.is_thinker
-        thinking = params.max_thinking if is_fixed else 0
+        is_certain = params.is_fixed or params.pad_positions or not self._model.is_thinker
+        thinking = params.max_thinking if is_certain else 0
         room = limit - len(prompt) - thinking
         if room < 1:
             raise InvalidRequestError(

@@ -83,13 +83,6 @@ def check_mode(mode: str, model: ModelReasoning, asked: Mapping[str, Any]) -> No
     )
 
 
-def not_yet(param: str, value: object) -> InvalidRequestError:
-    """Build the error for a known setting that this version cannot serve."""
-    return InvalidRequestError(
-        f"{param}={value!r} is not yet supported", param=param, code="not_yet_supported"
-    )
-
-
 def resolve(
     mode: str,
     asked: Mapping[str, Any],
@@ -134,6 +127,7 @@ def resolve(
         noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         halt=halt,
         **_fed(pick, mode, model, warnings),
+        pad_positions=pick("pad_positions", False) if thinks else False,
         max_total_steps=pick("max_total_steps", None) or 0,
         trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),

@@ -143,6 +143,7 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
     ("total", {"reasoning": {"max_total_steps": 0}}, "reasoning.max_total_steps"),
     ("after", {"reasoning": {"after": {"top_p": 0}}}, "reasoning.after.top_p"),
     ("after unknown", {"reasoning": {"after": {"topk": 1}}}, "reasoning.after.topk"),
+    ("pad", {"reasoning": {"pad_positions": 1}}, "reasoning.pad_positions"),
     ("thinking seed", {"reasoning": {"seed": 2**63}}, "reasoning.seed"),
     ("speed", {"reasoning": {"speed": 0}}, "reasoning.speed"),
     ("speed in words", {"reasoning": {"speed": "fast"}}, "reasoning.speed"),

@@ -1,5 +1,6 @@
 """Prompts become token ids; thinking models get their bounds."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -166,6 +167,20 @@ def test_answer_may_be_drawn_otherwise_than_thinking() -> None:
         assert parameters["after.top_p"] == {"value": 0.9, "source": "request"}
         assert parameters["after.min_p"] == {"value": None, "source": "default"}
         assert prepared.resolved.warnings == ()
+
+
+def test_padded_positions_are_counted_before_they_are_known() -> None:
+    """A thinking model's phase is open-ended; padded, its whole cap stands before the answer."""
+    for asked, expected in (({}, 200 - 2), ({"pad_positions": True}, 200 - 2 - 101)):
+        ask = GenerationAsk(
+            request_id="r", endpoint="c", mode="cot", prompts=["a<"],
+            reasoning={"steps": 100, **asked}, sampling=SamplingAsk(max_tokens=None),
+        )  # fmt: skip
+        builder = make_builder()
+        prepared = builder.prepare(replace(ask, sampling=SamplingAsk(max_tokens=1)))
+        [request] = prepared.requests
+        assert builder._room(request.prompt_token_ids, request.reasoning, None, ask) == expected
+        assert request.reasoning.pad_positions is bool(asked)
 
 
 def test_thinking_may_have_a_seed_of_its_own() -> None:

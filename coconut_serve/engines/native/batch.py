@@ -17,7 +17,7 @@ class StepBatch:
     """All tensors of a step; rows are positions, decode rows first."""
 
     token_ids: Tensor  # [num_rows] int64; 0 where a vector or a slot's input goes
-    positions: Tensor  # [num_rows] int64
+    positions: Tensor  # [num_rows] int64, as the model is told them
     plan: AttentionPlan
     replay_rows: Tensor | None  # [num_replayed] int64, rows that repeat a fed vector
     replay_vectors: Tensor | None  # [num_replayed, hidden_size]
@@ -88,7 +88,7 @@ class BatchBuilder:
                 pending.append(len(token_ids))
                 token_ids.append(0)
             cache_slots = self._cache_slots(row.sequence, row.end)
-            positions.append(np.arange(row.start, row.end))
+            positions.append(row.sequence.position_ids(row.start, row.end))
             write_slots.append(cache_slots[row.start :])
             if not row.is_decode:
                 chunk_slots = self._tensor(cache_slots)

@@ -264,7 +264,7 @@ class Scheduler:
             finish_reason, stop_reason, token_id = FinishReason.STOP, token_id, None
         else:
             sequence.note(result)
-            is_full = sequence.num_known > self._max_model_len
+            is_full = sequence.num_ids > self._max_model_len
             is_full |= sequence.num_known >= sequence.request.max_num_positions
             has_all = sequence.progress.num_output_tokens >= sequence.request.sampling.max_tokens
             finish_reason = FinishReason.LENGTH if is_full or has_all else None

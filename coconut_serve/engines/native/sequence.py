@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
 from torch import Tensor
 
 from coconut_serve.reasoning.rows import RowResult
@@ -46,6 +47,7 @@ class Sequence:
     inputs: list[int | None] = field(default_factory=list)  # by position, the last one pending
     saved: SavedState | None = None
     replay: Tensor | None = None  # [num_vector_positions, hidden_size] while rebuilding
+    gaps: list[tuple[int, int]] = field(default_factory=list)  # from a position on, ids skipped
     progress: Progress = field(init=False)
     num_vector_steps: int = 0
     num_forced_tokens: int = 0
@@ -71,6 +73,18 @@ class Sequence:
         return len(self.inputs)
 
     @property
+    def num_ids(self) -> int:
+        """Position ids up to that of the pending one, skipped ones included."""
+        return self.num_known + sum(skipped for _, skipped in self.gaps)
+
+    def position_ids(self, start: int, end: int) -> np.ndarray:
+        """Where the model is told that positions [start, end) are; [end - start] int64."""
+        ids = np.arange(start, end)
+        for first, skipped in self.gaps:
+            ids[max(0, first - start) :] += skipped
+        return ids
+
+    @property
     def num_to_compute(self) -> int:
         """Known positions that are not in the cache yet; at least 1 while running."""
         return self.num_known - self.num_computed
@@ -82,6 +96,9 @@ class Sequence:
 
     def note(self, result: RowResult) -> None:
         """Follow one decision: its input is the new pending one."""
+        ends_phase = self.progress.is_thinking and result.phase is not Phase.THINK
+        if ends_phase and self.request.reasoning.pad_positions:
+            self.gaps.append((self.num_known, self.progress.num_steps_left))
         self.progress.note(result)
         self.num_vector_steps += result.is_vector and result.phase is Phase.THINK
         self.num_switches += result.is_switch

@@ -264,6 +264,8 @@ class VllmEngine:
     def _check(self, request: Request) -> None:
         """Refuse what can never run; vLLM's own limits would end its worker."""
         check_request(request, self.info)
+        is_dense = not request.reasoning.pad_positions
+        require(is_dense, "reasoning.pad_positions", "must be false: vLLM numbers positions itself")
         sampling = request.sampling
         num_stops = len(sampling.stop_token_ids) if sampling.min_tokens else 0
         require(num_stops <= _MAX_STOPS, "stop_token_ids", f"takes {_MAX_STOPS} with min_tokens")

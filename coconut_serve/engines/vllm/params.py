@@ -29,8 +29,10 @@ from coconut_serve.types import (
 
 _PREFIX = "reasoning_"
 _NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
-# What vLLM bounds by its own max_tokens comes last.
-_NOT_PLAIN = ("mixture", "halt", "switch", "trace", "trace_top_k", "max_total_steps")
+_NOT_PLAIN = (
+    "mixture", "halt", "switch", "trace", "trace_top_k",
+    "pad_positions", "max_total_steps",  # not to be had; vLLM's own max_tokens
+)  # fmt: skip
 _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
 _OWN = (
     "seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width", "draw",

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
-from coconut_serve.types import HaltParams, HaltReason, MixtureParams, Request, SwitchParams
+from coconut_serve.types import (
+    FinishReason,
+    HaltParams,
+    HaltReason,
+    MixtureParams,
+    Request,
+    SwitchParams,
+)
 from tests.engines.native.test_exactness import prompt
 from tests.fakes import Result, make_request, native_engine, run, run_all
 from tests.models import load_plain
@@ -185,22 +192,30 @@ def loop(
     step: Step,
     say: Callable[[int, Tensor], int] = greedy,
     end: tuple[int, ...] = END,
+    pads: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Think, feed the end token, answer; -> texts of the steps, answer."""
     table = model.get_input_embeddings().weight
     inputs = table[list(ids)]
+    positions = list(range(len(ids) + STEPS + len(end) + ANSWER))
 
     def logits() -> Tensor:
-        found: Tensor = model(inputs_embeds=inputs[None], use_cache=False).logits[0, -1].float()
-        return found
+        at = torch.tensor(positions[: len(inputs)])[None]
+        seen = torch.ones_like(at)  # without it a jump in position ids reads as another text
+        found: Tensor = model(
+            inputs_embeds=inputs[None], position_ids=at, attention_mask=seen, use_cache=False
+        ).logits[0, -1]
+        return found.float()
 
-    texts = []
+    texts: list[int] = []
     for number in range(STEPS):
         fed = step(number, logits(), table)
         if fed is None:
             break
         texts.append(fed[0])
         inputs = torch.cat([inputs, fed[1][None]])
+    if pads:
+        del positions[len(inputs) : len(ids) + STEPS]
     inputs = torch.cat([inputs, table[list(end)]])
     answer: list[int] = []
     for number in range(ANSWER):
@@ -233,6 +248,7 @@ SWI: dict[str, Any] = {
     "newline_token_id": 42,
 }
 HARD = (28, 120, 63)
+PAD = {"pad_positions": True}
 APART: dict[str, Any] = {
     "temperature": 0.7,
     "top_k": 5,
@@ -250,6 +266,10 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
     "thinkrouter": (auto({"top_k": 10}, rule="confidence", p_max=0.1), lambda: confidence),
     "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
     "kl": (kl(soft(kind="full"), 0.6), lambda: UntilKl(full, 0.6)),
+    "pad": (
+        kl({**soft(kind="full"), "reasoning": {**soft(kind="full")["reasoning"], **PAD}}, 0.6),
+        lambda: UntilKl(full, 0.6),
+    ),
     "kl-cot": (kl({"mode": "cot"}, 0.6), lambda: UntilKl(token, 0.6)),
     "multiplex-seed": (
         {**soft(kind="multiplex", top_k=3), "thinking": {"seed": 11}},
@@ -277,7 +297,7 @@ def requests() -> dict[tuple[str, int], Request]:
 
 
 async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
-    """Alone, all in one batch, and in a pool so small that rows are preempted."""
+    """Alone, all in one batch, and in a pool so small that rows are preempted, in chunks."""
     model, asked = load_plain(tiny_llama), requests()
     expected = {
         key: loop(
@@ -286,6 +306,7 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
             METHODS[key[0]][1](),
             drawn_answer if key[0].startswith("apart") else greedy,
             request.reasoning.end_token_ids,
+            request.reasoning.pad_positions,
         )
         for key, request in asked.items()
     }
@@ -301,10 +322,22 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
         check([await run(engine, request) for request in asked.values()])
         check(await run_all(engine, list(asked.values())))
     size = str(92 * 4 * (2 * 2 * 2 * 16 + 64))
-    async with native_engine(tiny_llama, kv_cache_memory=size, max_model_len=60) as engine:
+    async with native_engine(
+        tiny_llama, kv_cache_memory=size, max_model_len=60, max_num_batched_tokens=16
+    ) as engine:
         results = await run_all(engine, list(asked.values()))
         check(results)
         assert sum(r.counts.num_preemptions for r in results) > 0
+
+
+async def test_skipped_positions_count_towards_the_context(tiny_llama: Path) -> None:
+    """7 prompt, 40 thinking and 1 end position leave 12, and the last token takes none."""
+    padded = kl({"mode": "cot", "reasoning": PAD}, 0.6)
+    asked = make_request("a", prompt(1, 7), steps=40, end=END, max_tokens=40, **padded)
+    async with native_engine(tiny_llama, max_model_len=60) as engine:
+        result = await run(engine, asked)
+    assert result.counts.num_reasoning_steps < 40
+    assert (len(result.token_ids), result.finish_reason) == (13, FinishReason.LENGTH)
 
 
 async def test_swi_counts_its_switches_and_ends_at_the_bound(tiny_llama: Path) -> None:

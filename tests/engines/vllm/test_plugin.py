@@ -170,6 +170,8 @@ def cot(**more: Any) -> dict[str, Any]:
         (cot(reasoning_report_width=10**10), "reasoning_report_width"),
         (cot(reasoning_num_logprobs=3), "reasoning_num_logprobs is not known"),
         (cot(reasoning_min_tokens=1), "reasoning_min_tokens is not known"),
+        (cot(reasoning_draw=[1.0]), "reasoning_draw is not known"),
+        (cot(reasoning_pad_positions=True), "reasoning_pad_positions is not known"),
         (cot(reasoning_answer_stop_token_ids=[1]), "answer_stop_token_ids is not known"),
         (cot(reasoning_adapter="default"), "reasoning_adapter is not supported here"),
         ({"reasoning_steps": 3}, "must be 0 in mode none"),
@@ -224,6 +226,8 @@ def test_limits_that_would_end_vllms_worker_are_told() -> None:
         engine="vllm", vocab_size=5000, max_model_len=99, kv_cache_positions=99, block_size=32,
         modes=("none",),
     )  # fmt: skip
+    with pytest.raises(InvalidRequestError, match=r"reasoning\.pad_positions must be false"):
+        engine._check(make_request(reasoning={"pad_positions": True}))
     many, bias = frozenset(range(129)), tuple((i, 1.0) for i in range(1024))
     engine._check(make_request(stop_token_ids=many, logit_bias=bias))
     for sampling, param in (
