@@ -6,7 +6,7 @@ is fed back step after step, and rounding would add up.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.slots import upload
 from coconut_serve.types import AdapterSpec
 
@@ -288,24 +287,28 @@ def _read(path: Path, name: str, kind: type[Adapter]) -> dict[str, Tensor]:
 
 
 def build_realign(
-    embedding: Embedding, project: Callable[[Tensor], Tensor], hidden_size: int, like: Tensor
+    rows: Iterable[tuple[Tensor, Tensor]],
+    target_norm: Tensor,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Matrix:
     """Build a map from hidden states to the input space of any model, without training.
 
     W = (O^T O + 1e-5 I)^-1 O^T E, then the mean length of the rows of E (LatentMAS, arXiv
-    2511.20639, as in its code): the ridge solution of O W = E.
+    2511.20639, as in its code): the ridge solution of O W = E. In float32, as it inverts.
 
     Args:
-        embedding: E.
-        project: The output head O without what some families do after it.
-        hidden_size: Of the model.
-        like: Any tensor of the model's dtype and device.
+        rows: Of O, the output head without what some families do after it, and of E for the same
+            tokens, a part of the vocabulary at a time: [num_rows, hidden_size] each. E may lack
+            a factor.
+        target_norm: The mean length of an embedding.
+        reduce: Adds up what each rank computed from its part of the vocabulary.
     """
-    eye = torch.eye(hidden_size, dtype=like.dtype, device=like.device)
-    transposed = (project(eye) - project(torch.zeros_like(eye[:1]))).float()  # [hidden, vocab]
-    gram = transposed @ transposed.T
+    sums: list[Tensor] = []
+    for head, table in rows:
+        o, e = head.float(), table.float()
+        products = [o.T @ o, o.T @ e]
+        sums = [a.add_(b) for a, b in zip(sums, products, strict=True)] if sums else products
+    gram, cross = map(reduce, sums) if reduce is not None else sums
     gram.diagonal().add_(1e-5)
-    matrix = torch.linalg.solve(gram, embedding.mean(transposed).float())
-    ids = torch.arange(transposed.shape[1], device=like.device)
-    weights = {"matrix": matrix, "target_norm": embedding.mean_norm(ids)}
+    weights = {"matrix": torch.linalg.solve(gram, cross), "target_norm": target_norm}
     return Matrix(AdapterSpec(type="matrix"), weights)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coconut_serve.reasoning.slots import EmbedTokens
 
-_ROWS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192  # of a table that is worked through in parts
 
 
 class Embedding:
@@ -77,8 +77,8 @@ class Embedding:
 
     def mean_norm(self, ids: Tensor) -> Tensor:
         """The mean length of embeddings; [num_ids] int64 -> [] float32."""
-        starts = range(0, len(ids), _ROWS_AT_ONCE)
-        parts = (self._call(ids[low : low + _ROWS_AT_ONCE]) for low in starts)
+        starts = range(0, len(ids), ROWS_AT_ONCE)
+        parts = (self._call(ids[low : low + ROWS_AT_ONCE]) for low in starts)
         return torch.stack([part.float().norm(dim=-1).sum() for part in parts]).sum() / len(ids)
 
     def _mean_by_rows(self, weights: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Embedding:
         ids = torch.arange(weights.shape[1], device=weights.device)
         first = self._call(ids[:1])
         whole = first.new_zeros(weights.shape[0], first.shape[1], dtype=torch.float32)
-        for low in range(0, len(ids), _ROWS_AT_ONCE):
-            part = slice(low, low + _ROWS_AT_ONCE)
+        for low in range(0, len(ids), ROWS_AT_ONCE):
+            part = slice(low, low + ROWS_AT_ONCE)
             whole += weights[:, part] @ self._call(ids[part]).float()
         return whole.to(first.dtype)

@@ -1,7 +1,7 @@
 """A transformers model, unmodified, run over a paged cache; checked against itself at load."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,7 @@ from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
 from coconut_serve.engines.native.linear import PackedTable, can_pack, pack_linears
 from coconut_serve.errors import StartupError
-from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 
 _TEST_LENGTH = 24  # positions of the self-test's prompt
 
@@ -127,6 +127,14 @@ class PagedModel:
         """Apply the output head alone; [n, hidden] -> [n, vocab]."""
         logits: Tensor = self._head(hidden)
         return logits
+
+    def vocabulary(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows of the output head and of the embedding, [n, hidden_size] each, in order."""
+        eye = torch.eye(self.hidden_size, dtype=self.dtype, device=self.device)
+        head = (self.project(eye) - self.project(torch.zeros_like(eye[:1]))).T  # without its bias
+        ids = torch.arange(self.vocab_size, device=self.device)
+        for rows, part in zip(*(torch.split(t, ROWS_AT_ONCE) for t in (head, ids)), strict=True):
+            yield rows, self.embed_tokens(part)
 
     def project_logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, scaled and capped as the model does; [n, hidden] -> [n, vocab]."""

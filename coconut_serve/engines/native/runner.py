@@ -108,9 +108,9 @@ class Runner:
         assert sequence.slot is not None
         if sequence.request.reasoning.adapter == REALIGN and REALIGN not in self._adapters.names:
             model = self._model
-            like = self._inputs
-            built = build_realign(model.embedding, model.project, model.hidden_size, like)
-            self._adapters.add(REALIGN, built)
+            ids = torch.arange(model.vocab_size, device=model.device)
+            norm = model.embedding.mean_norm(ids)
+            self._adapters.add(REALIGN, build_realign(model.vocabulary(), norm))
         saved, sequence.saved = sequence.saved, None
         sequence.replay = saved.vectors if saved else None
         snapshot = saved.snapshot if saved else None

@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
@@ -135,19 +134,20 @@ class VllmEngine:
 
         llm = await asyncio.to_thread(create)
         try:
-            await self._check_workers(llm)
+            adapters = await self._check_workers(llm)
         except BaseException:
             await asyncio.to_thread(llm.shutdown)
             raise
         cache = llm.vllm_config.cache_config
         observer.num_blocks = cache.num_gpu_blocks or 0
         observer.num_engines = llm.vllm_config.parallel_config.data_parallel_size
-        self._info = _describe(llm.vllm_config, self._modes, _adapter_names(self._config.model))
+        self._info = _describe(llm.vllm_config, self._modes, adapters)
         self._hidden_size = llm.vllm_config.model_config.get_inputs_embeds_size()
         return _Life(llm, observer)
 
-    async def _check_workers(self, llm: Any) -> None:
-        """Ask every worker whether the hooks are live."""
+    async def _check_workers(self, llm: Any) -> tuple[str, ...]:
+        """Ask every worker whether the hooks are live; the adapters that they have."""
+        adapters: tuple[str, ...] = ()
         for rank, status in enumerate(await llm.collective_rpc("coconut_status")):
             logger.info("vLLM worker %s: %s", rank, status)
             if not status["is_live"]:
@@ -155,6 +155,8 @@ class VllmEngine:
                     f"the hooks are not live in vLLM worker {rank} ({status}); is coconut-serve "
                     "installed there, and is it in VLLM_PLUGINS if that is set?"
                 )
+            adapters = tuple(status["adapters"])
+        return adapters
 
     async def check_health(self) -> None:
         """Raise EngineDeadError if vLLM cannot work."""
@@ -341,12 +343,6 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
         if output.finish_reason is not None:
             break
     return outputs
-
-
-def _adapter_names(model: Path) -> tuple[str, ...]:
-    """What the manifest has between hidden states and inputs; the workers load it."""
-    manifest = load_manifest(model)
-    return tuple(manifest.adapters) if manifest else ()
 
 
 def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) -> EngineInfo:

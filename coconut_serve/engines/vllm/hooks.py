@@ -6,7 +6,7 @@ their token replaced after it has drawn and before log-probabilities are gathere
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.triton_utils import HAS_TRITON
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
@@ -22,8 +27,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.engines.vllm.params import Thinking, from_extra_args
 from coconut_serve.engines.vllm.worker import Decided, WorkerReasoning, WorkerRow
-from coconut_serve.reasoning.adapters import AdapterBank
-from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
+from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.sampling import LogitChange, apply_changes
 from coconut_serve.reasoning.slots import EmbedTokens, upload
@@ -83,20 +88,24 @@ class ReasoningStateMixin:
             raise ValueError(f"coconut-serve does not work with {name}: it needs token ids")
         super().__init__(vllm_config, model, encoder_cache, device)  # type: ignore[call-arg]
         config = vllm_config.model_config
+        vocab_size = config.get_vocab_size()
         self._model = model
+        self._adapted: list[nn.Module] | None = None  # embedding layers that LoRA wraps
+        embedding = _embedding(model, self._embed)
+        self.adapters = _load_adapters(config.model, device)
+        _add_realign(self.adapters, model, embedding, torch.arange(vocab_size, device=device))
         self.reasoning = WorkerReasoning(
             num_slots=vllm_config.scheduler_config.max_num_seqs,
             hidden_size=config.get_inputs_embeds_size(),
             modes=mode_names(),
-            embedding=_embedding(model, self._embed),
-            adapters=_load_adapters(config.model, device),
-            vocab_size=config.get_vocab_size(),
+            embedding=embedding,
+            adapters=self.adapters,
+            vocab_size=vocab_size,
             dtype=config.dtype,
             device=device,
         )
         self.captured: Tensor | None = None  # hidden states that the logits were made from
         self.inputs: Tensor | None = None  # [num_rows, hidden_size], the last input of each row
-        self._adapted: list[nn.Module] | None = None  # embedding layers that LoRA wraps
         self._compute_logits = model.compute_logits
         model.compute_logits = self._capture  # type: ignore[assignment]  # on the instance
 
@@ -336,19 +345,51 @@ def _load_adapters(model: str, device: torch.device) -> AdapterBank:
     return AdapterBank.load(Path(model), manifest.adapter_specs if manifest else {}, device)
 
 
+def _vocabulary(model: nn.Module) -> tuple[Any, Any]:
+    """The layers of the input embedding and of the output head, which may be one; or None."""
+    layers = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
+    heads = [m for m in layers if isinstance(m, ParallelLMHead)]
+    return next(iter(layers), None), next(iter(heads + layers), None)
+
+
+def _rows(layer: Any) -> Tensor | None:
+    """This rank's rows of such a layer, without padding; None where they are quantised."""
+    kinds = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
+    if layer is None or not isinstance(layer.quant_method, kinds):
+        return None
+    rows: Tensor = layer.weight.data[: layer.shard_indices.num_org_elements]
+    return rows
+
+
 def _embedding(model: nn.Module, call: EmbedTokens) -> Embedding:
     """The input embedding with its table: this rank's part, where it is not quantised."""
-    table = next((m for m in model.modules() if isinstance(m, VocabParallelEmbedding)), None)
-    weight = getattr(table, "weight", None)
-    if table is None or weight is None or not weight.is_floating_point():
+    table, _ = _vocabulary(model)
+    rows = _rows(table)
+    if rows is None:
         return Embedding(call, None)
-    shard = table.shard_indices
-    return Embedding(
-        call,
-        weight.data[: shard.num_org_elements],
-        first_id=shard.org_vocab_start_index,
-        reduce=tensor_model_parallel_all_reduce if table.tp_size > 1 else None,
-    )
+    first_id = table.shard_indices.org_vocab_start_index
+    return Embedding(call, rows, first_id=first_id, reduce=_reduce(table))
+
+
+def _reduce(layer: Any) -> Callable[[Tensor], Tensor] | None:
+    """What adds up the parts of a layer that ranks share."""
+    return tensor_model_parallel_all_reduce if layer.tp_size > 1 else None
+
+
+def _add_realign(
+    adapters: AdapterBank, model: nn.Module, embedding: Embedding, ids: Tensor
+) -> None:
+    """Build the training-free adapter, unless embedding or output head are quantised.
+
+    At start, while the memory of the cache is still free; `ids` is the whole vocabulary.
+    """
+    table, head = _vocabulary(model)
+    rows, head_rows = _rows(table), _rows(head)
+    if rows is None or head_rows is None or head.shard_indices != table.shard_indices:
+        return
+    parts = zip(*(torch.split(t, ROWS_AT_ONCE) for t in (head_rows, rows)), strict=True)
+    norm = embedding.mean_norm(ids)
+    adapters.add(REALIGN, build_realign(parts, norm, _reduce(head)))
 
 
 @contextlib.contextmanager

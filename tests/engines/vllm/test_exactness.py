@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.types import FinishReason, HaltParams, HaltReason, MixtureParams, Phase
-from tests.engines.vllm.support import Engines
+from tests.engines.vllm.support import Engines, widen_heads
 from tests.fakes import Result, make_request, native_engine, run, run_all
+from tests.models import load_plain, reference, save_tiny
 
 pytestmark = pytest.mark.vllm
 
@@ -248,7 +250,6 @@ async def test_row_that_goes_numerically_wrong_ends_alone(
     wide_llama: Path, engines: Engines, tmp_path: Path
 ) -> None:
     """NaN in the final norm's weight of one model: vectors are NaN, answers are not touched."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -285,10 +286,52 @@ async def test_adapter_gives_what_native_gives(
     async with native_engine(model) as native:
         expected = [summary(r) for r in await run_all(native, asked)]
     async with engines.open(model) as engine:
-        assert engine.info.adapters == ("default",)
+        assert engine.info.adapters == ("default", "realign")
         assert [summary(r) for r in await run_all(engine, asked)] == expected
         with pytest.raises(InvalidRequestError, match=r"reasoning\.adapter must be one of none"):
-            await run(engine, make_request(mode="latent", reasoning={"adapter": "realign"}))
+            await run(engine, make_request(mode="latent", reasoning={"adapter": "other"}))
+
+
+@pytest.fixture(scope="module")
+def untied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 tokens: vLLM pads the tables to 128 rows, and the second of two ranks has 36."""
+    folder = tmp_path_factory.mktemp("untied")
+    return widen_heads(save_tiny("llama", folder, vocab_size=100), folder / "wide")
+
+
+@pytest.mark.parametrize("flags", [(), ("-tp", "2")])
+async def test_realign_gives_what_native_and_a_plain_loop_give(
+    untied_llama: Path, engines: Engines, flags: tuple[str, ...]
+) -> None:
+    """LatentMAS's formula, written out with an inverse in double precision."""
+    plain = load_plain(untied_llama)
+    o, e = (layer.weight.detach().double() for layer in (plain.lm_head, plain.model.embed_tokens))
+    matrix = torch.linalg.inv(o.T @ o + 1e-5 * torch.eye(64)) @ o.T @ e
+    length = e.norm(dim=1).mean()
+
+    def realign(hidden: torch.Tensor) -> torch.Tensor:
+        mapped: torch.Tensor = hidden.double() @ matrix
+        scaled: torch.Tensor = mapped * length / mapped.norm()
+        return scaled.float()
+
+    asked = [
+        make_request(
+            f"{steps}", tuple(range(7 * steps, 7 * steps + 9)), "latent", steps, (11,),
+            max_tokens=6, reasoning={"adapter": "realign"},
+        )
+        for steps in (1, 3, 5)
+    ]  # fmt: skip
+    async with native_engine(untied_llama) as native:
+        expected = [summary(r) for r in await run_all(native, asked)]
+    for request, (token_ids, *_) in zip(asked, expected, strict=True):
+        prompt, steps = list(request.prompt_token_ids), request.reasoning.steps
+        told, _ = reference(
+            plain, prompt, 6, mode="latent", steps=steps, end=(11,), adapter=realign
+        )
+        assert told == token_ids
+    async with engines.open(untied_llama, lambda _: None, *flags) as engine:
+        assert engine.info.adapters == ("realign",)
+        assert [summary(r) for r in await run_all(engine, asked)] == expected
 
 
 async def test_end_token_that_is_the_first_id_and_a_stop_token(

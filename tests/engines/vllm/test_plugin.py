@@ -287,3 +287,16 @@ def test_adapter_that_changes_the_embedding_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(StartupError, match=message):
             check_adapter(("--lora-modules", value))
+
+
+def test_realign_needs_plain_tables() -> None:
+    from torch import nn
+
+    from coconut_serve.engines.vllm.hooks import _add_realign, _rows
+    from coconut_serve.reasoning.adapters import AdapterBank
+
+    assert _rows(SimpleNamespace(quant_method=object())) is None, "quantised"
+    bank: Any = AdapterBank()
+    nothing: Any = None
+    _add_realign(bank, nn.Linear(2, 2), nothing, nothing)
+    assert bank.names == ()
