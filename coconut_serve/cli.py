@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import socket
@@ -37,7 +38,7 @@ from coconut_serve.config import (
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, StartupError
 from coconut_serve.evaluation import command as evaluation
-from coconut_serve.metrics import Metrics
+from coconut_serve.metrics import BUCKETS, Metrics, parse_buckets
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import observe
 from coconut_serve.server.app import create_app
@@ -57,7 +58,7 @@ _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "train": train,
 }
 _NOT_FLAGS = frozenset({"command", "model", "config"})
-_NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
+_NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_COMMIT", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
-    def add(flag: str, default: object, text: str, kind: type = str, **options: Any) -> None:
+    def add(flag: str, default: object, text: str, kind: Any = str, **options: Any) -> None:
         if kind is bool:
             options["action"] = "store_true"
         else:
@@ -105,6 +106,8 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     choose("log-format", "text", "of the log: lines of text or of JSON", get_args(LogFormat))
     add("otlp-traces-endpoint", None, "send a span a request to this address (OTLP over HTTP)")
     add("vllm-metric-aliases", False, "show metrics under vLLM's names too", bool)
+    about = 'bounds of histograms, such as {"latent_steps": [1, 10]}; families: '
+    add("custom-histogram-buckets", {}, about + ", ".join(BUCKETS), parse_buckets, metavar="JSON")
     add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
     add("api-key", [], "key that clients must send; may be repeated", action="append")
     choose("dtype", "auto", "of weights and cache", get_args(DType))
@@ -202,7 +205,8 @@ def _read_config(path: str, known: set[str]) -> dict[str, str]:
         if key not in known:
             raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
         if value is not None:  # as if the key were not there
-            read[key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            read[key] = json.dumps(value) if isinstance(value, dict) else joined
     return read
 
 
@@ -234,6 +238,7 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     own |= {
         "served_model_name": values["served_model_name"] or name,
         "api_keys": tuple(values["api_key"]),
+        "commit": os.environ.get("COCONUT_COMMIT") or "unknown",
         "allowed_reasoning_modes": modes,
     }
     return ServeConfig(**own)
@@ -347,6 +352,7 @@ class DrainingServer(uvicorn.Server):
                 while service.admission.num_in_flight:
                     await asyncio.sleep(0.05)
         except TimeoutError:
+            service.admission.is_overdue = True
             await service.engine.stop()  # what still runs ends with an error, not a cut
         self.should_exit = True
 
@@ -388,8 +394,8 @@ def run_serve(args: argparse.Namespace) -> int:
         model_name=config.served_model_name,
         engine=values["engine"],
         modes=mode_names(),
+        buckets=values["custom_histogram_buckets"],
     )
-
     tracer = observe.prepare(config, metrics)
 
     async def load(metrics: Metrics) -> Service:

@@ -65,6 +65,7 @@ class ServeConfig:
     """How the HTTP side behaves."""
 
     served_model_name: str
+    commit: str = "unknown"  # of the source; images tell it in COCONUT_COMMIT
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None  # None: /metrics only on the port above

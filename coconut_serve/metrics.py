@@ -6,37 +6,48 @@ request id.
 """
 
 import itertools
-from collections.abc import Iterable
-from typing import TypeVar
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.registry import Collector
 
-from coconut_serve.types import HaltReason, StepStats
+from coconut_serve.errors import StartupError
+from coconut_serve.types import HaltReason, StepStats, WaitReason
 
-# Time to the first of anything: vLLM's buckets.
-_TTFT = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
-    80, 160, 640, 2560,
-)  # fmt: skip
-# Between tokens: vLLM's, with a finer low end because small models beat 10 ms.
-_ITL = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
-    5, 7.5, 10, 20, 40, 80,
-)  # fmt: skip
-_REQUEST = (
-    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480,
-    960, 1920, 7680,
-)  # fmt: skip
-_STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
-_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_NUM_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
-_NUM_PREEMPTIONS = (0, 1, 2, 3, 4, 5, 10, 20)
+# Bounds by family; vLLM's families have vLLM's names. --custom-histogram-buckets replaces them.
+BUCKETS: dict[str, tuple[float, ...]] = {
+    # Time to the first of anything: vLLM's buckets.
+    "time_to_first_token": (
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
+        40, 80, 160, 640, 2560,
+    ),
+    # Between tokens: vLLM's, with a finer low end because small models beat 10 ms.
+    "inter_token_latency": (
+        0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1,
+        2.5, 5, 7.5, 10, 20, 40, 80,
+    ),
+    "request_latency": (
+        0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
+        480, 960, 1920, 7680,
+    ),
+    "step_latency": (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+    "request_tokens": (
+        1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000,
+    ),
+    "request_num_preemptions": (0, 1, 2, 3, 4, 5, 10, 20),
+    "batch_sequences": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "latent_steps": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128),
+}  # fmt: skip
 
-OUTCOMES = ("stop", "length", "cancelled", "error")
+# deadline: cut short by --drain-seconds. tool_calls: by nothing until tools are supported.
+OUTCOMES = ("stop", "length", "tool_calls", "cancelled", "rejected", "deadline", "error")
+UNKNOWN = "unknown"  # the mode of a request that was refused before it was known
 ENDPOINTS = ("chat", "completions")
-REJECTIONS = ("queue_full", "draining", "too_long", "invalid")
+REJECTIONS = ("queue_full", "loading", "draining", "too_long", "invalid")
+WAIT_REASONS: tuple[WaitReason, ...] = get_args(WaitReason)
 STAGES = ("queued", "thinking", "decode")
 PHASES = ("prefill", "latent", "distribution", "decode")
 STEP_KINDS = ("pure_decode", "pure_latent", "pure_distribution", "mixed", "prefill")
@@ -45,6 +56,35 @@ HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 _Labels = dict[str, tuple[str, ...] | None]  # name -> its values; None: open, not declared
+
+
+def parse_buckets(text: str) -> dict[str, tuple[float, ...]]:
+    """Read bounds of histograms by family, as JSON: {"latent_steps": [1, 10, 100]}.
+
+    Raises:
+        StartupError: It is no such mapping, or names what is none of BUCKETS.
+    """
+    flag = "--custom-histogram-buckets"
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise StartupError(f"{flag} takes a JSON object, not {text!r}", param=flag)
+    for family, bounds in given.items():
+        if family not in BUCKETS:
+            families = ", ".join(BUCKETS)
+            raise StartupError(f"{flag}: {family!r} is not one of {families}", param=flag)
+        if not (isinstance(bounds, list) and _are_bounds(bounds)):
+            raise StartupError(f"{flag}: {family}: give rising numbers from 0 on", param=flag)
+    return {family: tuple(bounds) for family, bounds in given.items()}
+
+
+def _are_bounds(values: list[Any]) -> bool:
+    if not values or any(type(value) not in (int, float) for value in values):
+        return False
+    is_rising = all(low < high for low, high in itertools.pairwise(values))
+    return bool(is_rising and values[0] >= 0 and values[-1] < math.inf)
 
 
 class _Included(Collector):
@@ -70,10 +110,17 @@ class Metrics:
         model_name: Label.
         engine: Label.
         modes: Label values to declare.
+        buckets: Bounds of histograms instead of those of BUCKETS.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, *, model_name: str, engine: str, modes: Iterable[str]
+        self,
+        registry: CollectorRegistry,
+        *,
+        model_name: str,
+        engine: str,
+        modes: Iterable[str],
+        buckets: Mapping[str, tuple[float, ...]] = BUCKETS,
     ) -> None:
         self.registry = registry
         self._base = {"model_name": model_name, "engine": engine}
@@ -90,26 +137,25 @@ class Metrics:
             return self._declare(Gauge(f"coconut_{name}", text, names, registry=registry), labels)
 
         def histogram(
-            name: str, text: str, buckets: tuple[float, ...], **labels: tuple[str, ...] | None
+            name: str, text: str, family: str, **labels: tuple[str, ...] | None
         ) -> Histogram:
-            metric = Histogram(
-                f"coconut_{name}", text, (*self._base, *labels), buckets=buckets, registry=registry
-            )
+            names, bounds = (*self._base, *labels), buckets.get(family, BUCKETS[family])
+            metric = Histogram(f"coconut_{name}", text, names, buckets=bounds, registry=registry)
             return self._declare(metric, labels)
 
         # fmt: off
-        self.requests = counter("requests", "Sequences ended.", **mode, endpoint=ENDPOINTS, outcome=OUTCOMES)
+        self.requests = counter("requests", "Sequences ended, and requests rejected.", reasoning_mode=(*self._modes, UNKNOWN), endpoint=ENDPOINTS, outcome=OUTCOMES)
         self.errors = counter("request_errors", "Error responses.", endpoint=None, code=None, status=None)
         self.rejections = counter("admission_rejections", "Requests not taken.", reason=REJECTIONS)
         self.ignored_params = counter("ignored_params", "Unknown request fields that were ignored.")
         self.running = gauge("requests_running", "Sequences holding a slot.", **mode)
-        self.waiting = gauge("requests_waiting", "Sequences waiting for one.", **mode)
+        self.waiting = gauge("requests_waiting", "Sequences waiting for one.", **mode, reason=WAIT_REASONS)
 
         self.batch = gauge("batch_sequences", "Rows of the last step.", **mode, phase=PHASES)
-        self.batch_per_step = histogram("batch_sequences_per_step", "Rows of a step.", _BATCH)
+        self.batch_per_step = histogram("batch_sequences_per_step", "Rows of a step.", "batch_sequences")
         self.mixed_steps = counter("mixed_steps", "Steps by whether they hold several kinds of row.", kind=("pure", "mixed"))
-        self.step_seconds = histogram("engine_step_seconds", "Duration of a step.", _STEP, phase=STEP_KINDS)
-        self.latent_step_seconds = histogram("latent_step_seconds", "Duration of a step that fed a vector, per sequence.", _STEP, **mode)
+        self.step_seconds = histogram("engine_step_seconds", "Duration of a step.", "step_latency", phase=STEP_KINDS)
+        self.latent_step_seconds = histogram("latent_step_seconds", "Duration of a step that fed a vector, per sequence.", "step_latency", **mode)
 
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", **mode)
         self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", **mode)
@@ -119,37 +165,37 @@ class Metrics:
         self.wasted_tokens = counter("wasted_tokens", "Positions computed for sequences that were cancelled.", **mode)
         self.halts = counter("latent_halts", "Thinking phases ended.", **mode, reason=HALTS)
         self.cancelled = counter("cancelled", "Sequences cancelled by the client.", **mode, stage=STAGES)
-        self.latent_steps_per_request = histogram("latent_steps_per_request", "Positions fed as a vector.", _NUM_STEPS, **mode)
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS, **mode)
-        self.request_output_tokens = histogram("request_output_tokens", "Answer tokens of a sequence.", _TOKENS, **mode)
+        self.latent_steps_per_request = histogram("latent_steps_per_request", "Positions fed as a vector.", "latent_steps", **mode)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", "request_tokens", **mode)
+        self.request_output_tokens = histogram("request_output_tokens", "Answer tokens of a sequence.", "request_tokens", **mode)
 
-        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first step's result.", _TTFT, **mode)
-        self.ttfot = histogram("time_to_first_output_token_seconds", "Arrival to the first answer token.", _TTFT, **mode)
-        self.itl = histogram("inter_token_latency_seconds", "Between answer tokens.", _ITL, **mode)
-        self.tpot = histogram("time_per_output_token_seconds", "Mean gap of a sequence.", _ITL, **mode)
-        self.duration = histogram("request_duration_seconds", "Arrival to the end.", _REQUEST, **mode)
-        self.queue = histogram("request_queue_seconds", "Arrival to first step.", _TTFT, **mode)
-        self.prefill = histogram("request_prefill_seconds", "First step to its first result.", _TTFT, **mode)
-        self.latent_phase = histogram("latent_phase_seconds", "Prefill to the end of thinking.", _TTFT, **mode)
-        self.decode = histogram("request_decode_seconds", "First answer token to the end.", _REQUEST, **mode)
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first step's result.", "time_to_first_token", **mode)
+        self.ttfot = histogram("time_to_first_output_token_seconds", "Arrival to the first answer token.", "time_to_first_token", **mode)
+        self.itl = histogram("inter_token_latency_seconds", "Between answer tokens.", "inter_token_latency", **mode)
+        self.tpot = histogram("time_per_output_token_seconds", "Mean gap of a sequence.", "inter_token_latency", **mode)
+        self.duration = histogram("request_duration_seconds", "Arrival to the end.", "request_latency", **mode)
+        self.queue = histogram("request_queue_seconds", "Arrival to first step.", "time_to_first_token", **mode)
+        self.prefill = histogram("request_prefill_seconds", "First step to its first result.", "time_to_first_token", **mode)
+        self.latent_phase = histogram("latent_phase_seconds", "Prefill to the end of thinking.", "time_to_first_token", **mode)
+        self.decode = histogram("request_decode_seconds", "First answer token to the end.", "request_latency", **mode)
 
         self.kv_blocks = gauge("kv_blocks", "Blocks of the KV cache.", state=("used", "cached", "free"))
         self.kv_usage = gauge("kv_cache_usage_ratio", "Blocks in use, 0 to 1.")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found.")
         self.preemptions = counter("preemptions", "Sequences preempted.")
-        self.sequence_preemptions = histogram("sequence_preemptions", "Preemptions of a sequence.", _NUM_PREEMPTIONS, **mode)
+        self.sequence_preemptions = histogram("sequence_preemptions", "Preemptions of a sequence.", "request_num_preemptions", **mode)
         self.engine_up = gauge("engine_up", "1 while the engine works.")
         self.engine_restarts = counter("engine_restarts", "Recoveries from a failed step.")
         self.ready = gauge("ready", "1 while new work is accepted.")
         self.load_seconds = gauge("model_load_seconds", "Time to load the model.")
-        self.build_info = gauge("build_info", "Always 1.", version=None, torch=None)
+        self.build_info = gauge("build_info", "Always 1.", version=None, commit=None, torch=None)
         self.config_info = gauge("config_info", "Always 1; limits in force.", **dict.fromkeys(LIMITS))
 
         self.buffered = gauge("sse_buffered_chunks", "Results that wait to be sent.")
         self.slow_drops = counter("slow_client_drops", "Streams ended because nobody read them.")
         self.http_requests = counter("http_requests", "HTTP requests answered.", method=None, route=None, status=None)
-        self.http_seconds = histogram("http_request_duration_seconds", "Arrival to the last byte.", _REQUEST, method=None, route=None)
+        self.http_seconds = histogram("http_request_duration_seconds", "Arrival to the last byte.", "request_latency", method=None, route=None)
         # fmt: on
 
     def _declare(self, metric: MetricT, labels: _Labels) -> MetricT:
@@ -194,7 +240,9 @@ class Metrics:
         """Record one engine step; called from the engine's thread."""
         for mode in self._modes:
             self.set(self.running, stats.num_running.get(mode, 0), mode)
-            self.set(self.waiting, stats.num_waiting.get(mode, 0), mode)
+            for reason in WAIT_REASONS:
+                count = stats.num_waiting.get(mode, 0) if reason == stats.wait_reason else 0
+                self.set(self.waiting, count, mode, reason)
             for phase in PHASES:
                 self.set(self.batch, stats.num_rows.get((mode, phase), 0), mode, phase)
         self._observe_blocks(stats)

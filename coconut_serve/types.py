@@ -57,6 +57,7 @@ SoftWhen = Literal["confident", "uncertain"]
 StopTest = Literal["argmax", "sampled"]
 EntropyUnit = Literal["nats", "normalized"]
 ConvergeMetric = Literal["none", "cosine", "rel_l2", "kl", "argmax_stable"]
+WaitReason = Literal["capacity", "kv"]  # for a slot or room in the step; for KV blocks
 
 
 class FinishReason(StrEnum):
@@ -429,3 +430,4 @@ class StepStats:
     num_used_blocks: int
     num_prefix_queries: int  # prompt tokens looked up since the last step
     num_prefix_hits: int
+    wait_reason: WaitReason = "capacity"  # of all that wait: they are first come, first served

@@ -51,6 +51,7 @@ ROWS: dict[str, list[Panel]] = {
             title="Sequences ended",
             unit="reqps",
             queries={"{{outcome}}": _rate("coconut_requests_total", "sum by (outcome)")},
+            text="Rejected: requests that began no sequence.",
             is_stacked=True,
         ),
         Panel(

@@ -173,6 +173,7 @@ def read_ask(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     asked = read_reasoning(request, body, service.config)
+    request.state.reasoning_mode = asked.mode  # for the metrics, should it be refused
     is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
     if body.stream and is_picked:
         raise InvalidRequestError(
@@ -193,6 +194,7 @@ def read_ask(
 async def respond(request: Request, answer: Answer, ignored: list[str]) -> Response:
     """Run the answer's generation and send it the way the client asked."""
     service, generation = answer.service, answer.generation
+    request.state.is_accepted = True  # an error from here on ends a sequence
     headers = {"X-Reasoning-Mode": generation.prepared.mode, **ignored_header(service, ignored)}
     if answer.body.stream:
         return EventStream(

@@ -78,7 +78,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.state.service = None
     app.state.metrics = metrics
     app.state.on_loaded = lambda _: None
-    metrics.set(metrics.build_info, 1, coconut_serve.__version__, _torch_version())
+    metrics.set(metrics.build_info, 1, coconut_serve.__version__, config.commit, _torch_version())
     for module in (chat, completions, ops):
         app.include_router(module.router)
     app.add_exception_handler(CoconutError, handle_coconut)

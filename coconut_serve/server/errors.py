@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from coconut_serve.errors import CoconutError, InvalidRequestError
-from coconut_serve.metrics import Metrics
+from coconut_serve.metrics import UNKNOWN, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,13 @@ def count_error(request: Request, error: CoconutError) -> None:
         return
     endpoint = ENDPOINTS.get(request.scope["path"], "other")
     metrics.add(metrics.errors, 1, endpoint, error.code, str(error.status))
-    reason = {"queue_full": "queue_full", "not_ready": "draining"}.get(error.code)
-    reason = "too_long" if error.code == "context_length_exceeded" else reason
-    if endpoint != "other" and (reason or error.status == 400):
-        metrics.add(metrics.rejections, 1, reason or "invalid")
+    is_loading = getattr(request.app.state, "service", None) is None
+    reason = {
+        "queue_full": "queue_full",
+        "not_ready": "loading" if is_loading else "draining",
+        "context_length_exceeded": "too_long",
+    }.get(error.code, "invalid" if error.status == 400 else None)
+    if endpoint != "other" and reason and not hasattr(request.state, "is_accepted"):
+        mode = getattr(request.state, "reasoning_mode", None) or UNKNOWN
+        metrics.add(metrics.rejections, 1, reason)
+        metrics.add(metrics.requests, 1, mode, endpoint, "rejected")

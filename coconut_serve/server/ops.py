@@ -53,6 +53,7 @@ async def version(request: Request) -> Response:
     return JSONResponse(
         {
             "version": coconut_serve.__version__,
+            "commit": config.commit,
             "engine": info.engine,
             "device": info.device,
             "dtype": info.dtype,

@@ -22,6 +22,7 @@ async def log_stats(metrics: Metrics, *, interval_seconds: float = _INTERVAL_SEC
         "prefix_queries": m.prefix_queries,
         "prefix_hits": m.prefix_hits,
         "ended": m.requests,
+        "rejected": m.rejections,
     }
     before = {name: m.total(counter) for name, counter in counters.items()}
     then, was_idle = time.monotonic(), True
@@ -31,6 +32,7 @@ async def log_stats(metrics: Metrics, *, interval_seconds: float = _INTERVAL_SEC
         now = time.monotonic()
         gained = {name: after[name] - before[name] for name in counters}
         running, waiting = m.total(m.running), m.total(m.waiting)
+        gained["ended"] -= gained["rejected"]  # they are requests too
         is_idle = not running and not waiting and not any(gained.values())
         if not (is_idle and was_idle):
             _log(gained, now - then, running, waiting, m.total(m.kv_usage))
@@ -45,7 +47,8 @@ def _log(
     rates = {f"{name}_per_second": round(count / seconds, 1) for name, count in gained.items()}
     logger.info(
         "prompt %.1f tokens/s, answers %.1f tokens/s, thinking %.1f steps/s (%.1f of vectors), "
-        "%.1f sequences/s, %d running, %d waiting, KV cache %.0f%%, prefix cache hits %.0f%%",
+        "%.1f sequences/s (%.1f rejected), %d running, %d waiting, KV cache %.0f%%, "
+        "prefix cache hits %.0f%%",
         *rates.values(),
         running,
         waiting,

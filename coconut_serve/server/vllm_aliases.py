@@ -11,7 +11,14 @@ from prometheus_client.registry import Collector
 
 from coconut_serve.metrics import Metrics
 
-_FINISHED = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
+_FINISHED = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "stop",
+    "cancelled": "abort",
+    "deadline": "abort",
+    "error": "error",
+}
 # vLLM's name -> ours, summed
 ALIASES: dict[str, tuple[str, ...]] = {
     "num_requests_running": ("requests_running",),
@@ -65,7 +72,7 @@ def _renamed(alias: str, families: list[Metric]) -> Metric:
     for family in families:
         for sample in family.samples:
             suffix = sample.name.removeprefix(family.name)
-            if suffix == "_created":
+            if suffix == "_created" or sample.labels.get("outcome") == "rejected":
                 continue
             labels = {"model_name": sample.labels["model_name"], "engine": "0"}
             if "le" in sample.labels:

@@ -23,6 +23,7 @@ class Admission:
         self._max_queue = max_queue
         self.num_in_flight = 0
         self.is_draining = False
+        self.is_overdue = False  # draining, and what still runs is being ended
         self._ended: deque[float] = deque(maxlen=_DRAIN_SAMPLES)  # times
 
     @property

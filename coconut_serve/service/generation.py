@@ -195,14 +195,14 @@ class Generation:
                         clock.end(output)
                         return
         except CoconutError as error:
-            clock.fail()
+            clock.fail("deadline" if self._admission.is_overdue else "error")
             self._put(error)
         except asyncio.CancelledError:
             clock.cancel(self.choices[index].counts)
             raise
         except Exception as error:
             logger.exception("generation failed, request_id=%s", request.request_id)
-            clock.fail()
+            clock.fail("error")
             failure = GenerationError(f"generation failed: {type(error).__name__}")
             self._put(failure)
 
@@ -358,9 +358,9 @@ class _Clock:
         m.add(m.reasoning_tokens, counts.num_reasoning_steps, mode)
         m.add(m.latent_steps, counts.num_vector_steps, mode)
 
-    def fail(self) -> None:
+    def fail(self, outcome: str) -> None:
         """Record a sequence that ended with an error."""
-        self._metrics.add(self._metrics.requests, 1, self._mode, self._endpoint, "error")
+        self._metrics.add(self._metrics.requests, 1, self._mode, self._endpoint, outcome)
 
     def cancel(self, counts: SequenceCounts) -> None:
         """Record a sequence that its client dropped."""

@@ -29,13 +29,14 @@ def ttft(metric: str, labels: str, seconds: float) -> dict[str, str]:
 
 
 def requests(errors: str) -> dict[str, str]:
-    other = f'coconut_requests_total{{{_LATENT},outcome="stop"}}'
-    return {other: "0+600x40", f'coconut_requests_total{{{_LATENT},outcome="error"}}': errors}
+    counts = {"stop": "0+600x40", "rejected": "0+6000x40", "error": errors}
+    return {f'coconut_requests_total{{{_LATENT},outcome="{o}"}}': n for o, n in counts.items()}
 
 
 def gauges(waiting: int, running: int) -> dict[str, str]:
     return {
-        f"coconut_requests_waiting{{{_LATENT}}}": f"{waiting}x40",
+        f'coconut_requests_waiting{{{_LATENT},reason="kv"}}': f"{waiting // 2}x40",
+        f'coconut_requests_waiting{{{_LATENT},reason="capacity"}}': f"{waiting - waiting // 2}x40",
         f"coconut_requests_running{{{_LATENT}}}": f"{running}x40",
     }
 

@@ -18,6 +18,7 @@ def test_image_runs_as_nobody_in_particular_and_stops_by_signal() -> None:
     assert 'ENTRYPOINT ["coconut-serve"]' in DOCKERFILE
     assert 'CMD ["coconut-serve", "healthcheck"]' in DOCKERFILE
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
+    assert "COCONUT_COMMIT=${REVISION}" in DOCKERFILE
     assert re.findall(r"FROM \S+ AS (cpu|cuda|test)$", DOCKERFILE, re.MULTILINE) == [
         "cpu",
         "test",

@@ -107,6 +107,7 @@ def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) 
         (["--", "--enforce-eager"], "needs --engine vllm"),
         (["--allowed-reasoning-modes", "cot,foo"], "'foo' is not one of"),
         (["--config", "/no/such/file"], "cannot read --config"),
+        (["--custom-histogram-buckets", "[1]"], "takes a JSON object"),
     ],
 )
 def test_wrong_start_is_one_line_and_a_status(flags: list[str], message: str) -> None:
@@ -132,12 +133,16 @@ def test_directory_without_config_is_refused(tmp_path: Path) -> None:
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("max_queue: 1\nport: 1111\nmax_n: 3\nstrict_params: true\napi_key: [a, b]\n")
+    file.write_text(
+        "max_queue: 1\nport: 1111\nmax_n: 3\nstrict_params: true\napi_key: [a, b]\n"
+        "custom_histogram_buckets: {latent_steps: [1, 2.5]}\n"
+    )
     environ = {"COCONUT_MAX_QUEUE": "2", "COCONUT_PORT": "2222", "OTHER": "x"}
     args = parse_args(["serve", "m", "--config", str(file), "--port", "3333"], environ)
     assert (args.port, args.max_queue, args.max_n, args.max_num_seqs) == (3333, 2, 3, 64)
     assert args.strict_params is True
     assert args.api_key == ["a", "b"]
+    assert args.custom_histogram_buckets == {"latent_steps": (1, 2.5)}
     assert args.model == "m"
     args = parse_args(["serve", "m", "--api-key", "c"], {"COCONUT_API_KEY": "a,b"})
     assert args.api_key == ["c"]

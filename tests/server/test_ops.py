@@ -32,6 +32,7 @@ async def test_models_are_listed_with_a_row_for_each_mode(client: openai.AsyncOp
 async def test_version_tells_limits(http: httpx.AsyncClient) -> None:
     body = (await http.get("/version")).json()
     assert body["engine"] == "stub"
+    assert body["commit"] == "unknown"
     assert body["limits"]["max_model_len"] == 512
     assert body["modes"] == list(mode_names())
 
@@ -84,8 +85,48 @@ async def test_metric_series_are_there_from_the_start_and_bounded(http: httpx.As
     text = (await http.get("/metrics")).text
     samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
     modes = {s.labels["reasoning_mode"] for s in samples if "reasoning_mode" in s.labels}
-    assert modes == set(mode_names())
+    assert modes == {*mode_names(), "unknown"}
     assert len(samples) < 3000
+
+
+async def test_rejected_requests_are_counted_under_the_mode_they_name() -> None:
+    app = stub_app(max_model_len=32)
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        for body in (
+            {"prompt": "a" * 40, "max_tokens": 1, "reasoning_mode": "latent"},
+            {"prompt": "a", "n": 99},
+            {"prompt": 5, "reasoning_mode": "latent"},  # not read as far as the mode
+        ):
+            assert (await c.post("/v1/completions", json=body)).status_code == 400
+        app.state.service.admission.is_draining = True
+        assert (await c.post("/v1/chat/completions", json={})).status_code == 503
+    metrics: Metrics = app.state.metrics
+    counts = {
+        tuple(s.labels[name] for name in ("reasoning_mode", "endpoint")): s.value
+        for s in next(iter(metrics.requests.collect())).samples
+        if s.name.endswith("_total") and s.labels["outcome"] == "rejected" and s.value
+    }
+    assert counts == {
+        ("latent", "completions"): 1,
+        ("unknown", "completions"): 2,
+        ("unknown", "chat"): 1,
+    }
+    assert metrics.total(metrics.rejections) == 4 == metrics.total(metrics.requests)
+
+
+async def test_sequence_that_outlasts_the_drain_ends_by_deadline() -> None:
+    app = stub_app(stub=StubConfig(tokens_per_second=50.0))
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+        async with c.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            app.state.service.admission.is_overdue = True  # as the drain does
+            await app.state.service.engine.stop()
+            rest = [line async for line in lines]
+    assert "engine_dead" in rest[-4]
+    child = app.state.metrics.requests.labels("m", "stub", "cot", "completions", "deadline")
+    assert child._value.get() == 1
 
 
 async def test_cancelled_request_is_counted_with_its_waste() -> None:
@@ -111,8 +152,8 @@ async def test_loading_server_is_alive_but_not_ready() -> None:
         raise StartupError("no such model")
 
     failures: list[object] = []
-    config = ServeConfig(served_model_name="m")
-    app = create_app(config, load=load, metrics=make_metrics())
+    config, metrics = ServeConfig(served_model_name="m"), make_metrics()
+    app = create_app(config, load=load, metrics=metrics)
     app.state.on_loaded = failures.append
     transport = httpx.ASGITransport(app=app)
     async with app.router.lifespan_context(app):
@@ -124,6 +165,7 @@ async def test_loading_server_is_alive_but_not_ready() -> None:
             response = await c.post("/v1/completions", json={"prompt": "a"})
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "not_ready"
+            assert metrics.rejections.labels("m", "stub", "loading")._value.get() == 1
         release.set()
         await asyncio.sleep(0.05)
     assert isinstance(failures[0], StartupError)

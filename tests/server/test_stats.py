@@ -21,6 +21,8 @@ async def test_stats_line_tells_rates_and_falls_silent_when_idle(
     await asyncio.sleep(0)
     metrics.add(metrics.latent_steps, 3, "latent")
     metrics.add(metrics.reasoning_tokens, 5, "cot")
+    metrics.add(metrics.requests, 4, "unknown", "chat", "rejected")
+    metrics.add(metrics.rejections, 4, "queue_full")
     metrics.set(metrics.running, 2, "latent")
     async with asyncio.timeout(5):
         while not caplog.records:
@@ -32,6 +34,7 @@ async def test_stats_line_tells_rates_and_falls_silent_when_idle(
     assert "2 running, 0 waiting" in first.getMessage()
     told = vars(first)
     assert told["latent_steps_per_second"] > 0
+    assert told["rejected_per_second"] > told["ended_per_second"] == 0
     assert told["thinking_steps_per_second"] > told["latent_steps_per_second"]
     assert len(caplog.records) <= 3, "one line tells that it became idle, then none"
 
@@ -43,6 +46,7 @@ async def test_vllm_names_show_the_same_numbers() -> None:
         for mode in ("latent", "cot"):
             body = {"prompt": "abc", "max_tokens": 4, "reasoning_mode": mode}
             await http.post("/v1/completions", json=body)
+        await http.post("/v1/completions", json={"prompt": ""})  # rejected: none of vLLM's reasons
         text = (await http.get("/metrics")).text
     families = {f.name: f for f in text_string_to_metric_families(text)}
     assert {f"vllm:{name}" for name in ALIASES} <= families.keys()

@@ -313,6 +313,7 @@ class NativeEngine:
             num_used_blocks=pool.num_used,
             num_prefix_queries=pool.num_queries,
             num_prefix_hits=pool.num_hits,
+            wait_reason=scheduler.wait_reason,
         )
         scheduler.num_preemptions = pool.num_queries = pool.num_hits = 0
         self._on_step(stats)

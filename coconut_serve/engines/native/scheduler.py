@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
 from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.types import FinishReason, HaltReason, Phase, RequestOutput
+from coconut_serve.types import FinishReason, HaltReason, Phase, RequestOutput, WaitReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self._by_id: dict[str, Sequence] = {}
         self.num_preemptions = 0
+        self.wait_reason: WaitReason = "capacity"  # of what the last step left waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; ids of live sequences differ."""
@@ -113,8 +114,7 @@ class Scheduler:
             if end > sequence.num_computed and self._grow(sequence, end, plan, rows):
                 rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
                 budget = self._budget - sum(row.end - row.start for row in rows.values())
-        if not plan.preemptions:
-            self._admit_waiting(plan, rows, budget)
+        self.wait_reason = "kv" if plan.preemptions else self._admit_waiting(plan, rows, budget)
         plan.rows = sorted(rows.values(), key=lambda row: not row.is_decode)
         return plan
 
@@ -151,16 +151,16 @@ class Scheduler:
 
     def _admit_waiting(
         self, plan: Schedule, rows: dict[Sequence, ScheduledRow], budget: int
-    ) -> None:
-        """Give slots and blocks to waiting sequences, first come first served."""
+    ) -> WaitReason:
+        """Give slots and blocks to waiting sequences, first come first served; why it stopped."""
         for sequence in list(self.waiting):
             if not self._free_slots or budget == 0:
-                return
+                return "capacity"
             leader = self._leader(sequence)
             if leader is not None and leader.num_computed < sequence.num_prompt_tokens - 1:
                 continue  # its prompt is being computed by a member of its group
             if not self._take_prefix(sequence, leader, plan):
-                return
+                return "kv"
             end = sequence.num_computed + min(sequence.num_to_compute, budget)
             blocks = self.pool.allocate(self._num_missing_blocks(sequence, end))
             assert blocks is not None, "_take_prefix checked that they are there"
@@ -168,6 +168,7 @@ class Scheduler:
             self._start(sequence, plan)
             rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
             budget -= end - sequence.num_computed
+        return "capacity"
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
         """A running sequence with the same prompt whose blocks a fresh one may share."""

@@ -185,3 +185,16 @@ def test_oldest_sequence_is_never_preempted() -> None:
         scheduler.update(schedule, runner.run(schedule))
     assert first.num_preemptions == 0
     assert scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize(("num_blocks", "reason"), [(14, "capacity"), (5, "kv")])
+def test_waiting_sequence_tells_what_it_waits_for(num_blocks: int, reason: str) -> None:
+    pool = BlockPool(num_blocks, BLOCK_SIZE)
+    num_slots = 1 if reason == "capacity" else 4
+    scheduler = Scheduler(
+        pool, max_num_seqs=num_slots, max_num_batched_tokens=64, max_model_len=MAX_LEN
+    )
+    for name in ("first", "second"):
+        scheduler.add(Sequence(make_request(name, tuple(range(5, 14)))))
+    assert len(scheduler.schedule().admissions) == 1
+    assert scheduler.wait_reason == reason

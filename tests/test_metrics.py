@@ -1,0 +1,67 @@
+"""What a page shows of a step, and bounds from outside."""
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from coconut_serve.errors import StartupError
+from coconut_serve.metrics import BUCKETS, WAIT_REASONS, Metrics, parse_buckets
+from coconut_serve.types import StepStats
+from tests.fakes import make_metrics
+
+STATS = StepStats(
+    seconds=0.0,
+    num_rows={},
+    num_prefill_positions=0,
+    num_running={},
+    num_waiting={"latent": 3, "cot": 1},
+    num_preemptions=0,
+    num_free_blocks=0,
+    num_cached_blocks=0,
+    num_used_blocks=0,
+    num_prefix_queries=0,
+    num_prefix_hits=0,
+)
+
+
+def test_waiting_sequences_stand_under_one_reason_at_a_time() -> None:
+    metrics = make_metrics()
+    for reason in WAIT_REASONS:
+        metrics.observe_step(replace(STATS, wait_reason=reason))
+        shown = {
+            (s.labels["reasoning_mode"], s.labels["reason"]): s.value
+            for s in next(iter(metrics.waiting.collect())).samples
+            if s.value
+        }
+        assert shown == {("latent", reason): 3, ("cot", reason): 1}
+
+
+def test_bounds_of_a_family_are_replaced_and_others_kept() -> None:
+    buckets = parse_buckets('{"inter_token_latency": [0.5, 2]}')
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, model_name="m", engine="stub", modes=["cot"], buckets=buckets)
+    assert metrics.itl._kwargs["buckets"] == metrics.tpot._kwargs["buckets"] == (0.5, 2)
+    assert metrics.ttft._kwargs["buckets"] == BUCKETS["time_to_first_token"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("latent_steps=1", "takes a JSON object"),
+        ("[1, 2]", "takes a JSON object"),
+        ('{"latency": [1]}', "'latency' is not one of time_to_first_token, "),
+        ('{"latent_steps": 1}', "latent_steps: give rising numbers"),
+        ('{"latent_steps": []}', "give rising numbers"),
+        ('{"latent_steps": ["1"]}', "give rising numbers"),
+        ('{"latent_steps": [true]}', "give rising numbers"),
+        ('{"latent_steps": [-1, 1]}', "give rising numbers"),
+        ('{"latent_steps": [1, 1]}', "give rising numbers"),
+        ('{"latent_steps": [1, NaN, 2]}', "give rising numbers"),
+        ('{"latent_steps": [1, Infinity]}', "give rising numbers"),
+    ],
+)
+def test_bad_bounds_are_refused(text: str, message: str) -> None:
+    with pytest.raises(StartupError, match=message) as caught:
+        parse_buckets(text)
+    assert caught.value.param == "--custom-histogram-buckets"
