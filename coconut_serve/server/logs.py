@@ -1,13 +1,16 @@
 """Log lines: text, or one JSON object each, with the id of the request they belong to."""
 
 import logging
+import os
 from contextvars import ContextVar
+from pathlib import Path
 
 from pythonjsonlogger.json import JsonFormatter
 from starlette.datastructures import State
 
 from coconut_serve.config import LogFormat
 
+VLLM_LOGS = Path(__file__).with_name("vllm_logs.json")  # a logging.config.dictConfig
 # The state of the request that this task answers; its id may still change.
 current: ContextVar[State | None] = ContextVar("current", default=None)
 
@@ -23,17 +26,22 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-def set_format(log_format: LogFormat) -> None:
-    """Choose how the root logger's handlers write."""
-    if log_format == "text":
-        return
-    formatter = JsonFormatter(
+def json_formatter() -> JsonFormatter:
+    """Make the formatter of JSON lines; VLLM_LOGS names it to vLLM."""
+    return JsonFormatter(
         "{levelname}{name}{message}",
         style="{",
         timestamp="time",
         rename_fields={"levelname": "level", "name": "logger"},
         json_ensure_ascii=False,
     )
+
+
+def set_format(log_format: LogFormat) -> None:
+    """Choose how the root logger's handlers write, and vLLM here and in its processes."""
+    if log_format == "text":
+        return
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(formatter)
+        handler.setFormatter(json_formatter())
         handler.addFilter(RequestIdFilter())
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(VLLM_LOGS))

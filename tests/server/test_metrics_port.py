@@ -2,12 +2,14 @@
 
 import json
 import logging
+import logging.config
+import os
 
 import httpx
 import pytest
 
 from coconut_serve.errors import StartupError
-from coconut_serve.server.logs import set_format
+from coconut_serve.server.logs import VLLM_LOGS, set_format
 from coconut_serve.server.metrics_port import add_metrics_port
 from tests.fakes import free_port, listening, stub_app
 
@@ -36,6 +38,7 @@ async def test_json_log_has_an_object_a_line_with_the_request_id(
 ) -> None:
     handler = logging.StreamHandler()  # to stderr as it is now
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(os, "environ", {})
     logging.getLogger("coconut_serve").setLevel(logging.INFO)
     set_format("json")
     async with listening(stub_app()) as url, httpx.AsyncClient(base_url=url) as http:
@@ -49,3 +52,15 @@ async def test_json_log_has_an_object_a_line_with_the_request_id(
     assert access["/nowhere"]["status"] == 404
     assert access["/nowhere"]["level"] == "INFO"
     assert access["/nowhere"]["time"]
+    assert os.environ == {"VLLM_LOGGING_CONFIG_PATH": str(VLLM_LOGS)}
+
+
+def test_vllm_is_told_to_write_json(capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(VLLM_LOGS.read_text())
+    told = config["loggers"].pop("vllm")
+    assert told["level"].startswith("ext://vllm.envs.")  # only where there is vLLM
+    config["loggers"]["like_vllm"] = told | {"level": "INFO"}
+    logging.config.dictConfig(config)
+    logging.getLogger("like_vllm.worker").info("loading %s", "weights")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["message"]) == ("INFO", "loading weights")
