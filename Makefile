@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test test-vllm check deploy-test bench bench-vllm clean
+.PHONY: serve test test-vllm check deploy-test lock bench bench-vllm clean
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -43,6 +43,15 @@ check: .venv/dev  ## Format, lint, import contracts, types
 
 deploy-test: .venv/dev  ## Image, chart, alerts, dashboard and load tests, for real; ARGS picks steps
 	deploy/test.sh $(ARGS)
+
+# torch is left out: its builds for CPU and CUDA have one version and different hashes. httptools and uvloop
+# speed uvicorn up; the rest of the list is what torch needs.
+lock: .venv/dev  ## Write deploy/requirements.txt: hashes of the versions in deploy/constraints.txt
+	.venv/bin/python -m pip install -q uv
+	echo torch > .venv/no-hashes.txt
+	printf '%s\n' httptools uvloop networkx setuptools sympy | .venv/bin/uv pip compile -q --universal --python-version 3.11 \
+		--extra otlp --excludes .venv/no-hashes.txt -c deploy/constraints.txt --generate-hashes --no-annotate \
+		--custom-compile-command 'make lock' -o deploy/requirements.txt pyproject.toml -
 
 bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
 	.venv/bin/python loadtests/bench/engine.py $(ARGS)

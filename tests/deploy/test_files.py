@@ -1,6 +1,7 @@
 """What the image, the compose file and the script refer to exists and agrees."""
 
 import re
+import tomllib
 
 import yaml
 
@@ -41,6 +42,26 @@ def test_constraints_pin_every_line() -> None:
     lines = (DEPLOY / "constraints.txt").read_text().splitlines()
     assert all(re.fullmatch(r"#.*|[a-z0-9-]+==[\w.]+", line) for line in lines)
     assert "torch==2.13.0" in lines
+
+
+def test_image_installs_files_of_known_hashes_at_the_versions_of_the_constraints() -> None:
+    """`make lock` writes requirements.txt; torch is not in it, see there."""
+    assert "pip install --require-hashes -r /tmp/requirements.txt" in DOCKERFILE
+    text = (DEPLOY / "requirements.txt").read_text()
+    pins = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", text, re.MULTILINE))
+    constraints = (DEPLOY / "constraints.txt").read_text()
+    known = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)$", constraints, re.MULTILINE))
+    assert {n: v for n, v in pins.items() if n in known} == {
+        n: known[n] for n in pins if n in known
+    }
+    extras = {name.split("[")[0] for name in pins.keys() - known.keys()}
+    assert extras <= {"colorama", "httpx2-jsfetch"}, "for other systems alone"
+    for block in re.split(r"\n(?=[a-z])", text)[1:]:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), block
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["otlp"], "uvloop"]
+    names = {re.split(r"[<>=]", each)[0] for each in needed}
+    assert names - pins.keys() == {"torch"}, "run make lock"
 
 
 def test_compose_is_hardened_and_mounts_what_exists() -> None:
