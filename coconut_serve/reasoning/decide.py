@@ -12,7 +12,7 @@ from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.halting import Controller, View
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, conclude
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot
@@ -89,8 +89,12 @@ class Decider:
         for i, row in enumerate(step.rows):
             if row.may_think:
                 groups.setdefault((row.mode, row.thinks_on_logits), []).append(i)
-        for (name, has_logits), members in groups.items():
-            self._decide_group(step, self._modes[name], members, has_logits=has_logits)
+        modes = [self._modes[name] for name, _ in groups]
+        contexts = [self._context(step, m, has_logits=has) for (_, has), m in groups.items()]
+        answers = [mode.decide(ctx) for mode, ctx in zip(modes, contexts, strict=True)]
+        decisions = conclude(answers, self._embedding.mean)
+        for each in zip(modes, groups.values(), contexts, decisions, strict=True):
+            self._assign(step, *each)
         if any(self._host_keeps_last[slot] for slot in step.host_slots):
             self._delay_halt(step)
         step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
@@ -123,11 +127,9 @@ class Decider:
         step.vector = torch.where(adds.unsqueeze(1), whole, step.vector)
         step.adds_end = adds
 
-    def _decide_group(
-        self, step: StepRows, mode: ReasoningMode, members: list[int], *, has_logits: bool
-    ) -> None:
-        """Ask one mode about its rows and scatter the answer."""
-        ctx = StepContext(
+    def _context(self, step: StepRows, members: list[int], *, has_logits: bool) -> StepContext:
+        """What a mode is to see of its rows."""
+        return StepContext(
             slots=self._slots,
             row_slots=step.select(step.row_slots, members),
             host_slots=tuple(step.rows[i].slot for i in members),
@@ -139,7 +141,16 @@ class Decider:
             adapters=self._adapters,
             has_trace=any(step.rows[i].wanted.trace_top_k is not None for i in members),
         )
-        decision = mode.decide(ctx)
+
+    def _assign(
+        self,
+        step: StepRows,
+        mode: ReasoningMode,
+        members: list[int],
+        ctx: StepContext,
+        decision: StepDecision,
+    ) -> None:
+        """Ask the halting rules and give the step what was decided for some rows."""
         step.assign(step.text, members, decision.token)
         halt = self._halt(ctx, decision, has_text=mode.has_text)
         if decision.halt is not None:

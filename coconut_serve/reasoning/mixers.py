@@ -4,6 +4,7 @@ Each works on all rows that asked for it at once. Settings are kept by slot in M
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -28,6 +29,9 @@ class Mixed:
     vector: Tensor  # [num_rows, hidden_size]
     square_mass: Tensor  # [num_rows] float32, the sum of the squared weights
     retained_mass: Tensor | None = None  # [num_rows] float32, probability covered; None: 1
+
+
+Mixing = Generator[Tensor, Tensor, Mixed]  # yields weights, is sent means, as a Thought does
 
 
 class Mixtures:
@@ -78,7 +82,7 @@ class Mixer(ABC):
         self._mixtures = mixtures
 
     @abstractmethod
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> Mixed | Mixing:
         """Mix for each row."""
 
     def _of(self, name: str, ctx: StepContext) -> Tensor:
@@ -162,14 +166,11 @@ class TopK(Mixer):
 class Full(Mixer):
     """The whole vocabulary, as one matrix product (Soft Tokens, arXiv 2509.19170)."""
 
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> Mixing:
         """Average all embeddings."""
         probs = self._tempered(ctx).softmax(-1)
-        return Mixed(
-            token=probs.argmax(-1),
-            vector=ctx.embedding.mean(probs),
-            square_mass=probs.square().sum(-1),
-        )
+        vector = yield probs
+        return Mixed(token=probs.argmax(-1), vector=vector, square_mass=probs.square().sum(-1))
 
 
 class Multiplex(Mixer):
@@ -260,10 +261,10 @@ class Gated(Mixer):
 
     needs_sampled = True
 
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> Mixing:
         """Weigh p E / |p| against the embedding of the sample."""
         probs = self._tempered(ctx).softmax(-1)
-        soft = ctx.embedding.mean(probs).float() / probs.norm(dim=-1, keepdim=True)
+        soft = (yield probs).float() / probs.norm(dim=-1, keepdim=True)
         token = ctx.embedding(ctx.sampled)
         vector = token.float()
         names = [self._mixtures.adapters[slot] for slot in ctx.host_slots]

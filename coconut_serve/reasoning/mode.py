@@ -1,10 +1,11 @@
 """What a reasoning mode is: it decides the next input of its thinking rows, all at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
@@ -68,6 +69,39 @@ class StepDecision:
     halt: Tensor | None = None  # [num_rows] int64, a HaltReason of the mode's own; None: nobody
 
 
+Thought = Generator[Tensor, Tensor, StepDecision]
+"""A decision that averages all embeddings on its way.
+
+It yields weights, [num_means, vocab_size], and is sent the means, [num_means, hidden_size].
+"""
+
+
+def conclude(
+    answers: Sequence[StepDecision | Thought], mean: Callable[[Tensor], Tensor]
+) -> list[StepDecision]:
+    """Finish what modes began; the means that they wait for at one time are one product.
+
+    Args:
+        answers: Of one mode each.
+        mean: Embedding.mean.
+    """
+    done = {i: each for i, each in enumerate(answers) if isinstance(each, StepDecision)}
+    thoughts = {i: each for i, each in enumerate(answers) if not isinstance(each, StepDecision)}
+    sent: dict[int, Tensor | None] = dict.fromkeys(thoughts)
+    while sent:
+        asked: dict[int, Tensor] = {}
+        for i, means in sent.items():
+            try:
+                asked[i] = thoughts[i].send(means)  # type: ignore[arg-type]  # None starts it
+            except StopIteration as end:
+                done[i] = end.value
+        weights = list(asked.values())
+        whole = mean(torch.cat(weights) if len(weights) > 1 else weights[0]) if weights else None
+        parts = whole.split([len(each) for each in weights]) if whole is not None else ()
+        sent = dict(zip(asked, parts, strict=True))
+    return [done[i] for i in range(len(answers))]
+
+
 class ReasoningMode(ABC):
     """One way of thinking. It never sees requests, blocks, positions, HTTP or vLLM.
 
@@ -103,7 +137,7 @@ class ReasoningMode(ABC):
         """Set up the mode's own buffers for a new sequence."""
 
     @abstractmethod
-    def decide(self, ctx: StepContext) -> StepDecision:
+    def decide(self, ctx: StepContext) -> StepDecision | Thought:
         """Decide the next input of each row."""
 
 

@@ -90,6 +90,7 @@ class Thinking:
             and _halts_on_text(params)
             and params.enter_token_id is None
             and self.report_width == self.min_tokens == 0
+            and not self.draw
             and (not stops or not ends or stops == ends)
         )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.mixers import Mixtures, TopK
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import MAX_HARD_TOKENS, HaltReason, ReasoningParams, SwitchParams
 
@@ -66,19 +66,19 @@ class AutoMode(ReasoningMode):
         self._reference[slot] = 0.0
         self._host_is_swi[slot] = switch.rule == "swi"
 
-    def decide(self, ctx: StepContext) -> StepDecision:
+    def decide(self, ctx: StepContext) -> Thought:
         """Let each rule decide its rows."""
         is_swi = [self._host_is_swi[slot] for slot in ctx.host_slots]
         if all(is_swi):
-            return self._swi(ctx)
+            return (yield from self._swi(ctx))
         if not any(is_swi):
             return self._confidence(ctx)
         vector = torch.zeros_like(ctx.hidden)
         flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
         switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
-        for wanted, rule in ((True, self._swi), (False, self._confidence)):
+        for wanted in (True, False):
             part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
-            decision = rule(part)
+            decision = (yield from self._swi(part)) if wanted else self._confidence(part)
             assert decision.vector is not None
             assert decision.is_vector is not None
             vector[at] = decision.vector.to(vector.dtype)
@@ -110,13 +110,13 @@ class AutoMode(ReasoningMode):
             retained_mass=mixed.retained_mass,
         )
 
-    def _swi(self, ctx: StepContext) -> StepDecision:
+    def _swi(self, ctx: StepContext) -> Thought:
         """Follow the entropy of the raw distribution."""
         assert ctx.raw_logits is not None
         rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
         is_first = self.slots.num_decisions[rows] == 0
         to_hard, to_soft = self._switch(ctx, mixing.entropy(log_probs), is_first)
-        soft = ctx.embedding.mean(log_probs.exp()).float()
+        soft = (yield log_probs.exp()).float()
         vector, blends = self._blend(ctx, soft, to_hard=to_hard, to_soft=to_soft, is_first=is_first)
         is_hard_token = (ctx.sampled.unsqueeze(1) == self._hard[rows]).any(1)
         is_soft = self._is_soft[rows] & ~is_hard_token

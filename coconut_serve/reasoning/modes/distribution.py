@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coconut_serve.reasoning.mixers import KINDS, Mixed, Mixtures
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.mixers import KINDS, Mixed, Mixing, Mixtures
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import ReasoningParams
 
@@ -34,25 +34,29 @@ class DistributionMode(ReasoningMode):
         """Note the mixture."""
         self._mixtures.admit(slot, params)
 
-    def decide(self, ctx: StepContext) -> StepDecision:
+    def decide(self, ctx: StepContext) -> Thought:
         """Mix, each kind of mixture for all its rows at once."""
         kinds: list[str] = [mixture.kind for mixture in self._mixtures.each(ctx)]
         if len(set(kinds)) == 1:
-            mixed = self._mixers[kinds[0]].mix(ctx)
+            mixed = yield from self._mix(ctx, kinds[0])
         else:
-            mixed = self._mix_several(ctx, kinds)
+            mixed = yield from self._mix_several(ctx, kinds)
         return StepDecision(
             token=mixed.token, vector=self._scale(ctx, mixed), retained_mass=mixed.retained_mass
         )
 
-    def _mix_several(self, ctx: StepContext, kinds: list[str]) -> Mixed:
+    def _mix(self, ctx: StepContext, kind: str) -> Mixing:
+        mixed = self._mixers[kind].mix(ctx)
+        return mixed if isinstance(mixed, Mixed) else (yield from mixed)
+
+    def _mix_several(self, ctx: StepContext, kinds: list[str]) -> Mixing:
         """Let each kind do its rows and put them together."""
         rows = ctx.row_slots
         token, mass = torch.zeros_like(rows), torch.ones(len(kinds), device=rows.device)
         vector, retained = torch.empty_like(ctx.hidden), torch.ones_like(mass)
         for kind in sorted(set(kinds)):
             part, at = ctx.select([i for i, each in enumerate(kinds) if each == kind])
-            mixed = self._mixers[kind].mix(part)
+            mixed = yield from self._mix(part, kind)
             token[at], mass[at] = mixed.token, mixed.square_mass
             vector[at] = mixed.vector.to(vector.dtype)
             if mixed.retained_mass is not None:

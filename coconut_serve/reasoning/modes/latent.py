@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning.adapters import NO_ADAPTER, Draw
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import ReasoningParams
 
@@ -48,12 +48,16 @@ class LatentMode(ReasoningMode):
         self._host_is_constant[slot] = is_constant
         self._host_is_softened[slot] = params.soft_weight > 0
 
-    def decide(self, ctx: StepContext) -> StepDecision:
+    def decide(self, ctx: StepContext) -> Thought:
         """Feed the hidden state; there is no text."""
         rows = ctx.row_slots
         vector = self._adapt(ctx, ctx.hidden)
-        if any(self._host_is_softened[slot] for slot in ctx.host_slots):
-            vector = self._soften(ctx, vector)
+        # SIM-CoT adds w times the soft token, through the same adapter. Rows without a weight stand
+        # apart from those with one: they have no logits.
+        if ctx.logits is not None and any(self._host_is_softened[s] for s in ctx.host_slots):
+            soft = self._adapt(ctx, (yield ctx.logits.softmax(-1)))
+            weight = self._soft_weight[rows].unsqueeze(1)
+            vector = (vector.float() + weight * soft.float()).to(vector.dtype)
         if any(self._host_is_constant[slot] for slot in ctx.host_slots):
             constant = self._constant[rows]
             fed = ctx.embedding(constant.clamp_min(0)).to(vector.dtype)
@@ -65,11 +69,3 @@ class LatentMode(ReasoningMode):
         names = tuple(self._host_adapter[slot] for slot in ctx.host_slots)
         draw = Draw(slots.seed[rows], slots.num_decisions[rows], self._temperature[rows])
         return ctx.adapters.apply(names, hidden, draw)
-
-    def _soften(self, ctx: StepContext, vector: Tensor) -> Tensor:
-        """Add w times the soft token, through the same adapter (SIM-CoT's soft_weight)."""
-        if ctx.logits is None:
-            return vector  # rows without a soft weight stand apart from those with one
-        soft = self._adapt(ctx, ctx.embedding.mean(ctx.logits.softmax(-1)))
-        weight = self._soft_weight[ctx.row_slots].unsqueeze(1)
-        return (vector.float() + weight * soft.float()).to(vector.dtype)
