@@ -210,6 +210,26 @@ async def test_reasoning_object_reports_sources_and_warnings(client: openai.Asyn
     assert reasoning["forward_passes"] == 17
 
 
+async def test_settings_of_phase_and_answer_come_back(client: openai.AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {
+        "mode": "distribution", "seed": 7, "max_total_steps": 9, "pad_positions": True,
+        "after": {"temperature": 0.5, "top_k": -1},
+        "halt": {"converge_metric": "kl", "converge_below": 0.1},
+    }  # fmt: skip
+    answer = await client.chat.completions.create(
+        model="m", messages=MESSAGES, max_tokens=4, extra_body={"reasoning": asked}
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 9
+    reasoning: Any = (answer.usage.model_extra or {})["reasoning"]
+    assert all("no answer tokens" in warning for warning in reasoning["warnings"])
+    flat = {**asked, "after.temperature": 0.5, "after.top_k": 0, "halt.converge_metric": "kl"}
+    for name in ("seed", "max_total_steps", "pad_positions", *list(flat)[-3:]):
+        expected = {"value": flat[name], "source": "request"}
+        assert reasoning["parameters"][name] == expected
+
+
 async def test_greedy_and_seeded_requests_repeat(client: openai.AsyncOpenAI) -> None:
     texts = set()
     for _ in range(2):
