@@ -57,10 +57,10 @@ def mixed_requests() -> list[Request]:
         elif kind == 3:
             common |= {"mode": "cot" if i != 7 else "auto", "steps": 5, "end": (12, 13)}
             until_kl = HaltParams(converge_metric="kl", converge_below=1.0, converge_patience=2)
-            halt = until_kl if i == 11 else HaltParams()
+            halt = until_kl if i == 15 else HaltParams()
             switch = SwitchParams(window=1, end_token_id=12)
             common["reasoning"] = {"switch": switch, "halt": halt}
-            if i != 11:
+            if i != 15:
                 common["thinking"] = {"temperature": 1.1, "top_k": 40, "seed": 50 + i}
         requests.append(make_request(max_tokens=10 + i % 5, **common))  # type: ignore[arg-type]
     return requests
