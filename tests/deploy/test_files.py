@@ -68,6 +68,7 @@ def test_compose_is_hardened_and_mounts_what_exists() -> None:
     server = COMPOSE["services"]["coconut"]
     assert server["read_only"] is True
     assert server["cap_drop"] == ["ALL"]
+    assert all(f"\nARG {name}" in DOCKERFILE for name in server["build"]["args"])
     args = parse_args([word.replace("${MODEL:-demo}", "demo") for word in server["command"]], {})
     assert args.metrics_port == 9000
     assert int(server["stop_grace_period"].rstrip("s")) > args.drain_seconds
