@@ -122,7 +122,7 @@ def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
     add("max-n", 8, "choices a request may ask for", int)
     choose("default-reasoning-mode", None, "mode of requests that name none", mode_names())
     add("allowed-reasoning-modes", None, "comma-separated; default: all the model supports")
-    choose("max-trace", "topk", "most detailed reasoning.trace allowed", get_args(TraceLevel))
+    choose("max-trace", "topk", "most detailed trace; vectors adds replay", get_args(TraceLevel))
     choose("min-trace", "none", "least reasoning.trace of each answer", get_args(TraceLevel))
     choose("reasoning-field", "both", "name of thinking text in answers", get_args(ReasoningField))
     add("strict-params", False, "answer 400 to unknown request fields", bool)

@@ -301,6 +301,9 @@ class ReasoningParams:
     switch: SwitchParams = field(default_factory=SwitchParams)
     trace: TraceLevel = "none"
     trace_top_k: int = 5
+    replay_vectors: bytes = field(default=b"", repr=False)  # what the first steps feed, in place
+    # of their own: [num_replayed, hidden_size] float32, little-endian
+    replay_token_ids: tuple[int, ...] = ()  # the texts of those steps; (): they have none
 
     def __post_init__(self) -> None:
         """Check ranges."""

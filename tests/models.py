@@ -162,8 +162,11 @@ def reference(
     top_k: int = 10,
     eos: int | None = None,
     adapter: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    given: Sequence[Tensor] = (),
 ) -> tuple[list[int], list[Tensor]]:
     """Greedy generation that recomputes the whole sequence at each position.
+
+    The first steps feed what is `given`.
 
     Returns:
         Answer tokens, and the vectors fed while thinking.
@@ -180,9 +183,10 @@ def reference(
         out = model(inputs_embeds=inputs, use_cache=False, output_hidden_states=True)
         return out.hidden_states[-1][0, -1], out.logits[0, -1].float()
 
-    for _ in range(steps):
+    for step in range(steps):
         hidden, logits = forward()
         vector = adapter(hidden) if mode == "latent" else soft_token(logits, embed, top_k)
+        vector = given[step] if step < len(given) else vector
         fed.append(vector)
         feed(vector)
     for token in end:

@@ -69,6 +69,7 @@ def test_every_mode_is_explained(mode: str) -> None:
         schemas.HaltBody,
         schemas.SwitchBody,
         schemas.AfterBody,
+        schemas.ReplayBody,
     ],
 )
 def test_every_request_field_is_in_the_docs(model: type[BaseModel]) -> None:

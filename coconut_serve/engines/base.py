@@ -22,9 +22,15 @@ class EngineInfo:
     modes: tuple[str, ...]
     dtype: str = "none"
     device: str = "none"
+    hidden_size: int = 0  # of the model's inputs; 0: there are none
     fingerprint: str = ""  # of the weights and what they run on
     adapters: tuple[str, ...] = ()  # what may stand between hidden states and inputs
     unsupported_features: tuple[str, ...] = ()  # what such an engine could have and this refuses
+
+    @property
+    def system_fingerprint(self) -> str:
+        """What produces answers: vectors mean nothing to anything else."""
+        return f"coconut-{self.engine}-{self.fingerprint or '0'}"
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
@@ -47,8 +53,17 @@ def check_request(request: Request, info: EngineInfo) -> None:
     adapters = ("none", *info.adapters)
     is_known = reasoning.adapter in adapters
     require(is_known, "reasoning.adapter", f"must be one of {', '.join(adapters)}")
+    size, length = 4 * info.hidden_size, len(reasoning.replay_vectors)
+    num_given = length // size if size else 0
+    is_whole = length == num_given * size and len(reasoning.replay_token_ids) in (0, num_given)
+    require(is_whole, "reasoning.replay", f"must hold vectors of {info.hidden_size} numbers")
     halt = reasoning.halt
-    named = [*reasoning.end_token_ids, *halt.stop_token_ids, *halt.learned_token_ids]
+    named = [
+        *reasoning.end_token_ids,
+        *reasoning.replay_token_ids,
+        *halt.stop_token_ids,
+        *halt.learned_token_ids,
+    ]
     named += [reasoning.constant_token_id] if reasoning.constant_token_id is not None else []
     is_inside = all(0 <= token_id <= last for token_id in named)
     require(is_inside, "reasoning", f"names token ids outside 0..{last}")

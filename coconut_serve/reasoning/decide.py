@@ -15,7 +15,7 @@ from coconut_serve.reasoning.halting import Controller, View
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, conclude
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
-from coconut_serve.reasoning.slots import Slots, SlotSnapshot
+from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
 from coconut_serve.types import HaltReason, ReasoningParams
 
 
@@ -51,6 +51,7 @@ class Decider:
         self._host_end_adds = [False] * slots.num_slots
         self._host_keeps_last = [False] * slots.num_slots
         self._host_may_enter = [False] * slots.num_slots
+        self._host_replay: list[list[tuple[Tensor, int]]] = [[]] * slots.num_slots
 
     def admit(
         self,
@@ -73,6 +74,7 @@ class Decider:
         self._host_end_adds[slot] = params.end_adds_vector
         self._host_keeps_last[slot] = params.keeps_last
         self._host_may_enter[slot] = params.enter_token_id is not None
+        self._host_replay[slot] = _read_replay(params, self._slots.hidden_size)
         if snapshot is not None:
             self._slots.restore(slot, snapshot)
 
@@ -97,6 +99,7 @@ class Decider:
             self._assign(step, *each)
         if any(self._host_keeps_last[slot] for slot in step.host_slots):
             self._delay_halt(step)
+        self._replay(step)
         step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
         step.halt = torch.where(is_thinking, step.halt, 0)
         step.thinks = is_thinking & (step.halt == 0)
@@ -163,15 +166,25 @@ class Decider:
             step.assign(step.retained_mass, members, decision.retained_mass)
         if decision.vector is None:
             return
-        vector = self._add_noise(ctx, decision.vector).to(step.vector.dtype)
-        flags = decision.is_vector
-        if flags is None:
-            flags = torch.ones(len(members), dtype=torch.bool, device=vector.device)
-        # NaN or Inf must end this row alone: it is zeroed here, so nothing spreads.
-        is_finite = vector.isfinite().all(-1)
-        step.assign(step.is_bad_vector, members, flags & ~is_finite)
-        step.assign(step.vector, members, torch.where(is_finite.unsqueeze(1), vector, 0.0))
-        step.assign(step.is_vector, members, flags)
+        vector = self._add_noise(ctx, decision.vector)
+        step.assign_vectors(members, vector, decision.is_vector)
+
+    def _replay(self, step: StepRows) -> None:
+        """Let rows feed the vectors that they were given; until the last none of them halts."""
+        given = {
+            i: self._host_replay[row.slot][row.num_steps]
+            for i, row in enumerate(step.rows)
+            if row.may_think and row.num_steps < len(self._host_replay[row.slot])
+        }
+        if not given:
+            return
+        members, device = list(given), step.hidden.device
+        vectors = torch.stack([vector for vector, _ in given.values()])
+        if device.type != "cpu":
+            vectors = vectors.pin_memory().to(device, non_blocking=True)
+        step.assign_vectors(members, vectors)
+        step.assign(step.text, members, upload([text for _, text in given.values()], device))
+        step.assign(step.halt, members, torch.zeros_like(step.halt[: len(members)]))
 
     def _halt(self, ctx: StepContext, decision: StepDecision, *, has_text: bool) -> Tensor | None:
         """Ask the rules that rows have on."""
@@ -215,3 +228,12 @@ class Decider:
             opens = is_said & (slots.blocks_left[rows] > 0)
             slots.open_blocks(rows, opens)
             self._controller.restart(rows, opens)
+
+
+def _read_replay(params: ReasoningParams, hidden_size: int) -> list[tuple[Tensor, int]]:
+    """What a request gives its first steps to feed: vectors, on the host, and their texts."""
+    if not params.replay_vectors:
+        return []
+    vectors = torch.frombuffer(bytearray(params.replay_vectors), dtype=torch.float32)
+    rows = list(vectors.view(-1, hidden_size))
+    return list(zip(rows, params.replay_token_ids or (-1,) * len(rows), strict=True))

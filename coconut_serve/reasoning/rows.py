@@ -53,6 +53,7 @@ class RowPlan:
 
     slot: int
     mode: str
+    num_steps: int = 0  # thinking steps before this one, while the row thinks
     may_think: bool  # False once the host has seen the phase end
     needs_logits: bool
     needs_sampled: bool  # a token is drawn from the logits
@@ -118,6 +119,18 @@ class StepRows:
             tensor.copy_(values)
         else:
             tensor[upload(members, tensor.device)] = values
+
+    def assign_vectors(
+        self, members: list[int], vectors: Tensor, is_vector: Tensor | None = None
+    ) -> None:
+        """Let rows feed vectors, all of them unless `is_vector` says which."""
+        vectors = vectors.to(self.vector.dtype)
+        # NaN or Inf must end this row alone: it is zeroed here, so nothing spreads.
+        is_finite = vectors.isfinite().all(-1)
+        flags = torch.ones_like(is_finite) if is_vector is None else is_vector
+        self.assign(self.is_bad_vector, members, flags & ~is_finite)
+        self.assign(self.vector, members, torch.where(is_finite.unsqueeze(1), vectors, 0.0))
+        self.assign(self.is_vector, members, flags)
 
     def spread(self, values: Tensor, members: list[int]) -> Tensor:
         """Give every row of the step its columns; zeros where a row is no member."""

@@ -82,6 +82,7 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
     return RowPlan(
         slot=slot,
         mode=params.mode,
+        num_steps=progress.num_steps,
         may_think=may_think,
         needs_logits=needs_sampled or has_trace or thinks_on_logits,
         needs_sampled=needs_sampled,

@@ -184,6 +184,7 @@ def read_ask(
         mode=asked.mode,
         effort=asked.effort,
         reasoning=asked.settings,
+        replay=asked.replay,
         n=body.n or 1,
         arrival=request.state.arrival,
         sampling=sampling_ask(body, max_tokens=max_tokens, num_logprobs=num_logprobs),

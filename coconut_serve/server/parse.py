@@ -23,6 +23,7 @@ from coconut_serve.server.schemas import (
     unknown_fields,
 )
 from coconut_serve.service.prompt import SamplingAsk
+from coconut_serve.service.replay import ReplayAsk
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
 
@@ -36,6 +37,7 @@ class ReasoningAsk:
     mode: str | None
     effort: str | None
     settings: dict[str, Any]
+    replay: ReplayAsk | None = None
 
 
 def request_id(request: Request) -> str:
@@ -130,7 +132,19 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
             code="reasoning_mode_conflict",
         )
     mode = next(iter(said.values()), None)
-    return ReasoningAsk(mode=mode, effort=effort, settings=settings)
+    return ReasoningAsk(mode=mode, effort=effort, settings=settings, replay=_pop_replay(settings))
+
+
+def _pop_replay(settings: dict[str, Any]) -> ReplayAsk | None:
+    """Take the vectors out of the settings, which answers repeat."""
+    fingerprint, steps = (settings.pop(f"replay.{name}", None) for name in ("fingerprint", "steps"))
+    if steps is None:
+        return None
+    return ReplayAsk(
+        fingerprint=fingerprint,
+        vectors=tuple(step.vector for step in steps),
+        token_ids=tuple(step.token_id for step in steps),
+    )
 
 
 def split_model(model: str | None, config: ServeConfig) -> tuple[str, str | None]:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.presets import EFFORTS, PRESETS
+from coconut_serve.types import MAX_STEPS
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
@@ -124,6 +125,20 @@ class AfterBody(_Body):
     min_p: MinP | None = None
 
 
+class ReplayStep(_Body):
+    """A step of `reasoning_trace`; what else it says is not looked at."""
+
+    vector: str
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+
+class ReplayBody(_Body):
+    """reasoning.replay."""
+
+    fingerprint: str
+    steps: Annotated[list[ReplayStep], Field(min_length=1, max_length=MAX_STEPS)]
+
+
 class ReasoningBody(_Body):
     """The `reasoning` object of chat and completions."""
 
@@ -153,6 +168,7 @@ class ReasoningBody(_Body):
     select: Literal["first", "vote", "logprob", "all"] | None = None
     trace: Literal["none", "summary", "topk", "vectors"] | None = None
     trace_top_k: int | None = None
+    replay: ReplayBody | None = None
 
 
 class StreamOptions(_Body):

@@ -109,7 +109,7 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """system_fingerprint: what produced an answer."""
-        return f"coconut-{self.engine.info.engine}-{self.engine.info.fingerprint or '0'}"
+        return self.engine.info.system_fingerprint
 
 
 def get_service(request: Request) -> Service:

@@ -1,5 +1,7 @@
 """What an answer cost, and how it was thought: usage, reasoning_info, traces, logprobs."""
 
+import base64
+import struct
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -83,8 +85,9 @@ def trace_json(step: TraceStep, number: int, tokenizer: Tokenizer | None) -> dic
     }
     if trace.top:
         shown["top"] = [{"token_id": i, "token": text(i), "prob": p} for i, p in trace.top]
-    if trace.vector is not None:
-        shown["vector"] = list(trace.vector)
+    if trace.vector is not None and step.kind != "token":
+        data = struct.pack(f"<{len(trace.vector)}f", *trace.vector)
+        shown["vector"] = base64.b64encode(data).decode()
     return shown
 
 

@@ -14,6 +14,7 @@ from coconut_serve.service import presets, reasoning
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.reasoning import Resolved
+from coconut_serve.service.replay import ReplayAsk, add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import (
     MAX_FORCED_TOKENS,
@@ -62,6 +63,7 @@ class GenerationAsk:
     n: int = 1
     sampling: SamplingAsk = field(default_factory=SamplingAsk)
     reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
+    replay: ReplayAsk | None = None
     effort: str | None = None
     has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
     arrival: float = field(default_factory=time.monotonic)  # of the HTTP request
@@ -154,6 +156,7 @@ class PromptBuilder:
             max_tokens=max_tokens or 1,
             has_speed=self._model.takes_speed and ask.messages is not None,
         )
+        resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"

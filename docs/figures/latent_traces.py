@@ -7,6 +7,7 @@ docs/latent-traces.md from a server's own traces.
 
 import argparse
 import asyncio
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def readings(
     found = []
     for step in trace:
         lens = {top["token"]: top["prob"] for top in step["top"]}
-        scores = table[ids] @ torch.tensor(step["vector"])
+        vector = torch.frombuffer(bytearray(base64.b64decode(step["vector"])), dtype=torch.float32)
+        scores = table[ids] @ vector
         found.append((lens, [names[i] for i in scores.argsort(descending=True).tolist()]))
     return found
 

@@ -1,8 +1,10 @@
 """The authors' own outputs (facebookresearch/coconut) through HTTP, in every situation."""
 
 import asyncio
+import base64
 import contextlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ async def ask(client: openai.AsyncOpenAI, case: dict[str, Any], expected: torch.
     extra = answer.choices[0].model_extra
     assert extra is not None
     assert extra["token_ids"] == case["output_token_ids"]
-    fed = torch.tensor([step["vector"] for step in extra.get("reasoning_trace", [])])
+    data = [base64.b64decode(step["vector"]) for step in extra.get("reasoning_trace", [])]
+    fed = torch.tensor([struct.unpack(f"<{len(each) // 4}f", each) for each in data])
     if case["num_latents"]:
         torch.testing.assert_close(fed, expected, atol=1e-4, rtol=0)
     else:

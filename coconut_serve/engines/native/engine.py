@@ -148,6 +148,7 @@ class NativeEngine:
             max_model_len=max_model_len,
             kv_cache_positions=(self._num_blocks - 1) * self._block_size,
             block_size=self._block_size,
+            hidden_size=self._model.hidden_size,
             modes=self._modes,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),

@@ -141,8 +141,7 @@ class VllmEngine:
         cache = llm.vllm_config.cache_config
         observer.num_blocks = cache.num_gpu_blocks or 0
         observer.num_engines = llm.vllm_config.parallel_config.data_parallel_size
-        self._info = _describe(llm.vllm_config, self._modes, adapters)
-        self._hidden_size = llm.vllm_config.model_config.get_inputs_embeds_size()
+        self._info = _describe(llm.vllm_config, self._modes, adapters, self._adapter)
         return _Life(llm, observer)
 
     async def _check_workers(self, llm: Any) -> tuple[str, ...]:
@@ -231,7 +230,8 @@ class VllmEngine:
 
         stops = request.sampling.stop_token_ids
         hidden = next(i for i in range(self.info.vocab_size) if i not in stops)
-        thinking = thinking_of(request, hidden_size=self._hidden_size, hidden_token_id=hidden)
+        size = self.info.hidden_size
+        thinking = thinking_of(request, hidden_size=size, hidden_token_id=hidden)
         follower = Follower(request, thinking)
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         params = _sampling_params(request, to_extra_args(thinking), thinking.report_width)
@@ -345,7 +345,9 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
     return outputs
 
 
-def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) -> EngineInfo:
+def _describe(
+    config: Any, modes: tuple[str, ...], adapters: tuple[str, ...], lora: Any
+) -> EngineInfo:
     """Read off vLLM's configuration what it can do."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
@@ -354,12 +356,16 @@ def _describe(config: Any, modes: tuple[str, ...], adapters: tuple[str, ...]) ->
         "quantization": str(model.quantization),
         "tensor_parallel_size": parallel.tensor_parallel_size,
     }
+    if lora is not None:
+        path = Path(lora.lora_path)
+        facts["lora"] = fingerprint(path, settings=(path / "adapter_config.json").read_text())
     return EngineInfo(
         engine="vllm",
         vocab_size=model.get_vocab_size(),
         max_model_len=model.max_model_len,
         kv_cache_positions=(cache.num_gpu_blocks or 0) * cache.block_size,
         block_size=cache.block_size,
+        hidden_size=model.get_inputs_embeds_size(),
         modes=modes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(config.device_config.device_type),

@@ -69,6 +69,7 @@ class WorkerRow:
         return RowPlan(
             slot=slot,
             mode=params.mode,
+            num_steps=decision,
             may_think=may_think,
             needs_logits=thinks_on_logits or is_scored or draws_apart,
             needs_sampled=True,

@@ -172,6 +172,8 @@ def cot(**more: Any) -> dict[str, Any]:
         (cot(reasoning_min_tokens=1), "reasoning_min_tokens is not known"),
         (cot(reasoning_draw=[1.0]), "reasoning_draw is not known"),
         (cot(reasoning_pad_positions=True), "reasoning_pad_positions is not known"),
+        (cot(reasoning_replay_token_ids=[1]), "reasoning_replay_token_ids is not known"),
+        (cot(reasoning_replay_vectors="AAAA"), "reasoning_replay_vectors must be"),
         (cot(reasoning_answer_stop_token_ids=[1]), "answer_stop_token_ids is not known"),
         (cot(reasoning_adapter="default"), "reasoning_adapter is not supported here"),
         ({"reasoning_steps": 3}, "must be 0 in mode none"),
