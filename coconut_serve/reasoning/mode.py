@@ -97,7 +97,8 @@ def conclude(
                 done[i] = end.value
         weights = list(asked.values())
         whole = mean(torch.cat(weights) if len(weights) > 1 else weights[0]) if weights else None
-        parts = whole.split([len(each) for each in weights]) if whole is not None else ()
+        sizes = [len(each) for each in weights]
+        parts = torch.split(whole, sizes) if whole is not None else ()
         sent = dict(zip(asked, parts, strict=True))
     return [done[i] for i in range(len(answers))]
 
