@@ -6,6 +6,7 @@
 # Works in build/deploy-test and can be run again. As root on Debian it installs what is missing; elsewhere
 # have on PATH: promtool prometheus podman buildah runc debootstrap. Uses ports 18700 to 18709, on the loopback.
 # BASE_IMAGE: an image to build on instead of a debootstrapped one. PYTHON: an environment with the project.
+# MODEL: what is served, a name or a folder; TASK: questions for it, whose answers are looked at.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD WORK=$PWD/build/deploy-test
@@ -16,6 +17,8 @@ export CONTAINERS_CONF=$WORK/containers.conf
 STORE="--root $WORK/containers --runroot $WORK/containers-run --storage-driver overlay"
 IMAGE=localhost/coconut-serve:test-cpu
 URL=http://127.0.0.1:18700 METRICS=http://127.0.0.1:18701 PROMETHEUS=http://127.0.0.1:18702
+MODEL=${MODEL:-demo} TASK=${TASK:-}
+[ "$MODEL" != demo ] || TASK=$ROOT/coconut_serve/models/demo/test.json
 PIDS=()
 mkdir -p "$WORK/bin"
 
@@ -124,20 +127,16 @@ image() {
   pods image inspect $IMAGE --format '{{.Config.User}} {{.Config.StopSignal}} {{index .Labels "org.opencontainers.image.revision"}} {{.Size}}'
 }
 
-model() {  # a folder to serve: MODEL, or a small random one with all modes
-  [ -n "${MODEL:-}" ] && { echo "$MODEL"; return; }
-  [ -d "$WORK/models/llama" ] || "$PYTHON" -m tests.deploy.standin "$WORK/models" >/dev/null 2>&1
-  echo "$WORK/models/llama"
-}
 
 container() {
   say "container: read-only, no capabilities, all modes, SIGTERM in the middle of a stream"
   containers_conf
-  local at; at=$(model)
+  local name=$MODEL mount=()
+  [ ! -d "$MODEL" ] || { name=/models/served; mount=(-v "$MODEL:$name:ro"); }
   pods rm -f -t 1 coconut-test >/dev/null 2>&1 || true
   pods run -d --name coconut-test --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-    --memory 4g -v "$at:/models/served:ro" -e COCONUT_API_KEY=secret -e COCONUT_PORT=18700 $IMAGE \
-    serve /models/served --dtype float32 --metrics-port 18701 --log-format json >/dev/null 2>&1
+    --memory 4g "${mount[@]}" -e COCONUT_API_KEY=secret -e COCONUT_PORT=18700 $IMAGE \
+    serve "$name" --dtype float32 --metrics-port 18701 --log-format json >/dev/null 2>&1
   wait_for $URL || { pods logs coconut-test; return 1; }
   COCONUT_API_KEY=secret check $URL --ask
   pods exec coconut-test sh -c 'test "$(id -u)" = 10001 && grep -q "CapEff:.0000000000000000" /proc/self/status \
@@ -155,16 +154,20 @@ container() {
 pod() {
   say "pod: the chart's Deployment under podman play kube"
   containers_conf
-  local at; at=$(model)
+  local name=$MODEL mount=()
+  [ ! -d "$MODEL" ] || {
+    name=/models/served
+    mount=(--set-json 'extraVolumes=[{"name":"served","hostPath":{"path":"'"$MODEL"'"}}]'
+      --set-json 'extraVolumeMounts=[{"name":"served","mountPath":"/models/served","readOnly":true}]')
+  }
   pods pod rm -f coconut-coconut-serve-pod-0 >/dev/null 2>&1 || true
-  helm template coconut deploy/helm/coconut-serve --set model.name=/models/served --set-json 'resources={}' \
-    --set-json 'extraVolumes=[{"name":"served","hostPath":{"path":"'"$at"'"}}]' \
-    --set-json 'extraVolumeMounts=[{"name":"served","mountPath":"/models/served","readOnly":true}]' > "$WORK/pod.yaml"
+  helm template coconut deploy/helm/coconut-serve --set model.name="$name" --set-json 'resources={}' \
+    "${mount[@]}" > "$WORK/pod.yaml"
   "$PYTHON" -m deploy.live pod "$WORK/pod.yaml" $IMAGE > "$WORK/play.yaml"
   pods play kube --network host "$WORK/play.yaml" >/dev/null 2>"$WORK/play.log" || { cat "$WORK/play.log"; return 1; }
   wait_for http://127.0.0.1:8000
   check http://127.0.0.1:8000 --ask
-  local name; name=$(pods ps --format '{{.Names}}' | grep server)
+  name=$(pods ps --format '{{.Names}}' | grep server)
   pods healthcheck run "$name"
   echo "the probe's command passes"
   pods exec "$name" sh -c 'id -u; grep CapEff /proc/self/status; ! touch /x'
@@ -179,7 +182,7 @@ serve() {  # start a server on this machine, with flags
 }
 stop_server() { kill "$SERVER"; wait "$SERVER"; }
 locust() {
-  "$WORK/venv/bin/python" -m locust -f loadtests/locustfile.py --headless --only-summary --host $URL "$@" \
+  "$WORK/venv/bin/python" -m locust -f loadtests/locustfile.py --headless --only-summary --host $URL --task "$TASK" "$@" \
     > "$WORK/locust.log" 2>&1 && grep answered "$WORK/locust.log" || { grep -E "SLO|answered|Error" "$WORK/locust.log"; return 1; }
 }
 
@@ -188,7 +191,7 @@ metrics() {
   serve x --engine stub --stub-ttft-seconds 0.2 --stub-tokens-per-second 20
   locust --shape none -u 4 -t 30 --scenarios stream=1 --metrics-url $METRICS --report "$WORK/agree.json" --slo loadtests/slo/agree.yaml
   stop_server
-  serve "$(model)" --dtype float32
+  serve "$MODEL" --dtype float32
   curl -fsS $METRICS/metrics | promtool check metrics && echo "promtool check metrics: nothing found"
   sed -e 's/coconut:9000/127.0.0.1:18701/' -e 's/scrape_interval: 5s/scrape_interval: 1s/' -e 's/evaluation_interval: 15s/evaluation_interval: 5s/' \
     -e "s#/etc/prometheus/alerts.yaml#$ROOT/deploy/helm/coconut-serve/alerts/alerts.yaml#" deploy/prometheus/prometheus.yml > "$WORK/prometheus.yml"
@@ -206,7 +209,7 @@ metrics() {
 
 load() {
   say "load: 60 s of mixed modes, then ten times the peak"
-  serve "$(model)" --dtype float32 --max-num-seqs 16 --max-queue 16
+  serve "$MODEL" --dtype float32 --max-num-seqs 16 --max-queue 16
   locust --shape smoke --slo loadtests/slo/smoke.yaml --report "$WORK/smoke.json" --metrics-url $METRICS --time-tolerance 0.5
   locust --shape none -u 16 -t 30 --report "$WORK/peak.json"
   local rate; rate=$("$PYTHON" -c "import json; print(json.load(open('$WORK/peak.json'))['all']['requests_per_second'] / 4)")

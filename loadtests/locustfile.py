@@ -7,7 +7,6 @@ python -m locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:8
 import json
 import os
 import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from locust import LoadTestShape, User, events, task
 
 from coconut_serve.commands.measure import Record, Target
 from loadtests.scenarios.agree import compare, read_page
-from loadtests.scenarios.clients import POLITE, SCENARIOS, Mix, parse_weights, pick
+from loadtests.scenarios.clients import POLITE, SCENARIOS, Mix, Task, parse_weights, pick
 from loadtests.scenarios.judge import judge, read_slo, summary
 
 # name -> [(seconds from the start, users)], each stage up to its time
@@ -38,7 +37,8 @@ def add_options(parser: Any) -> None:
         ("scenarios", "stream=8,whole=2", f"by weight, of {', '.join(SCENARIOS)}"),
         ("arrivals", 0.0, "requests/s of a user, answered or not; 0: one after the other"),
         ("max-tokens", 32, "of an answer"),
-        ("steps", 8, "of thinking"),
+        ("steps", 0, "of thinking; 0: the model's own"),
+        ("task", "", "file of questions whose answers are looked at (docs/evaluation.md)"),
         ("random-seed", 1, "of what is asked"),
         ("slo", "", "file with limits; violations give status 1"),
         ("peak", "", "report of a run at capacity, for an SLO's min_goodput_of_peak"),
@@ -60,6 +60,7 @@ class Run:
             scenarios=parse_weights(options.scenarios),
             max_tokens=options.max_tokens,
             steps=options.steps,
+            task=Task.load(Path(options.task), self.target) if options.task else None,
         )
         self.rng = random.Random(options.random_seed)
         self.arrivals: float = options.arrivals
@@ -134,7 +135,7 @@ def end(environment: Any, **_: Any) -> None:
             for row in told["server"]["rows"]
             if not row["agrees"]
         ]
-    told |= {"settings": {**vars(options), "mix": asdict(run.mix)}, "violations": violations}
+    told |= {"settings": vars(options), "violations": violations}
     if options.report:
         Path(options.report).write_text(json.dumps(told, indent=1, default=str))
     for line in told["unexpected"] + [f"SLO: {each}" for each in violations]:

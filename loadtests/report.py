@@ -28,6 +28,9 @@ def compare(run: dict[str, Any], mode: str = "latent", base: str = "cot") -> dic
     for name in _LATENCIES:
         if ours[name] and theirs[name]:
             ratios[f"{name}_p50"] = ours[name]["p50"] / theirs[name]["p50"]
+    if ours["looked_at"] and theirs["right"]:
+        share = ours["right"] / ours["looked_at"]
+        ratios["right_share"] = share / (theirs["right"] / theirs["looked_at"])
     for name in ("reasoning_steps", "answer_tokens"):
         per_answer = theirs[name] / max(1, theirs["ok"])
         if per_answer:
@@ -98,14 +101,16 @@ def table(rows: list[list[str]]) -> str:
 
 def page(run: dict[str, Any], overload: dict[str, Any] | None) -> str:
     """The report as one HTML file without anything outside it."""
-    head = ["mode", "answered", "steps/answer", "tokens/answer", *_LATENCIES]
+    head = ["mode", "answered", "right", "steps/answer", "tokens/answer", *_LATENCIES]
     rows = [head]
     for mode, told in run["modes"].items():
         ok = max(1, told["ok"])
         medians = [f"{told[n]['p50'] * 1e3:.0f} ms" if told[n] else "-" for n in _LATENCIES]
         counts = [f"{told[n] / ok:.1f}" for n in ("reasoning_steps", "answer_tokens")]
-        rows.append([mode, f"{told['ok']} of {told['requests']}", *counts, *medians])
-    parts = ["<h1>Load test</h1>", f"<p>{html.escape(json.dumps(run['settings']['mix']))}</p>"]
+        right = f"{told['right'] / told['looked_at']:.1%}" if told["looked_at"] else "-"
+        rows.append([mode, f"{told['ok']} of {told['requests']}", right, *counts, *medians])
+    told = {k: run["settings"][k] for k in ("modes", "scenarios", "max_tokens", "steps", "task")}
+    parts = ["<h1>Load test</h1>", f"<p>{html.escape(json.dumps(told))}</p>"]
     parts += ["<h2>By mode (medians)</h2>", table(rows), _image(plot_latencies(run))]
     ratios = [[name, f"{value:.2f}"] for name, value in compare(run).items()]
     parts += ["<h2>latent / cot</h2>", table([["", "ratio"], *ratios])]

@@ -28,6 +28,8 @@ class Record:
     gaps: list[float] = field(default_factory=list)  # between answer tokens
     e2e: float = 0.0
     num_answer_tokens: int = 0  # token ids seen in the stream
+    text: str = ""  # of the answer
+    is_right: bool | None = None  # None: nobody looked
     usage: dict[str, Any] = field(default_factory=dict)
     finish_reason: str = ""
     retry_after: str = ""
@@ -153,6 +155,7 @@ def _follow(
                     record.gaps.append(now - last)
                 last = now
                 record.num_answer_tokens += tokens
+            record.text += delta.get("content") or delta.get("text") or ""
             record.finish_reason = choice.get("finish_reason") or record.finish_reason
         if not on_chunk(number):
             record.error = "hung up"
@@ -164,6 +167,7 @@ def _read(record: Record, answer: dict[str, Any]) -> None:
     [choice] = answer["choices"]
     record.finish_reason = choice["finish_reason"]
     record.num_answer_tokens = len(choice.get("token_ids") or ())
+    record.text = choice.get("message", choice).get("content") or choice.get("text") or ""
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -201,6 +205,8 @@ def summarise(records: list[Record]) -> dict[str, Any]:
     return {
         "requests": len(records),
         "ok": len(good),
+        "looked_at": sum(r.is_right is not None for r in good),
+        "right": sum(r.is_right is True for r in good),
         "seconds": seconds,
         "requests_per_second": len(good) / seconds if seconds else 0.0,
         "prompt_tokens": sum(r.usage.get("prompt_tokens", 0) for r in good),

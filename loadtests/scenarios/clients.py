@@ -1,13 +1,16 @@
 """One simulated client a call: polite, impatient, slow, or wrong."""
 
+import json
 import random
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from coconut_serve.commands.measure import CHAT, Record, Target, ask
+from coconut_serve.evaluation.tasks import Question, find_extractor, is_right, load_task
 
 QUESTIONS = (
     "What is 2+2?",
@@ -24,13 +27,33 @@ _SYSTEM = "You are a careful assistant. Answer briefly and only what was asked."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Questions whose answers are looked at."""
+
+    questions: list[Question]
+    extract: Callable[[str], str]
+
+    @classmethod
+    def load(cls, path: Path, target: Target) -> "Task":
+        """Read a task file; the server says where in a text its model's answer is."""
+        status, text = target.get("/v1/models")
+        assert status == 200, f"{target.url}/v1/models answers {status}"
+        manifest = json.loads(text)["data"][0].get("manifest") or {}
+        return cls(
+            questions=load_task(path),
+            extract=find_extractor((manifest.get("answer") or {}).get("extract")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
     """What clients ask for, by weight."""
 
     modes: dict[str, float]
     scenarios: dict[str, float]
     max_tokens: int
-    steps: int
+    steps: int  # 0: the model's own
+    task: Task | None = None  # None: QUESTIONS, whatever is answered
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -51,42 +74,65 @@ def pick(weights: dict[str, float], rng: random.Random) -> str:
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-def body(mix: Mix, rng: random.Random, *, is_stream: bool) -> dict[str, Any]:
-    """A request of the mix."""
+def body(mix: Mix, rng: random.Random, *, is_stream: bool) -> tuple[dict[str, Any], str | None]:
+    """A request of the mix, and the right answer where it is known."""
     mode = pick(mix.modes, rng)
-    asked: dict[str, Any] = {
-        "messages": [
-            {"role": "system", "content": _SYSTEM},
-            {"role": "user", "content": f"{rng.choice(QUESTIONS)} (case {rng.randrange(10**6)})"},
-        ],
+    expected = None
+    if mix.task is not None:
+        question = rng.choice(mix.task.questions)
+        expected = question.answer
+        asked: dict[str, Any] = {
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": 0.0,
+        }
+    else:
+        text = f"{rng.choice(QUESTIONS)} (case {rng.randrange(10**6)})"
+        asked = {
+            "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}],
+            "temperature": 0.7,
+        }
+    asked |= {
         "max_tokens": mix.max_tokens,
-        "temperature": 0.7,
         "seed": rng.randrange(2**31),
         "reasoning_mode": mode,
         "return_token_ids": True,  # so that tokens can be counted, whatever their text
     }
-    if mode != "none":
+    if mode != "none" and mix.steps:
         asked["reasoning"] = {"steps": mix.steps}
     if is_stream:
         asked |= {"stream": True, "stream_options": {"include_usage": True}}
-    return asked
+    return asked, expected
 
 
-def stream(target: Target, mix: Mix, rng: random.Random) -> Record:
-    """Read a stream to its end."""
-    return ask(target, body(mix, rng, is_stream=True), scenario="stream")
+def _go_on(_: int) -> bool:
+    return True
+
+
+def stream(
+    target: Target,
+    mix: Mix,
+    rng: random.Random,
+    *,
+    scenario: str = "stream",
+    on_chunk: Callable[[int], bool] = _go_on,
+) -> Record:
+    """Read a stream, or an answer in one piece, to its end."""
+    asked, expected = body(mix, rng, is_stream=scenario != "whole")
+    record = ask(target, asked, scenario=scenario, on_chunk=on_chunk)
+    if mix.task is not None and expected is not None and record.is_ok:
+        record.is_right = is_right(mix.task.extract, record.text, expected)
+    return record
 
 
 def whole(target: Target, mix: Mix, rng: random.Random) -> Record:
     """Wait for an answer in one piece."""
-    return ask(target, body(mix, rng, is_stream=False), scenario="whole")
+    return stream(target, mix, rng, scenario="whole")
 
 
 def disconnect(target: Target, mix: Mix, rng: random.Random) -> Record:
     """Hang up after a few events."""
     last = rng.randrange(1, 6)
-    asked = body(mix, rng, is_stream=True)
-    return ask(target, asked, scenario="disconnect", on_chunk=lambda number: number < last)
+    return stream(target, mix, rng, scenario="disconnect", on_chunk=lambda number: number < last)
 
 
 def slow(target: Target, mix: Mix, rng: random.Random) -> Record:
@@ -96,7 +142,7 @@ def slow(target: Target, mix: Mix, rng: random.Random) -> Record:
         time.sleep(0.05)
         return True
 
-    return ask(target, body(mix, rng, is_stream=True), scenario="slow", on_chunk=wait)
+    return stream(target, mix, rng, scenario="slow", on_chunk=wait)
 
 
 def bad(target: Target, mix: Mix, rng: random.Random) -> Record:
