@@ -54,7 +54,7 @@ Source = Literal["hidden", "constant"]
 Select = Literal["first", "vote", "logprob", "all"]
 SwitchRule = Literal["swi", "confidence"]
 SoftWhen = Literal["confident", "uncertain"]
-StopTest = Literal["argmax", "sampled"]
+StopTest = Literal["argmax", "sampled", "prob"]
 EntropyUnit = Literal["nats", "normalized"]
 ConvergeMetric = Literal["none", "cosine", "rel_l2", "kl", "argmax_stable"]
 WaitReason = Literal["capacity", "kv"]  # for a slot or room in the step; for KV blocks
@@ -202,10 +202,11 @@ class HaltParams:
     """
 
     stop_token_ids: tuple[int, ...] = ()  # the step's text, or what its logits give, is one
-    stop_test: StopTest = "argmax"  # how logits give a token, where a step has no text
+    stop_test: StopTest = "argmax"  # how logits give a token, where a step has no text; prob: none
+    # is given, the stop tokens must be likely enough, whatever the text is
     learned_token_ids: tuple[int, ...] = ()  # continue, stop: two rows of the output head
-    stop_temperature: float = 1.0  # of both, where they draw
-    stop_prob: float = 0.5  # learned: stops at this probability
+    stop_temperature: float = 1.0  # of both, where they draw or look at a probability
+    stop_prob: float = 0.5  # learned, and stop_test prob: stops at this probability
     sample: bool = False  # learned: draws instead
     entropy_below: float = 0.0  # 0 = off (Soft Thinking's Cold Stop)
     entropy_patience: int = 256  # consecutive steps below the threshold
@@ -231,8 +232,9 @@ class HaltParams:
         return bool(self.stop_token_ids) or self.needs_logits(has_text=True)
 
     def needs_logits(self, *, has_text: bool) -> bool:
-        """Whether a rule that is on looks at logits; a step with text stops by its text."""
-        if self.learned_token_ids or (self.stop_token_ids and not has_text):
+        """Whether a rule that is on looks at logits; a text shows its stop token itself."""
+        is_seen = has_text and self.stop_test != "prob"
+        if self.learned_token_ids or (self.stop_token_ids and not is_seen):
             return True
         has_bound = self.entropy_below > 0 or self.entropy_above > 0
         return has_bound or self.converge_metric != "none"

@@ -93,6 +93,7 @@ class StopToken(Rule):
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
         self._ids = self._buffer("ids", torch.int64, MAX_STOP_TOKENS)  # padded with -2
+        self._is_argmax = self._buffer("is_argmax", torch.bool)
         self._is_sampled = self._buffer("is_sampled", torch.bool)
         self._temperature = self._buffer("temperature", torch.float32)
 
@@ -105,22 +106,53 @@ class StopToken(Rule):
         """Note the tokens and the test."""
         halt = params.halt
         self._ids[slot] = -2
-        for i, token_id in enumerate(halt.stop_token_ids):
+        for i, token_id in enumerate(dict.fromkeys(halt.stop_token_ids)):
             self._ids[slot, i] = token_id
+        self._is_argmax[slot] = halt.stop_test == "argmax"
         self._is_sampled[slot] = halt.stop_test == "sampled"
         self._temperature[slot] = halt.stop_temperature
 
     def holds(self, view: View) -> Tensor:
         """Compare."""
-        ids = self._ids[view.row_slots]  # [num_rows, MAX_STOP_TOKENS]
+        rows = view.row_slots
         if view.has_text:
-            return (view.token.unsqueeze(1) == ids).any(1)
+            return self._is_stop(view.token, rows)
         assert view.raw_logits is not None
-        likeliest = (view.raw_logits.argmax(-1, keepdim=True) == ids).any(1)
+        likeliest = self._is_stop(view.raw_logits.argmax(-1), rows) & self._is_argmax[rows]
+        return torch.where(self._is_sampled[rows], view.uniform() < self._mass(view), likeliest)
+
+    def _is_stop(self, token: Tensor, rows: Tensor) -> Tensor:
+        return (token.unsqueeze(1) == self._ids[rows]).any(1)
+
+    def _mass(self, view: View) -> Tensor:
+        """The probability of all stop tokens together; [num_rows] float32."""
+        assert view.raw_logits is not None
+        ids = self._ids[view.row_slots]  # [num_rows, MAX_STOP_TOKENS]
         log_probs = view.raw_logits / self._temperature[view.row_slots].unsqueeze(1)
         probs = log_probs.softmax(-1).gather(1, ids.clamp_min(0))
-        drawn = view.uniform() < torch.where(ids >= 0, probs, 0.0).sum(1)
-        return torch.where(self._is_sampled[view.row_slots], drawn, likeliest)
+        return torch.where(ids >= 0, probs, 0.0).sum(1)
+
+
+class LikelyStop(StopToken):
+    """The stop tokens together are likely enough, whatever the text of the step is."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._least = self._buffer("least", torch.float32)
+
+    @staticmethod
+    def is_asked(halt: HaltParams) -> bool:
+        """Whether there are stop tokens, and a probability is what counts."""
+        return bool(halt.stop_token_ids) and halt.stop_test == "prob"
+
+    def admit(self, slot: int, params: ReasoningParams) -> None:
+        """Note the tokens and the threshold."""
+        super().admit(slot, params)
+        self._least[slot] = params.halt.stop_prob
+
+    def holds(self, view: View) -> Tensor:
+        """Compare the probability with the threshold."""
+        return self._mass(view) >= self._least[view.row_slots]
 
 
 class Learned(Rule):
@@ -321,7 +353,7 @@ class SameDistribution(Converged):
 
 
 RULES: tuple[type[Rule], ...] = (
-    StopToken, Learned, ColdStop, Uncertain, SameVector, SameToken, SameDistribution,
+    StopToken, LikelyStop, Learned, ColdStop, Uncertain, SameVector, SameToken, SameDistribution,
 )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class HaltBody(_Body):
 
     rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
     stop_tokens: list[int | str] | None = None
-    stop_test: Literal["argmax", "sampled"] | None = None
+    stop_test: Literal["argmax", "sampled", "prob"] | None = None
     stop_temperature: Number | None = None
     stop_prob: Number | None = None
     sample: bool | None = None

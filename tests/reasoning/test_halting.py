@@ -43,6 +43,26 @@ def test_stop_token_of_a_step_without_text(at: int, test: str) -> None:
     assert steps_until_end(halt, hidden) == (at, HaltReason.STOP_TOKEN)
 
 
+@pytest.mark.parametrize("mode", ["latent", "cot", "distribution", "auto"])
+def test_stop_tokens_may_be_likely_together(mode: str) -> None:
+    """The likeliest token is another; each counts once, however often it is named."""
+
+    def mass(hidden: torch.Tensor) -> float:
+        return float((hidden @ TABLE.T / 2).softmax(-1)[[30, STOP]].sum())
+
+    less, more = sorted((pointing_at(GO, 3), pointing_at(8, 3)), key=mass)
+    for least, expected in ((0.99 * mass(more), 4), (1.01 * mass(more), 8)):
+        halt = HaltParams(
+            stop_token_ids=(30, STOP, 30), stop_test="prob", stop_prob=least, stop_temperature=2.0
+        )
+        assert mass(less) < least
+        reason = HaltReason.STOP_TOKEN if expected == 4 else HaltReason.CAP
+        assert steps_until_end(halt, sequence(more, 4, less), mode) == (expected, reason)
+    sure = HaltParams(stop_token_ids=(STOP,), stop_test="prob", stop_prob=1.0)
+    said = (8, HaltReason.CAP) if mode == "latent" else (2, HaltReason.STOP_TOKEN)
+    assert steps_until_end(sure, sequence(pointing_at(STOP, 9), 2, less), mode) == said
+
+
 def test_sampled_stop_comes_as_often_as_its_probability() -> None:
     """4,000 rows with p(stop) near 0.3; off by 5 standard errors: p < 1e-6."""
     from coconut_serve.reasoning.halting import Controller, View

@@ -185,6 +185,18 @@ class UntilKl:
         return self.step(step, logits, table)
 
 
+class UntilLikely:
+    """Ends once a stop token is said, or they are likely enough together at temperature 0.9."""
+
+    def __init__(self, step: Step, least: float) -> None:
+        self.step, self.least = step, least
+
+    def __call__(self, step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor] | None:
+        likely = float((logits / 0.9).softmax(-1)[list(STOPS)].sum()) >= self.least
+        fed = self.step(step, logits, table)
+        return None if likely or fed is None or fed[0] in STOPS else fed
+
+
 @torch.inference_mode()
 def loop(
     model: Any,
@@ -233,6 +245,11 @@ def kl(settings: dict[str, Any], below: float) -> dict[str, Any]:
     return {**settings, "reasoning": {**settings.get("reasoning", {}), "halt": halt}}
 
 
+def likely(settings: dict[str, Any], least: float) -> dict[str, Any]:
+    halt = HaltParams(stop_token_ids=STOPS, stop_test="prob", stop_prob=least, stop_temperature=0.9)
+    return {**settings, "reasoning": {**settings.get("reasoning", {}), "halt": halt}}
+
+
 def auto(mixture: dict[str, Any] | None = None, **switch: Any) -> dict[str, Any]:
     reasoning: dict[str, Any] = {"switch": SwitchParams(**switch)}
     if mixture is not None:
@@ -248,6 +265,7 @@ SWI: dict[str, Any] = {
     "newline_token_id": 42,
 }
 HARD = (28, 120, 63)
+STOPS = (3, 28, 63, 77, 90, 101)
 PAD = {"pad_positions": True}
 APART: dict[str, Any] = {
     "temperature": 0.7,
@@ -271,6 +289,8 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
         lambda: UntilKl(full, 0.6),
     ),
     "kl-cot": (kl({"mode": "cot"}, 0.6), lambda: UntilKl(token, 0.6)),
+    "likely": (likely(soft(kind="full"), 0.065), lambda: UntilLikely(full, 0.065)),
+    "likely-cot": (likely({"mode": "cot"}, 0.09), lambda: UntilLikely(token, 0.09)),
     "multiplex-seed": (
         {**soft(kind="multiplex", top_k=3), "thinking": {"seed": 11}},
         lambda: partial(multiplex, seed=11),
@@ -315,7 +335,7 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
         for key, result in zip(asked, results, strict=True):
             assert (result.thinking_ids, result.token_ids) == expected[key], key
 
-    for kind in ("kl", "apart-kl"):
+    for kind in ("kl", "apart-kl", "likely", "likely-cot"):
         lengths = {len(texts) for (name, _), (texts, _) in expected.items() if name == kind}
         assert len(lengths) > 1, "phases end at different steps"
     async with native_engine(tiny_llama) as engine:

@@ -125,6 +125,7 @@ async def test_halting_on_the_device_ends_where_native_ends(
         stop = free.thinking_ids[4]
         assert stop is not None
         ends_at_stop = {"halt": HaltParams(stop_token_ids=(stop,))}
+        likely = {"halt": HaltParams(stop_token_ids=(stop, 9), stop_test="prob", stop_prob=0.05)}
         answer = await run(native, make_request(reasoning=cold, **soft))  # type: ignore[arg-type]
         ends = frozenset([answer.token_ids[2]])
         asked = [
@@ -135,6 +136,8 @@ async def test_halting_on_the_device_ends_where_native_ends(
             make_request("stop", mode="cot", steps=20, end=(stop,), reasoning=ends_at_stop),
             make_request("stop2", mode="cot", steps=20, reasoning=ends_at_stop),
             make_request("stop3", mode="cot", steps=20, end=(126,), reasoning=ends_at_stop),
+            make_request("likely", mode="cot", steps=20, end=(126,), reasoning=likely),
+            make_request("likely-latent", mode="latent", steps=9, end=(126,), reasoning=likely),
             make_request("end-is-stop", mode="latent", steps=3, end=(9,), stop_token_ids={9}),
         ]
         expected = [summary(r) for r in await run_all(native, asked)]
