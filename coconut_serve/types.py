@@ -223,8 +223,11 @@ class HaltParams:
         num_stops, num_learned = len(self.stop_token_ids), len(self.learned_token_ids)
         require(num_stops <= MAX_STOP_TOKENS, path + "stop_tokens", f"takes {MAX_STOP_TOKENS} ids")
         require(num_learned in (0, 2), path + "learned", "needs two token ids: continue, stop")
-        is_measured = self.converge_metric != "argmax_stable" or self.converge_below == 0
+        metric, is_bound = self.converge_metric, self.converge_below > 0
+        is_measured = metric != "argmax_stable" or not is_bound
         require(is_measured, path + "converge_below", "has no meaning for argmax_stable")
+        has_bound = metric in ("none", "argmax_stable") or is_bound
+        require(has_bound, path + "converge_below", f"must be above 0 with {metric}")
 
     @property
     def may_halt(self) -> bool:

@@ -31,6 +31,6 @@ def test_value_out_of_range_is_refused_by_name(
 
 def test_vectors_are_not_compared_where_there_are_none() -> None:
     """Such a row once stopped the whole engine."""
-    halt = HaltParams(converge_metric="cosine")
+    halt = HaltParams(converge_metric="cosine", converge_below=0.1)
     with pytest.raises(InvalidRequestError, match="converge_metric must be kl or argmax_stable"):
         ReasoningParams(mode="cot", halt=halt)

@@ -85,10 +85,14 @@ class MixtureBody(_Body):
     norm: Literal["none", "l2", "embed_mean"] | None = None
 
 
+HaltRule = Literal["learned", "stop_token", "cold_stop", "uncertain", "converged"]
+HaltRules = Annotated[list[HaltRule], Field(min_length=1)]
+
+
 class HaltBody(_Body):
     """reasoning.halt."""
 
-    rule: Literal["auto", "fixed", "cold_stop", "learned", "stop_token", "converged"] | None = None
+    rule: Literal["auto", "fixed", HaltRule] | HaltRules | None = None
     stop_tokens: list[int | str] | None = None
     stop_test: Literal["argmax", "sampled", "prob"] | None = None
     stop_temperature: Number | None = None

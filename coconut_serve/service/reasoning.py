@@ -23,6 +23,11 @@ from coconut_serve.types import (
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
+# What halt.rule names -> the field of HaltParams without which that rule is off.
+_RULES = {
+    "learned": "learned_token_ids", "stop_token": "stop_token_ids", "cold_stop": "entropy_below",
+    "uncertain": "entropy_above", "converged": "converge_metric",
+}  # fmt: skip
 _AFTER = ("temperature", "top_p", "top_k", "min_p")  # of the answer, where it differs
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
@@ -117,12 +122,13 @@ def resolve(
     elif mode != "none":
         phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
     thinks = phase.steps > 0
-    halt = _halt(pick, phase.stop_ids, model) if thinks else HaltParams()
+    rule = pick("halt.rule", "auto") if thinks else None
+    halt = _halt(pick, rule, phase, model) if thinks else HaltParams()
     params = ReasoningParams(
         mode=mode,
         steps=phase.steps,
         min_steps=pick("min_steps", 0) if thinks else 0,
-        is_fixed=phase.is_counted and not halt.may_halt,
+        is_fixed=(phase.is_counted or rule == "fixed") and not halt.may_halt,
         end_token_ids=phase.end_ids,
         noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         halt=halt,
@@ -136,9 +142,7 @@ def resolve(
     seed = pick("seed", None) if thinks else None
     after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
-    unused = _unused(pick, mode, effort)
-    if unused:
-        warnings.append(f"without effect in mode {mode}: {', '.join(unused)}")
+    warnings += _unused(pick, mode, effort)
     return Resolved(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
         warnings=tuple(warnings), seed=seed, after=after, branches=branches, select=select,
@@ -282,27 +286,32 @@ def _tokens(
     return tuple(token_id for token_id in found if token_id is not None)
 
 
-def _halt(pick: _Picker, stop_ids: tuple[int, ...], model: ModelReasoning) -> HaltParams:
-    """The halting rules; `stop_ids` end the phase whatever else is asked."""
-    rule = pick("halt.rule", "auto")
+def _halt(pick: _Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> HaltParams:
+    """The halting rules: all that are set up, or those that `rule` names, which then must be."""
     if rule == "fixed":
-        return HaltParams(stop_token_ids=stop_ids)
+        return HaltParams()
+    named = [] if rule == "auto" else [rule] if isinstance(rule, str) else rule
+    off = {setting for name, setting in _RULES.items() if named and name not in named}
+    defaults = {f.name: f.default for f in fields(HaltParams) if f.name not in off}
+    if named and "stop_token_ids" in defaults:
+        defaults["stop_token_ids"] = phase.end_ids[:1]
     values = {
-        f.name: pick(f"halt.{_HALT_NAMES.get(f.name, f.name)}", f.default)
-        for f in fields(HaltParams)
+        name: pick(f"halt.{_HALT_NAMES.get(name, name)}", default)
+        for name, default in defaults.items()
     }
-    stops = _tokens(pick, "halt.stop_tokens", values["stop_token_ids"], model)
-    values["stop_token_ids"] = (*stop_ids, *stops)
-    values["learned_token_ids"] = tuple(values["learned_token_ids"])
-    if rule == "cold_stop" and not values["entropy_below"]:
-        values["entropy_below"] = PRESETS["soft_thinking"]["halt.entropy_below"]
-    if rule == "converged" and values["converge_metric"] == "none":
-        values["converge_metric"] = "cosine"
-    halt = HaltParams(**values)
-    needed = {"learned": halt.learned_token_ids, "stop_token": halt.stop_token_ids}
-    has_what_it_takes = bool(needed.get(rule, True))
-    require(has_what_it_takes, "reasoning.halt.rule", f"{rule!r} is not declared by this model")
-    return halt
+    if "stop_token_ids" in values:
+        stops = _tokens(pick, "halt.stop_tokens", values["stop_token_ids"], model)
+        values["stop_token_ids"] = tuple(dict.fromkeys((*phase.stop_ids, *stops)))
+    if "learned_token_ids" in values:
+        values["learned_token_ids"] = tuple(values["learned_token_ids"])
+    for name in named:
+        setting = _RULES[name]
+        is_on = values[setting] not in ((), 0, "none")
+        if name == "learned":
+            require(is_on, "reasoning.halt.rule", "'learned' is not declared by this model")
+        param = f"reasoning.halt.{_HALT_NAMES.get(setting, setting)}"
+        require(is_on, param, f"must be set: halt.rule names {name!r}")
+    return HaltParams(**values)
 
 
 def _latent_phase(
@@ -372,7 +381,7 @@ def _token_phase(
 
 
 def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
-    """Name what the request asked for and the mode does not look at."""
+    """Warn of what the request asked for and the mode does not look at."""
     asked = pick.layers[0][1]
     used = {*pick.parameters}
     used |= {"start", "end"} if mode == "latent" else set()
@@ -380,7 +389,7 @@ def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
     unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
     if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":
         unused.append("reasoning_effort")
-    return unused
+    return [f"without effect in mode {mode}: {', '.join(unused)}"] if unused else []
 
 
 def _trace(pick: _Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:

@@ -230,6 +230,21 @@ async def test_settings_of_phase_and_answer_come_back(client: openai.AsyncOpenAI
         assert reasoning["parameters"][name] == expected
 
 
+async def test_fixed_count_of_soft_steps_says_so(client: openai.AsyncOpenAI) -> None:
+    asked: dict[str, Any] = {
+        "mode": "distribution", "steps": 3, "halt": {"rule": "fixed", "entropy_below": 1},
+    }  # fmt: skip
+    for rule, reason in (("fixed", "fixed"), (["cold_stop"], "cap")):
+        asked["halt"]["rule"] = rule
+        answer = await client.chat.completions.create(
+            model="m", messages=MESSAGES, max_tokens=4, extra_body={"reasoning": asked}
+        )
+        assert answer.usage is not None
+        reasoning: Any = (answer.usage.model_extra or {})["reasoning"]
+        assert (reasoning["reasoning_steps"], reasoning["halt_reason"]) == (3, reason)
+        assert reasoning["parameters"]["halt.rule"] == {"value": rule, "source": "request"}
+
+
 async def test_greedy_and_seeded_requests_repeat(client: openai.AsyncOpenAI) -> None:
     texts = set()
     for _ in range(2):

@@ -136,6 +136,36 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         "reasoning.halt.rule",
     ),
     (
+        "halt rule",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"rule": ["x"]}}},
+        "reasoning.halt.rule",
+    ),
+    (
+        "fixed and another",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"rule": ["fixed", "learned"]}}},
+        "reasoning.halt.rule",
+    ),
+    (
+        "no rules",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"rule": []}}},
+        "reasoning.halt.rule",
+    ),
+    (
+        "rule without its setting",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"rule": "cold_stop"}}},
+        "reasoning.halt.entropy_below",
+    ),
+    (
+        "no bound",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"converge_metric": "cosine"}}},
+        "reasoning.halt.converge_below",
+    ),
+    (
+        "stop_test",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"stop_test": "x"}}},
+        "reasoning.halt.stop_test",
+    ),
+    (
         "min_steps",
         {"reasoning_mode": "latent", "reasoning": {"steps": 2, "min_steps": 3}},
         "reasoning.min_steps",

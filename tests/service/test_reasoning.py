@@ -125,6 +125,51 @@ def test_mode_that_the_model_lacks_is_refused_with_the_list() -> None:
     check_mode("latent", able, {"adapter": "realign"})
 
 
+def test_halt_rule_names_the_rules_that_are_on() -> None:
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    model = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    cold: dict[str, Any] = {"halt__entropy_below": 0.1, "halt__entropy_above": 3.0, "steps": 9}
+
+    def halt(mode: str, rule: Any, **asked: Any) -> Any:
+        return resolved(mode, model, halt__rule=rule, **asked).params.halt
+
+    every = halt("distribution", "auto", **cold)
+    assert (every.stop_token_ids, every.entropy_below, every.entropy_above) == ((21,), 0.1, 3.0)
+    one = halt("distribution", "cold_stop", **cold)
+    assert (one.stop_token_ids, one.entropy_below, one.entropy_above) == ((), 0.1, 0.0)
+    two = halt("cot", ["uncertain", "stop_token"], **cold)
+    assert (two.stop_token_ids, two.entropy_below, two.entropy_above) == ((21,), 0.0, 3.0)
+    off = resolved("cot", model, halt__rule=["stop_token"], **cold)
+    [warning] = off.warnings
+    assert warning.endswith("mode cot: reasoning.halt.entropy_above, reasoning.halt.entropy_below")
+
+
+def test_fixed_takes_all_steps_in_every_mode() -> None:
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    model = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    for mode in ("cot", "distribution"):
+        result = resolved(mode, model, halt__rule="fixed", halt__entropy_below=1.0, steps=4)
+        assert result.params.is_fixed
+        assert not result.params.halt.may_halt
+        assert result.parameters["halt.rule"] == {"value": "fixed", "source": "request"}
+        assert "reasoning.halt.entropy_below" in result.warnings[0]
+        assert not resolved(mode, model, steps=4).params.is_fixed
+
+
+def test_rule_that_is_named_needs_its_setting() -> None:
+    model = make_model()
+    latent = resolved("latent", model, halt__rule="stop_token")
+    assert latent.params.halt.stop_token_ids == (11,), "the manifest's end token"
+    assert latent.parameters["halt.stop_tokens"] == {"value": (11,), "source": "default"}
+    for rule, name in (
+        ("stop_token", "stop_tokens"), ("cold_stop", "entropy_below"), ("learned", "rule"),
+        ("uncertain", "entropy_above"), ("converged", "converge_metric"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequestError) as caught:
+            resolved("latent", model, end="none", halt__rule=[rule])
+        assert caught.value.param == f"reasoning.halt.{name}"
+
+
 def test_tokens_may_be_named_by_their_text() -> None:
     model = replace(make_model(None), encode=lambda text: [ord(c) for c in text])
     model = replace(model, adapters=("realign",))
