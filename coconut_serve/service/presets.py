@@ -3,8 +3,11 @@
 import string
 from typing import Any
 
-# What SwiReasoning always feeds as a token: letters, digits and signs of formulas.
-_MATH = tuple(string.ascii_letters + string.digits + "+-*/=^<>()")
+# Named sets of tokens that `auto` never feeds softly; SwiReasoning's are the signs of formulas.
+HARD_TOKENS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "math": tuple(string.ascii_letters + string.digits + "+-*/=^<>()"),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "coconut": {"mode": "latent"},
@@ -19,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "halt.rule": "stop_token",
         "halt.stop_tokens": ("\n\n", "</think>", "<|endoftext|>", "<|im_end|>"),
     },
-    "swi": {"mode": "auto", "switch.rule": "swi", "switch.hard_tokens": _MATH},
+    "swi": {"mode": "auto", "switch.rule": "swi", "switch.hard_tokens": "math"},
     "thinkrouter": {"mode": "auto", "switch.rule": "confidence", "halt.entropy_below": 0.01},
     "moi": {"mode": "distribution", "mixture.kind": "moi", "mixture.moi_beta": 1.0},
     "multiplex": {"mode": "distribution", "mixture.kind": "multiplex"},

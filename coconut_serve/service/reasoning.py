@@ -7,7 +7,7 @@ from typing import Any, get_args
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.presets import EFFORTS, MIXTURES, PRESETS
+from coconut_serve.service.presets import EFFORTS, HARD_TOKENS, MIXTURES, PRESETS
 from coconut_serve.types import (
     MAX_BRANCHES,
     MAX_STEPS,
@@ -220,10 +220,11 @@ def _mixture(pick: _Picker) -> MixtureParams:
 
 def _switching(pick: _Picker, model: ModelReasoning) -> dict[str, Any]:
     """When `auto` switches, and what its soft tokens are."""
-    hard = pick("switch.hard_tokens", ())
+    hard = pick("switch.hard_tokens", "none")
+    hard = HARD_TOKENS[hard] if isinstance(hard, str) else hard
     newline = model.find_token("\n")
     given: dict[str, Any] = {
-        "hard_token_ids": _tokens(pick, "switch.hard_tokens", hard, model),
+        "hard_token_ids": _tokens("switch.hard_tokens", hard, model),
         "think_token_id": -1 if model.think_start_id is None else model.think_start_id,
         "end_token_id": -1 if model.think_end_id is None else model.think_end_id,
         "newline_token_id": -1 if newline is None else newline,
@@ -274,12 +275,13 @@ def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dic
     }
 
 
-def _tokens(
-    pick: _Picker, name: str, tokens: Sequence[int | str], model: ModelReasoning
-) -> tuple[int, ...]:
-    """Ids of tokens given by id or text; a preset's texts that are no token here are left out."""
+def _tokens(name: str, tokens: Sequence[int | str], model: ModelReasoning) -> tuple[int, ...]:
+    """Ids of tokens given by id or text.
+
+    Those of our own lists, which are tuples, are left out where their text is no token.
+    """
     found = [model.find_token(token) for token in tokens]
-    is_asked = pick.parameters[name]["source"] == "request"
+    is_asked = isinstance(tokens, list)
     for token, token_id in zip(tokens, found, strict=True):
         is_known = token_id is not None or not is_asked
         require(is_known, f"reasoning.{name}", f"{token!r} is no single token of this model")
@@ -300,7 +302,7 @@ def _halt(pick: _Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Hal
         for name, default in defaults.items()
     }
     if "stop_token_ids" in values:
-        stops = _tokens(pick, "halt.stop_tokens", values["stop_token_ids"], model)
+        stops = _tokens("halt.stop_tokens", values["stop_token_ids"], model)
         values["stop_token_ids"] = tuple(dict.fromkeys((*phase.stop_ids, *stops)))
     if "learned_token_ids" in values:
         values["learned_token_ids"] = tuple(values["learned_token_ids"])

@@ -100,6 +100,11 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         "reasoning.switch.rule",
     ),
     (
+        "hard tokens",
+        {"reasoning_mode": "auto", "reasoning": {"switch": {"hard_tokens": "x"}}},
+        "reasoning.switch.hard_tokens",
+    ),
+    (
         "window",
         {"reasoning_mode": "auto", "reasoning": {"switch": {"window": -1}}},
         "reasoning.switch.window",

@@ -183,6 +183,15 @@ def test_tokens_may_be_named_by_their_text() -> None:
     swi = resolved("auto", model, preset="swi").params.switch
     assert {ord("x"), ord("7"), ord("+")} <= {*swi.hard_token_ids}
     assert swi.newline_token_id == ord("\n")
+    words = replace(model, encode=lambda text: [ord(c) for c in text] * (2 if text == "x" else 1))
+    maths = resolved("auto", words, switch__hard_tokens="math")
+    assert {*maths.params.switch.hard_token_ids} == {*swi.hard_token_ids} - {ord("x")}
+    assert maths.parameters["switch.hard_tokens"] == {"value": "math", "source": "request"}
+    assert resolved("auto", model, preset="swi", switch__hard_tokens="none").params.switch == (
+        replace(swi, hard_token_ids=())
+    )
+    with pytest.raises(InvalidRequestError, match="'x' is no single token"):
+        resolved("auto", words, switch__hard_tokens=["x"])
 
 
 def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
