@@ -52,7 +52,7 @@ NormKind = Literal["none", "l2", "embed_mean"]
 NoiseKind = Literal["none", "gumbel", "dirichlet"]
 Source = Literal["hidden", "constant"]
 Select = Literal["first", "vote", "logprob", "all"]
-SwitchRule = Literal["swi", "confidence"]
+SwitchRule = Literal["none", "swi", "confidence"]
 SoftWhen = Literal["confident", "uncertain"]
 StopTest = Literal["argmax", "sampled", "prob"]
 EntropyUnit = Literal["nats", "normalized"]
@@ -247,7 +247,7 @@ class HaltParams:
 class SwitchParams:
     """When `auto` goes from tokens to soft tokens and back (reasoning/modes/auto.py)."""
 
-    rule: SwitchRule = "swi"
+    rule: SwitchRule = "swi"  # none: every step feeds the mixture
     soft_when: SoftWhen = "confident"  # confidence
     p_max: float = 0.6  # confidence
     window: int = 512  # swi: steps in tokens before soft ones may come back

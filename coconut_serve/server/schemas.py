@@ -110,7 +110,7 @@ class HaltBody(_Body):
 class SwitchBody(_Body):
     """reasoning.switch."""
 
-    rule: Literal["swi", "confidence"] | None = None
+    rule: Literal["none", "swi", "confidence"] | None = None
     soft_when: Literal["confident", "uncertain"] | None = None
     p_max: Number | None = None
     window: int | None = None

@@ -54,7 +54,7 @@ def has_noise(params: ReasoningParams, temperature: float, adapter_type: str | N
     draws_tokens = params.mode in ("cot", "auto") or mixture.kind in ("moi", "gated", "multiplex")
     return (
         params.noise_std > 0
-        or (params.mode == "distribution" and mixture.noise != "none")
+        or (params.mode in ("distribution", "auto") and mixture.noise != "none")
         or (adapter_type == "gaussian_head" and params.latent_temperature > 0)
         or (halt.sample and bool(halt.learned_token_ids))
         or (halt.stop_test == "sampled" and bool(halt.stop_token_ids))

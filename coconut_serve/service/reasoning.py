@@ -22,6 +22,7 @@ from coconut_serve.types import (
 )
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
+_SWI = "swi"  # the rule of `auto` that has no mixture
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
 # What halt.rule names -> the field of HaltParams without which that rule is off.
 _RULES = {
@@ -154,7 +155,7 @@ def _picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> _Picker:
     preset = PRESETS.get(asked.get("preset", ""), {})
     declared = _declared(manifest, mode)
     pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
-    if mode in ("distribution", "auto"):
+    if mode == "distribution" or (mode == "auto" and pick("switch.rule", _SWI) != _SWI):
         pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
     return pick
 
@@ -208,18 +209,25 @@ def _fed(pick: _Picker, mode: str, model: ModelReasoning, warnings: list[str]) -
     if mode == "latent":
         return _latent_input(pick, manifest, warnings)
     if mode == "distribution":
-        return {"mixture": _mixture(pick), **_gate(pick, manifest)}
-    return _switching(pick, model) if mode == "auto" else {}
+        return _mixture(pick, manifest)
+    return _switching(pick, model, manifest) if mode == "auto" else {}
 
 
-def _mixture(pick: _Picker) -> MixtureParams:
-    """The mixture; lists come as tuples."""
+def _mixture(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
+    """The mixture, and the adapter of a gated one; lists come as tuples."""
     values = {f.name: pick(f"mixture.{f.name}", f.default) for f in fields(MixtureParams)}
-    return MixtureParams(**values | {"noise_clamp": tuple(values["noise_clamp"])})
+    mixture = MixtureParams(**values | {"noise_clamp": tuple(values["noise_clamp"])})
+    if mixture.kind != _GATED:
+        return {"mixture": mixture}
+    adapter = pick("adapter", "auto")
+    adapter = "default" if adapter == "auto" else adapter
+    has_gate = adapter in manifest.adapters and manifest.adapters[adapter].type == _GATE
+    require(has_gate, "reasoning.mixture.kind", "'gated' needs a model with a trained gate")
+    return {"mixture": mixture, "adapter": adapter}
 
 
-def _switching(pick: _Picker, model: ModelReasoning) -> dict[str, Any]:
-    """When `auto` switches, and what its soft tokens are."""
+def _switching(pick: _Picker, model: ModelReasoning, manifest: Manifest) -> dict[str, Any]:
+    """When `auto` switches, and what its soft tokens are: swi's are always the same."""
     hard = pick("switch.hard_tokens", "none")
     hard = HARD_TOKENS[hard] if isinstance(hard, str) else hard
     newline = model.find_token("\n")
@@ -234,18 +242,8 @@ def _switching(pick: _Picker, model: ModelReasoning) -> dict[str, Any]:
     asked: dict[str, Any] = {
         name: pick(f"switch.{name}", getattr(defaults, name)) for name in names
     }
-    return {"switch": SwitchParams(**given, **asked), "mixture": _mixture(pick)}
-
-
-def _gate(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
-    """The adapter of a gated mixture."""
-    if pick.parameters["mixture.kind"]["value"] != _GATED:
-        return {}
-    adapter = pick("adapter", "auto")
-    adapter = "default" if adapter == "auto" else adapter
-    has_gate = adapter in manifest.adapters and manifest.adapters[adapter].type == _GATE
-    require(has_gate, "reasoning.mixture.kind", "'gated' needs a model with a trained gate")
-    return {"adapter": adapter}
+    switch = SwitchParams(**given, **asked)
+    return {"switch": switch, **(_mixture(pick, manifest) if switch.rule != _SWI else {})}
 
 
 def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:

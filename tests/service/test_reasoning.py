@@ -194,6 +194,20 @@ def test_tokens_may_be_named_by_their_text() -> None:
         resolved("auto", words, switch__hard_tokens=["x"])
 
 
+def test_auto_takes_every_mixture_but_swi_none() -> None:
+    model = make_model(None)
+    for rule in ("none", "confidence"):
+        result = resolved("auto", model, switch__rule=rule, mixture__kind="moi")
+        assert (result.params.switch.rule, result.params.mixture.top_k) == (rule, 20)
+        assert result.parameters["switch.rule"] == {"value": rule, "source": "request"}
+        assert result.warnings == ()
+        with pytest.raises(InvalidRequestError, match="trained gate"):
+            resolved("auto", model, switch__rule=rule, mixture__kind="gated")
+    swi = resolved("auto", model, mixture__top_k=3)
+    assert swi.warnings == ("without effect in mode auto: reasoning.mixture.top_k",)
+    assert "mixture.top_k" not in swi.parameters
+
+
 def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
     for mode in ENGINE_MODES:
         result = resolved(mode, make_model(), max_total_steps=7)

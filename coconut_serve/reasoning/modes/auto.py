@@ -1,13 +1,13 @@
 """`auto`: think in tokens or soft tokens, whichever the entropy or the confidence calls for."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import mixing
-from coconut_serve.reasoning.mixers import Mixtures, TopK
+from coconut_serve.reasoning.mixers import Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import MAX_HARD_TOKENS, HaltReason, ReasoningParams, SwitchParams
@@ -21,15 +21,15 @@ class AutoMode(ReasoningMode):
     `swi` (SwiReasoning, arXiv 2510.05069, as in its code): starts soft; goes to tokens when the
     entropy falls below that of the last switch, and back when it rises above it and `window` steps
     have passed. `confidence` (ThinkRouter, arXiv 2602.11683): soft where the likeliest token's
-    probability reaches `p_max`, or where it does not. The text of every step is the sampled token.
+    probability reaches `p_max`, or where it does not. `none`: always soft. The text of every step
+    is the sampled token.
     """
 
     name: ClassVar[str] = "auto"
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._mixtures = Mixtures(slots, "auto")
-        self._soft = TopK(self._mixtures)
+        self._mixers = Mixers(slots, "auto")
         kinds = {int: torch.int64, float: torch.float32}
         self._settings = {
             f.name: slots.register(f"auto_{f.name}", kinds[type(f.default)])
@@ -53,7 +53,9 @@ class AutoMode(ReasoningMode):
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note the settings and start soft."""
         switch = params.switch
-        self._mixtures.admit(slot, params)
+        if switch.rule == "none":
+            switch = replace(switch, soft_when="confident", p_max=0.0)  # always sure enough
+        self._mixers.admit(slot, params)
         for name, buffer in self._settings.items():
             buffer[slot] = getattr(switch, name)
         self._hard[slot] = -2
@@ -72,13 +74,13 @@ class AutoMode(ReasoningMode):
         if all(is_swi):
             return (yield from self._swi(ctx))
         if not any(is_swi):
-            return self._confidence(ctx)
+            return (yield from self._confidence(ctx))
         vector = torch.zeros_like(ctx.hidden)
         flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
         switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
         for wanted in (True, False):
             part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
-            decision = (yield from self._swi(part)) if wanted else self._confidence(part)
+            decision = yield from self._swi(part) if wanted else self._confidence(part)
             assert decision.vector is not None
             assert decision.is_vector is not None
             vector[at] = decision.vector.to(vector.dtype)
@@ -94,10 +96,10 @@ class AutoMode(ReasoningMode):
     def _of(self, name: str, ctx: StepContext) -> Tensor:
         return self._settings[name][ctx.row_slots]
 
-    def _confidence(self, ctx: StepContext) -> StepDecision:
+    def _confidence(self, ctx: StepContext) -> Thought:
         """Soft or hard by the likeliest token's probability in the raw distribution."""
         assert ctx.raw_logits is not None
-        mixed = self._soft.mix(ctx)
+        mixed = yield from self._mixers.mix(ctx)
         is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= self._of("p_max", ctx)
         is_soft = is_sure == self._goes_soft_sure[ctx.row_slots]
         is_first = self.slots.num_decisions[ctx.row_slots] == 0

@@ -108,6 +108,19 @@ def confidence(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
     return token, soft if float(p.max()) >= 0.1 else table[token]
 
 
+def multiplex_under_sample(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """The text is the (greedy) sample, not the first draw."""
+    return int(logits.argmax()), multiplex(step, logits, table)[1]
+
+
+def confidence_full(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    """Soft over the whole vocabulary where p_max < 0.1, as long as a token's embedding is."""
+    token, p = int(logits.argmax()), logits.softmax(-1)
+    soft = p @ table
+    soft = soft * table.norm(dim=-1).mean() / soft.norm()
+    return token, soft if float(p.max()) < 0.1 else table[token]
+
+
 class Swi:
     """SwiReasoning's state machine, written out for one row."""
 
@@ -282,6 +295,20 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
         lambda: clamped_gumbel,
     ),
     "thinkrouter": (auto({"top_k": 10}, rule="confidence", p_max=0.1), lambda: confidence),
+    "thinkrouter-full": (
+        auto(
+            {"kind": "full", "norm": "embed_mean"},
+            rule="confidence",
+            p_max=0.1,
+            soft_when="uncertain",
+        ),
+        lambda: confidence_full,
+    ),
+    "no-switch": (auto({"top_k": 5, "norm": "l2"}, rule="none"), lambda: top_k_by_length),
+    "no-switch-multiplex": (
+        auto({"kind": "multiplex", "top_k": 3}, rule="none"),
+        lambda: multiplex_under_sample,
+    ),
     "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
     "kl": (kl(soft(kind="full"), 0.6), lambda: UntilKl(full, 0.6)),
     "pad": (
