@@ -155,8 +155,8 @@ class ReasoningBody(_Body):
     max_blocks: Annotated[int, Field(ge=1)] | None = None
     pad_positions: bool | None = None
     max_total_steps: Annotated[int, Field(ge=1)] | None = None
-    start: str | int | list[int] | None = None
-    end: str | int | list[int] | None = None
+    start: str | int | list[int | str] | None = None
+    end: str | int | list[int | str] | None = None
     source: Literal["hidden", "distribution", "constant"] | None = None
     adapter: str | None = None
     latent_noise_std: Number | None = None
@@ -363,12 +363,6 @@ def _check_values(asked: Mapping[str, Any]) -> None:
         raise InvalidRequestError(
             "reasoning.speed must be 'auto' or a whole number from 1", param="reasoning.speed"
         )
-    for name in ("start", "end"):
-        value = asked.get(name)
-        if isinstance(value, str) and value not in ("auto", "none"):
-            raise InvalidRequestError(
-                f"reasoning.{name} must be 'auto', 'none' or token ids", param=f"reasoning.{name}"
-            )
 
 
 def check_mode_name(mode: str, param: str) -> str:

@@ -119,7 +119,7 @@ def resolve(
     warnings: list[str] = []
     phase = _Phase()
     if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
-        phase = _latent_phase(pick, asked, model, effort, warnings)
+        phase = _latent_phase(pick, model, effort, warnings)
     elif mode != "none":
         phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
     thinks = phase.steps > 0
@@ -209,8 +209,16 @@ def _fed(pick: _Picker, mode: str, model: ModelReasoning, warnings: list[str]) -
     if mode == "latent":
         return _latent_input(pick, manifest, warnings)
     if mode == "distribution":
+        _source(pick, ("distribution",))
         return _mixture(pick, manifest)
     return _switching(pick, model, manifest) if mode == "auto" else {}
+
+
+def _source(pick: _Picker, known: Sequence[str]) -> str:
+    """What is fed, of what the mode can feed; the first unless the request says otherwise."""
+    source: str = pick("source", known[0])
+    require(source in known, "reasoning.source", f"must be {' or '.join(known)} in this mode")
+    return source
 
 
 def _mixture(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
@@ -253,9 +261,7 @@ def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dic
         adapter = "default" if "default" in manifest.adapters else "none"
     if adapter == _REALIGN:
         warnings.append("adapter 'realign': this model was not trained to think in latents")
-    source = pick("source", "hidden")
-    is_known = source in get_args(Source)
-    require(is_known, "reasoning.source", f"must be one of {', '.join(get_args(Source))} here")
+    source = _source(pick, get_args(Source))
     token = manifest.tokens.latent or manifest.tokens.start
     is_map = adapter not in manifest.adapters or manifest.adapters[adapter].type != _GATE
     require(is_map, "reasoning.adapter", f"{adapter!r} is for mixture.kind 'gated'")
@@ -314,29 +320,26 @@ def _halt(pick: _Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Hal
     return HaltParams(**values)
 
 
+def _bound(
+    pick: _Picker, name: str, default: tuple[int, ...], model: ModelReasoning
+) -> tuple[int, ...]:
+    """The tokens at one end of a phase: the model's unless the request says otherwise."""
+    value = pick(name, "auto")
+    if value in ("auto", "none"):
+        return default if value == "auto" else ()
+    return _tokens(name, value if isinstance(value, list) else [value], model)
+
+
 def _latent_phase(
-    pick: _Picker,
-    asked: Mapping[str, Any],
-    model: ModelReasoning,
-    effort: str | None,
-    warnings: list[str],
+    pick: _Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
 ) -> _Phase:
-    """A phase in latent slots: start and end are the manifest's unless the request says."""
+    """A phase in latent slots."""
     manifest = model.manifest or Manifest()
-
-    def ids(name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = asked.get(name, "auto")
-        if value == "auto":
-            return default
-        if value == "none":
-            return ()
-        return tuple(value) if isinstance(value, list) else (value,)
-
     return _Phase(
         steps=_latent_steps(pick, model, effort, warnings),
         is_counted=True,
-        start_ids=ids("start", manifest.start_token_ids),
-        end_ids=ids("end", manifest.end_token_ids),
+        start_ids=_bound(pick, "start", manifest.start_token_ids, model),
+        end_ids=_bound(pick, "end", manifest.end_token_ids, model),
     )
 
 
@@ -367,7 +370,9 @@ def _token_phase(
     """A phase of `cot` or `distribution` in the text: capped, and ended by the think token."""
     if not model.is_thinker and mode == "cot":
         return _Phase()  # without think tokens cot is plain decoding
-    room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - 1)
+    stop_ids = () if model.think_end_id is None else (model.think_end_id,)
+    end_ids = _bound(pick, "end", stop_ids, model)
+    room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - len(end_ids))
     scale = 1.0 if effort is None else EFFORTS[effort]
     if model.is_thinker:
         default = room if effort is None else min(room, round(_EFFORT_THINKING_TOKENS * scale))
@@ -376,15 +381,13 @@ def _token_phase(
         default, limit = round(_DEFAULT_SOFT_STEPS * scale), MAX_STEPS
     steps = int(pick("steps", default))
     require(0 <= steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
-    stop_ids = () if model.think_end_id is None else (model.think_end_id,)
-    return _Phase(steps=steps, end_ids=stop_ids, stop_ids=stop_ids)
+    return _Phase(steps=steps, end_ids=end_ids, stop_ids=stop_ids)
 
 
 def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
     """Warn of what the request asked for and the mode does not look at."""
     asked = pick.layers[0][1]
     used = {*pick.parameters}
-    used |= {"start", "end"} if mode == "latent" else set()
     used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
     unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
     if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":

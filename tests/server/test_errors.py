@@ -130,6 +130,13 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
     ),
     ("source", {"reasoning_mode": "latent", "reasoning": {"source": "x"}}, "reasoning.source"),
     (
+        "source of another mode",
+        {"reasoning_mode": "distribution", "reasoning": {"source": "constant"}},
+        "reasoning.source",
+    ),
+    ("start", {"reasoning_mode": "latent", "reasoning": {"start": "xyz"}}, "reasoning.start"),
+    ("end", {"reasoning_mode": "latent", "reasoning": {"end": [1.5]}}, "reasoning.end"),
+    (
         "no constant",
         {"reasoning_mode": "latent", "reasoning": {"source": "constant"}},
         "reasoning.source",

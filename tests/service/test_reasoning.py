@@ -71,6 +71,36 @@ def test_boundaries_can_be_dropped_or_replaced() -> None:
     assert result.params.end_token_ids == (12, 13)
 
 
+def test_boundaries_by_text_and_of_phases_in_text() -> None:
+    model = replace(make_model(), encode=lambda text: [ord(c) for c in text])
+    latent = resolved("latent", model, start="a", end=["b", 7])
+    assert (latent.suffix_ids, latent.params.end_token_ids) == ((97,), (98, 7))
+    assert latent.parameters["end"] == {"value": ["b", 7], "source": "request"}
+    assert latent.warnings == ()
+    with pytest.raises(InvalidRequestError, match="'ab' is no single token") as caught:
+        resolved("latent", model, start="ab")
+    assert caught.value.param == "reasoning.start"
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    thinker = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    for mode in ("cot", "distribution"):
+        params = resolved(mode, thinker, end=[21, 30, 31]).params
+        assert (params.end_token_ids, params.halt.stop_token_ids) == ((21, 30, 31), (21,))
+        assert params.steps == 1000 - 50 - 30 - 3
+        assert resolved(mode, thinker, end="none").params.end_token_ids == ()
+    [warning] = resolved("cot", thinker, start=[5]).warnings
+    assert "reasoning.start" in warning
+
+
+def test_source_is_what_the_mode_can_feed() -> None:
+    soft = resolved("distribution", make_model(), source="distribution")
+    assert soft.parameters["source"] == {"value": "distribution", "source": "request"}
+    assert soft.warnings == ()
+    for mode, source in (("distribution", "constant"), ("latent", "distribution")):
+        with pytest.raises(InvalidRequestError, match="must be") as caught:
+            resolved(mode, make_model(), source=source)
+        assert caught.value.param == "reasoning.source"
+
+
 def test_request_wins_over_preset_over_manifest_over_default() -> None:
     model = make_model()
     plain = resolved("distribution", model)
