@@ -37,7 +37,7 @@ _HALT_RANGES = {
 }  # fmt: skip
 _SWITCH_RANGES = {
     "p_max": (0, 1), "window": (0, 10**6), "alpha": (0, 1), "beta": (0, 1),
-    "max_switches": (0, 10**6),
+    "max_switches": (0, 10**6), "answer_tokens": (0, 2**31 - 1),
 }  # fmt: skip
 _REASONING_RANGES = {
     "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "noise_std": (0, 10),
@@ -254,6 +254,7 @@ class SwitchParams:
     alpha: float = 1.0  # swi: share of the soft token at a switch to it, the rest <think>
     beta: float = 0.7  # swi: share of the token at a switch to tokens, the rest </think>
     max_switches: int = 0  # swi: to tokens, after which the phase ends; 0: no bound
+    answer_tokens: int = 0  # of the answer after such an end, at most; 0: no bound of their own
     hard_token_ids: tuple[int, ...] = ()  # swi: never fed softly
     think_token_id: int = -1  # -1: the model has none
     end_token_id: int = -1

@@ -18,7 +18,7 @@ from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
 from coconut_serve.reasoning.sampling import Drawer, Sampler
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot
-from coconut_serve.types import Phase, ReasoningParams, Request
+from coconut_serve.types import HaltReason, Phase, ReasoningParams, Request
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Progress:
     num_blocks_left: int  # that the model may still open
     num_steps: int = 0
     num_output_tokens: int = 0
+    is_cut_short: bool = False  # the switches were spent
 
     @classmethod
     def start(cls, params: ReasoningParams) -> "Progress":
@@ -52,8 +53,14 @@ class Progress:
         self.num_steps += result.phase is Phase.THINK
         self.num_forced_left -= result.phase is Phase.BOUNDARY
         self.num_output_tokens += result.phase is Phase.ANSWER
+        self.is_cut_short |= result.halt_reason is HaltReason.SWITCHES
         if self.num_blocks_left and result.phase is Phase.ANSWER:
             self._open_block(result.token_id)
+
+    def has_answered(self, max_tokens: int) -> bool:
+        """Whether the answer is as long as it may be."""
+        bound = self.params.switch.answer_tokens if self.is_cut_short else 0
+        return self.num_output_tokens >= min(max_tokens, bound or max_tokens)
 
     def _open_block(self, token_id: int | None) -> None:
         """Think anew if the model said so."""

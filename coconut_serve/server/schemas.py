@@ -117,6 +117,7 @@ class SwitchBody(_Body):
     alpha: Number | None = None
     beta: Number | None = None
     max_switches: int | None = None
+    answer_tokens: int | None = None
     hard_tokens: Literal["math", "none"] | list[int | str] | None = None
 
 

@@ -100,6 +100,11 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         "reasoning.switch.rule",
     ),
     (
+        "answer tokens",
+        {"reasoning_mode": "auto", "reasoning": {"switch": {"answer_tokens": -1}}},
+        "reasoning.switch.answer_tokens",
+    ),
+    (
         "hard tokens",
         {"reasoning_mode": "auto", "reasoning": {"switch": {"hard_tokens": "x"}}},
         "reasoning.switch.hard_tokens",

@@ -267,7 +267,7 @@ class Scheduler:
             sequence.note(result)
             is_full = sequence.num_ids > self._max_model_len
             is_full |= sequence.num_known >= sequence.request.max_num_positions
-            has_all = sequence.progress.num_output_tokens >= sequence.request.sampling.max_tokens
+            has_all = sequence.progress.has_answered(sequence.request.sampling.max_tokens)
             finish_reason = FinishReason.LENGTH if is_full or has_all else None
         halt = result.halt_reason
         if halt is HaltReason.CAP and sequence.request.reasoning.is_fixed:

@@ -68,7 +68,7 @@ class Follower:
             finish_reason, stop_reason = FinishReason.STOP, result.token_id
         else:
             self._note(result)
-            has_all = self._progress.num_output_tokens >= sampling.max_tokens
+            has_all = self._progress.has_answered(sampling.max_tokens)
             finish_reason = FinishReason.LENGTH if has_all or is_last else None
         is_ended_by_stop = finish_reason is FinishReason.STOP
         halt = result.halt_reason

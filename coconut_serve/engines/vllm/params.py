@@ -37,8 +37,11 @@ _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLA
 _OWN = (
     "seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width", "draw",
 )  # fmt: skip
-# What only our engine sends: it reads the report, and its service has counted the tokens.
-_INTERNAL = (*_OWN[2:], "replay_vectors", "replay_token_ids", *(f.name for f in fields(Wanted)))
+# What only our engine sends: it reads the report, and counts the tokens.
+_INTERNAL = (
+    *_OWN[2:], "replay_vectors", "replay_token_ids", "answer_tokens",
+    *(f.name for f in fields(Wanted)),
+)  # fmt: skip
 _MAX_ID = 2**31 - 1
 _SIGNED = ("seed", "think_token_id", "end_token_id", "newline_token_id")
 

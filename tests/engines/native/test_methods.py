@@ -401,6 +401,23 @@ async def test_swi_counts_its_switches_and_ends_at_the_bound(tiny_llama: Path) -
             engine,
             make_request("b", ids, steps=STEPS, end=END, seed=SEED, **auto(**free, max_switches=1)),
         )
+        answers = [
+            await run(
+                engine,
+                make_request(
+                    f"c{most}",
+                    ids,
+                    steps=STEPS,
+                    end=end,
+                    max_tokens=9,
+                    **auto(**free, max_switches=most, answer_tokens=2),
+                ),
+            )
+            for most, end in ((1, END), (1, ()), (99, END))
+        ]
+    assert [len(answer.token_ids) for answer in answers] == [2, 2, 9]
+    assert {answer.finish_reason for answer in answers} == {FinishReason.LENGTH}
+    assert answers[0].token_ids == bound.token_ids[:2]
     halts = [o.halt_reason for o in bound.outputs if o.halt_reason]
     assert halts == [HaltReason.SWITCHES]
     assert bound.counts.num_switches == 0, "the switch that ends the phase is not made"

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.types import FinishReason, HaltParams, HaltReason, MixtureParams, Phase
+from coconut_serve.types import (
+    FinishReason,
+    HaltParams,
+    HaltReason,
+    MixtureParams,
+    Phase,
+    SwitchParams,
+)
 from tests.engines.vllm.support import Engines, widen_heads
 from tests.fakes import Result, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, save_tiny
@@ -147,6 +154,29 @@ async def test_halting_on_the_device_ends_where_native_ends(
         assert results[2].finish_reason is FinishReason.STOP
         halts = [o.halt_reason for r in results for o in r.outputs]
         assert {HaltReason.COLD_STOP, HaltReason.STOP_TOKEN, HaltReason.FIXED} <= {*halts}
+
+
+async def test_switching_is_that_of_native(wide_llama: Path, engines: Engines) -> None:
+    """Also where the switches are spent, which bounds the answer."""
+    full = MixtureParams(kind="full", norm="embed_mean")
+    settings: list[dict[str, Any]] = [
+        {"switch": SwitchParams(window=0)},
+        {"switch": SwitchParams(window=0, max_switches=1)},
+        {"switch": SwitchParams(window=0, max_switches=1, answer_tokens=2)},
+        {"switch": SwitchParams(rule="none"), "mixture": full},
+        {"switch": SwitchParams(rule="confidence", p_max=0.1), "mixture": full},
+    ]
+    asked = [
+        make_request(str(i), mode="auto", steps=8, end=(126,), max_tokens=6, reasoning=each)
+        for i, each in enumerate(settings)
+    ]
+    async with native_engine(wide_llama) as native:
+        expected = [summary(r) for r in await run_all(native, asked)]
+    async with engines.open(wide_llama) as engine:
+        results = await run_all(engine, asked)
+    assert [summary(r) for r in results] == expected
+    assert [len(r.token_ids) for r in results] == [6, 6, 2, 6, 6]
+    assert HaltReason.SWITCHES in {o.halt_reason for o in results[1].outputs}
 
 
 async def test_end_token_that_the_model_says_is_seen_without_a_step(
