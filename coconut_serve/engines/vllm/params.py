@@ -301,6 +301,8 @@ def _check_plain(thinking: Thinking, sampling: VllmSamplingParams) -> None:
         require(_PREFIX + name not in extra_args, _PREFIX + name, "is not known")
     has_none = params.adapter == "none"
     require(has_none, "reasoning_adapter", "is not supported here; use coconut-serve's own server")
+    has_no_gate = params.mixture.kind != "gated"
+    require(has_no_gate, "reasoning_kind", "gated needs an adapter; use coconut-serve's own server")
     if params.mode == "none":
         return
     require(_PREFIX + "steps" in extra_args, "reasoning_steps", f"is needed for {params.mode}")

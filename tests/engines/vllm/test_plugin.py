@@ -171,6 +171,7 @@ def cot(**more: Any) -> dict[str, Any]:
         (cot(reasoning_num_logprobs=3), "reasoning_num_logprobs is not known"),
         (cot(reasoning_min_tokens=1), "reasoning_min_tokens is not known"),
         (cot(reasoning_draw=[1.0]), "reasoning_draw is not known"),
+        (cot(reasoning_kind="gated"), "reasoning_kind gated needs an adapter"),
         (cot(reasoning_answer_tokens=3), "reasoning_answer_tokens is not known"),
         (cot(reasoning_pad_positions=True), "reasoning_pad_positions is not known"),
         (cot(reasoning_replay_token_ids=[1]), "reasoning_replay_token_ids is not known"),
