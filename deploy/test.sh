@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that can be checked of deploy/ and loadtests/ without a cluster, for real: make deploy-test.
 #
-#   deploy/test.sh [STEP...]     all of: tools lint chart image container pod metrics load
+#   deploy/test.sh [STEP...]     all of: tools lint chart image container pod metrics load; and, by name only: overload
 #
 # Works in build/deploy-test and can be run again. As root on Debian it installs what is missing; elsewhere
 # have on PATH: promtool prometheus podman buildah runc debootstrap. Uses ports 18700 to 18709, on the loopback.
@@ -208,15 +208,25 @@ metrics() {
 }
 
 load() {
-  say "load: 60 s of mixed modes, then ten times the peak"
-  serve "$MODEL" --dtype float32 --max-num-seqs 16 --max-queue 16
+  say "load: 60 s of mixed modes"
+  serve "$MODEL" --dtype float32
   locust --shape smoke --slo loadtests/slo/smoke.yaml --report "$WORK/smoke.json" --metrics-url $METRICS --time-tolerance 0.5
-  locust --shape none -u 16 -t 30 --report "$WORK/peak.json"
-  local rate; rate=$("$PYTHON" -c "import json; print(json.load(open('$WORK/peak.json'))['all']['requests_per_second'] / 4)")
-  locust --shape overload --arrivals "$rate" --slo loadtests/slo/overload.yaml --peak "$WORK/peak.json" --report "$WORK/overload.json"
   stop_server
-  "$WORK/venv/bin/python" -m loadtests.report "$WORK/report/load.html" "$WORK/peak.json" "$WORK/overload.json"
+  "$WORK/venv/bin/python" -m loadtests.report "$WORK/report/load.html" "$WORK/smoke.json"
   echo "report: $WORK/report/load.html"
+}
+
+overload() {  # its SLO wants more than two cores: the generator takes as many as the server
+  say "overload: the peak, then ten times as much"
+  serve "$MODEL" --dtype float32 --max-num-seqs 16 --max-queue 16
+  locust --shape none -u 16 -t 30 --min-tokens 48 --max-tokens 48 --report "$WORK/peak.json"
+  local rate; rate=$("$PYTHON" -c "import json; print(json.load(open('$WORK/peak.json'))['all']['requests_per_second'] / 4)")
+  locust --shape overload --arrivals "$rate" --min-tokens 48 --max-tokens 48 --slo loadtests/slo/overload.yaml \
+    --peak "$WORK/peak.json" --report "$WORK/overload.json" || OVERLOAD=failed
+  stop_server
+  "$WORK/venv/bin/python" -m loadtests.report "$WORK/report/overload.html" "$WORK/peak.json" "$WORK/overload.json"
+  echo "report: $WORK/report/overload.html"
+  [ -z "${OVERLOAD:-}" ]
 }
 
 [ $# -gt 0 ] || set -- tools lint chart image container pod metrics load

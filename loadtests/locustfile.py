@@ -37,6 +37,7 @@ def add_options(parser: Any) -> None:
         ("scenarios", "stream=8,whole=2", f"by weight, of {', '.join(SCENARIOS)}"),
         ("arrivals", 0.0, "requests/s of a user, answered or not; 0: one after the other"),
         ("max-tokens", 32, "of an answer"),
+        ("min-tokens", 0, "of an answer"),
         ("steps", 0, "of thinking; 0: the model's own"),
         ("task", "", "file of questions whose answers are looked at (docs/evaluation.md)"),
         ("random-seed", 1, "of what is asked"),
@@ -59,6 +60,7 @@ class Run:
             modes=parse_weights(options.modes),
             scenarios=parse_weights(options.scenarios),
             max_tokens=options.max_tokens,
+            min_tokens=options.min_tokens,
             steps=options.steps,
             task=Task.load(Path(options.task), self.target) if options.task else None,
         )

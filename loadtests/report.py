@@ -109,7 +109,10 @@ def page(run: dict[str, Any], overload: dict[str, Any] | None) -> str:
         counts = [f"{told[n] / ok:.1f}" for n in ("reasoning_steps", "answer_tokens")]
         right = f"{told['right'] / told['looked_at']:.1%}" if told["looked_at"] else "-"
         rows.append([mode, f"{told['ok']} of {told['requests']}", right, *counts, *medians])
-    told = {k: run["settings"][k] for k in ("modes", "scenarios", "max_tokens", "steps", "task")}
+    told = {
+        k: run["settings"][k]
+        for k in ("modes", "scenarios", "max_tokens", "min_tokens", "steps", "task")
+    }
     parts = ["<h1>Load test</h1>", f"<p>{html.escape(json.dumps(told))}</p>"]
     parts += ["<h2>By mode (medians)</h2>", table(rows), _image(plot_latencies(run))]
     ratios = [[name, f"{value:.2f}"] for name, value in compare(run).items()]

@@ -52,6 +52,7 @@ class Mix:
     modes: dict[str, float]
     scenarios: dict[str, float]
     max_tokens: int
+    min_tokens: int
     steps: int  # 0: the model's own
     task: Task | None = None  # None: QUESTIONS, whatever is answered
 
@@ -93,6 +94,7 @@ def body(mix: Mix, rng: random.Random, *, is_stream: bool) -> tuple[dict[str, An
         }
     asked |= {
         "max_tokens": mix.max_tokens,
+        "min_tokens": mix.min_tokens,
         "seed": rng.randrange(2**31),
         "reasoning_mode": mode,
         "return_token_ids": True,  # so that tokens can be counted, whatever their text

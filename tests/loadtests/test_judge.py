@@ -1,8 +1,10 @@
 """How a load test is judged, without locust: real clients, a stub server, records made by hand."""
 
 import asyncio
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,12 +15,14 @@ from coconut_serve.config import StubConfig
 from loadtests.report import compare as ratios
 from loadtests.report import goodput
 from loadtests.scenarios.agree import compare, read_page
-from loadtests.scenarios.clients import SCENARIOS, Mix, parse_weights
+from loadtests.scenarios.clients import SCENARIOS, Mix, Task, parse_weights
 from loadtests.scenarios.judge import judge, read_slo, summary
 from tests.deploy.tools import ROOT
 from tests.fakes import listening, stub_app
 
-_MIX = Mix(modes={"latent": 1, "none": 1}, scenarios={"stream": 1}, max_tokens=4, steps=3)
+_MIX = Mix(
+    modes={"latent": 1, "none": 1}, scenarios={"stream": 1}, max_tokens=4, min_tokens=0, steps=3
+)
 
 
 def record(**values: Any) -> Record:
@@ -50,6 +54,24 @@ async def test_clients_and_server_agree_to_the_token() -> None:
     assert {row["what"] for row in counts} >= {"requests", "halts", "answer_tokens", "vector_steps"}
     told["modes"]["latent"]["answer_tokens"] += 1
     assert not compare(before, after, told, tolerance=0.5)["agrees"]
+
+
+async def test_answers_to_a_task_are_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "task.json"
+
+    def ask_all(url: str, answer: str) -> list[Record]:
+        file.write_text(json.dumps([{"question": "Is a wumpus a yumpus?", "answer": answer}]))
+        task = Task.load(file, Target(url=url))
+        mix = replace(_MIX, modes={"none": 1}, task=task)
+        names = ("stream", "whole")
+        return [SCENARIOS[name](Target(url=url), mix, random.Random(1)) for name in names]
+
+    async with listening(stub_app(stub=StubConfig(tokens_per_second=500))) as url:
+        wrong = await asyncio.to_thread(ask_all, url, "neither")
+        [said] = {record.text for record in wrong}
+        right = await asyncio.to_thread(ask_all, url, said)
+    assert [summary(each)["all"]["right"] for each in (wrong, right)] == [0, 2]
+    assert summary(wrong)["all"]["looked_at"] == 2
 
 
 async def test_impatient_and_wrong_clients_get_what_they_should() -> None:
