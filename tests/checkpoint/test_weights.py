@@ -39,6 +39,18 @@ def test_fingerprint_tells_weights_adapters_and_facts_apart(
         file.write_bytes(whole)
 
 
+def test_fingerprint_sees_a_change_far_into_a_large_file(tmp_path: Path) -> None:
+    whole = bytes(range(256)) * (1 << 15)  # 8 MiB
+    found = set()
+    for changed in (None, 3 << 20, 5 << 20):
+        data = bytearray(whole)
+        if changed is not None:
+            data[changed : changed + 65536] = bytes(65536)
+        (tmp_path / "model.safetensors").write_bytes(data)
+        found.add(weights.fingerprint(tmp_path))
+    assert len(found) == 3
+
+
 def test_missing_paths_and_names_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
