@@ -18,7 +18,7 @@ STORE="--root $WORK/containers --runroot $WORK/containers-run --storage-driver o
 IMAGE=localhost/coconut-serve:test-cpu
 URL=http://127.0.0.1:18700 METRICS=http://127.0.0.1:18701 PROMETHEUS=http://127.0.0.1:18702
 MODEL=${MODEL:-demo} TASK=${TASK:-}
-[ "$MODEL" != demo ] || TASK=$ROOT/coconut_serve/models/demo/test.json
+[ "$MODEL" != demo ] || TASK=coconut_serve/models/demo/test.json
 PIDS=()
 mkdir -p "$WORK/bin"
 

@@ -109,13 +109,18 @@ def _top(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     num_chunks = logits.shape[1] // size
     if logits.is_cuda or num_chunks <= 2 * width:
         return logits.topk(width, dim=-1)
-    best = logits[:, : num_chunks * size].view(-1, num_chunks, size).amax(-1)
-    chunks = best.topk(width, dim=-1).indices  # [num_rows, width]
-    ids = (chunks.unsqueeze(2) * size + torch.arange(size)).flatten(1)
-    rest = torch.arange(num_chunks * size, logits.shape[1]).expand(len(logits), -1)
-    ids = torch.cat([ids, rest], dim=1)
-    values, at = logits.gather(1, ids).topk(width, dim=-1)
-    return values, ids.gather(1, at)
+    num_rows, num_whole = len(logits), num_chunks * size
+    chunks = logits[:, :num_whole].reshape(-1, size)
+    largest = chunks.view(num_rows, num_chunks, size).amax(-1)
+    best = largest.topk(width, dim=-1, sorted=False).indices  # [num_rows, width]
+    first = torch.arange(num_rows).unsqueeze(1) * num_chunks
+    found = chunks.index_select(0, (first + best).flatten()).view(num_rows, -1)
+    if num_whole < logits.shape[1]:
+        found = torch.cat([found, logits[:, num_whole:]], dim=1)
+    values, at = found.topk(width, dim=-1)
+    chunk = best.gather(1, (at // size).clamp_max(width - 1))
+    ids = torch.where(at < width * size, chunk * size + at % size, at + num_whole - width * size)
+    return values, ids
 
 
 def dirichlet_weights(
