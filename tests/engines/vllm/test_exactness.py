@@ -80,8 +80,12 @@ async def test_sampled_rows_do_not_depend_on_batch_mates_or_preemption(
         jobs = [late(engine, r, 0.1 * order[i]) for i, r in enumerate(asked)]
         assert [summary(r) for r in await asyncio.gather(*jobs)] == alone
     async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
-        results = await run_all(engine, asked)
-        assert [summary(r) for r in results] == alone
+        # Rows that all need a second block at the same step: somebody is preempted for certain.
+        growing = [
+            make_request(request_id=f"g{i}", prompt=(3 + i,) * 28, max_tokens=12) for i in range(8)
+        ]
+        results = await run_all(engine, [*growing, *asked])
+        assert [summary(r) for r in results[len(growing) :]] == alone
         assert sum(r.counts.num_preemptions for r in results) > 0
 
 
