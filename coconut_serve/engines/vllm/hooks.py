@@ -300,8 +300,7 @@ class ReasoningSamplerMixin:
     ) -> Tensor:
         """Apply penalties and biases for the modes that look at logits, where a row has any."""
         needs: np.ndarray = self.needs_logits_processing  # type: ignore[attr-defined]
-        slots = [slot for _, slot, row, decision in found if row.plan(slot, decision).needs_logits]
-        if not slots or not needs[slots].any():
+        if not any(needs[slot] and row.plan(slot, j).needs_logits for _, slot, row, j in found):
             return logits
         changed = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         for processor in self.logits_processors:  # type: ignore[attr-defined]

@@ -86,15 +86,13 @@ class Thinking:
 
         Nothing but the end token can end such a phase, and saying it forces nothing after it.
         """
-        params, halt = self.params, self.params.halt
-        ends, stops = params.end_token_ids, halt.stop_token_ids
+        params = self.params
         return (
             load_mode(params.mode).takes_samples
-            and _halts_on_text(params)
-            and params.enter_token_id is None
+            and _is_legible(params, has_stop=False)
             and self.report_width == self.min_tokens == 0
             and not self.draw
-            and (not stops or not ends or stops == ends)
+            and (params.num_forced <= 1 or not params.halt.stop_token_ids)
         )
 
     def within(self, vocab_size: int) -> "Thinking":
@@ -164,15 +162,9 @@ def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
     mode, halt = load_mode(params.mode), params.halt
     if mode.feeds_vectors:
         return params.is_fixed and not mode.has_text and has_stop
+    is_plain = not halt.needs_logits(has_text=True) and params.min_steps == 0
     ends = params.end_token_ids
-    return _halts_on_text(params) and (
-        not halt.stop_token_ids or not ends or halt.stop_token_ids == ends[:1]
-    )
-
-
-def _halts_on_text(params: ReasoningParams) -> bool:
-    """Whether only tokens that vLLM sees can end a phase in text."""
-    return not params.halt.needs_logits(has_text=True) and params.min_steps == 0
+    return is_plain and (not halt.stop_token_ids or not ends or halt.stop_token_ids == ends[:1])
 
 
 def to_extra_args(thinking: Thinking) -> dict[str, Any]:

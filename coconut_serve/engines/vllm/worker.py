@@ -6,7 +6,7 @@ result is the input of position P + j; so the batch layout that vLLM gives says 
 know, in decoding, chunked prefill and after preemption alike. Nothing here waits for the device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,6 +290,15 @@ class WorkerReasoning:
 
     # ---- decisions -----------------------------------------------------------------------
 
+    def _decisions(
+        self, slots: np.ndarray, num_positions: np.ndarray
+    ) -> Iterator[tuple[int, int, WorkerRow, int]]:
+        """The rows of a batch that think and whose last known position was computed."""
+        for i, slot in enumerate(slots.tolist() if self.rows else ()):
+            row = self.rows.get(slot)
+            if row is not None and int(num_positions[i]) >= row.num_prefill:
+                yield i, slot, row, int(num_positions[i]) - row.num_prompt
+
     def deciding(
         self, slots: np.ndarray, num_positions: np.ndarray
     ) -> list[tuple[int, int, WorkerRow, int]]:
@@ -302,15 +311,8 @@ class WorkerReasoning:
         Returns:
             (row of the batch, slot, its record, number of its decision) for each.
         """
-        found = []
-        for i, slot in enumerate(slots.tolist() if self.rows else ()):
-            row = self.rows.get(slot)
-            if row is None or int(num_positions[i]) < row.num_prefill:
-                continue  # it does not think, or a chunk of its prefill is still to come
-            decision = int(num_positions[i]) - row.num_prompt
-            if row.needs_step(decision):
-                found.append((i, slot, row, decision))
-        return found
+        whole = self._decisions(slots, num_positions)
+        return [each for each in whole if each[2].needs_step(each[3])]
 
     def watch(self, slots: np.ndarray, num_positions: np.ndarray, sampled: Tensor) -> None:
         """Note which rows of draws passed on have said their end token.
@@ -320,15 +322,11 @@ class WorkerReasoning:
             num_positions: [num_rows], as `deciding` takes them.
             sampled: [num_rows] int64, vLLM's draws.
         """
-        passed = []
-        for i, slot in enumerate(slots.tolist() if self.rows else ()):
-            row = self.rows.get(slot)
-            if row is None or int(num_positions[i]) < row.num_prefill:
-                continue
-            if row.thinking.params.halt.stop_token_ids and row.is_passed_on(
-                int(num_positions[i]) - row.num_prompt
-            ):
-                passed.append((i, slot))
+        passed = [
+            (i, slot)
+            for i, slot, row, decision in self._decisions(slots, num_positions)
+            if row.thinking.params.halt.stop_token_ids and row.is_passed_on(decision)
+        ]
         if not passed:
             return
         members, index = (upload(part, sampled.device) for part in zip(*passed, strict=True))
