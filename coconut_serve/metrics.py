@@ -126,83 +126,93 @@ class Metrics:
         self._base = {"model_name": model_name, "engine": engine}
         self._modes = tuple(modes)
         self._num_restarts = 0
+        self._buckets = {**BUCKETS, **buckets}
         mode: _Labels = {"reasoning_mode": self._modes}
+        self._declare_work(mode)
+        self._declare_times(mode)
+        self._declare_state(mode)
 
-        def counter(name: str, text: str, **labels: tuple[str, ...] | None) -> Counter:
-            names = (*self._base, *labels)
-            return self._declare(Counter(f"coconut_{name}", text, names, registry=registry), labels)
+    # fmt: off
+    def _declare_work(self, mode: _Labels) -> None:
+        """What is asked, and what steps make of it."""
+        self.requests = self._counter("requests", "Sequences ended, and requests rejected.", reasoning_mode=(*self._modes, UNKNOWN), endpoint=ENDPOINTS, outcome=OUTCOMES)
+        self.errors = self._counter("request_errors", "Error responses.", endpoint=None, code=None, status=None)
+        self.rejections = self._counter("admission_rejections", "Requests not taken.", reason=REJECTIONS)
+        self.ignored_params = self._counter("ignored_params", "Unknown request fields that were ignored.")
+        self.running = self._gauge("requests_running", "Sequences holding a slot.", **mode)
+        self.waiting = self._gauge("requests_waiting", "Sequences waiting for one.", **mode, reason=WAIT_REASONS)
 
-        def gauge(name: str, text: str, **labels: tuple[str, ...] | None) -> Gauge:
-            names = (*self._base, *labels)
-            return self._declare(Gauge(f"coconut_{name}", text, names, registry=registry), labels)
+        self.batch = self._gauge("batch_sequences", "Rows of the last step.", **mode, phase=PHASES)
+        self.batch_per_step = self._histogram("batch_sequences_per_step", "Rows of a step.", "batch_sequences")
+        self.mixed_steps = self._counter("mixed_steps", "Steps by whether they hold several kinds of row.", kind=("pure", "mixed"))
+        self.step_seconds = self._histogram("engine_step_seconds", "Duration of a step.", "step_latency", phase=STEP_KINDS)
+        self.latent_step_seconds = self._histogram("latent_step_seconds", "Duration of a step that fed a vector, per sequence.", "step_latency", **mode)
 
-        def histogram(
-            name: str, text: str, family: str, **labels: tuple[str, ...] | None
-        ) -> Histogram:
-            names, bounds = (*self._base, *labels), buckets.get(family, BUCKETS[family])
-            metric = Histogram(f"coconut_{name}", text, names, buckets=bounds, registry=registry)
-            return self._declare(metric, labels)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", **mode)
+        self.cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", **mode)
+        self.generation_tokens = self._counter("generation_tokens", "Answer tokens.", **mode)
+        self.reasoning_tokens = self._counter("reasoning_tokens", "Thinking positions of any kind.", **mode)
+        self.latent_steps = self._counter("latent_steps", "Positions fed as a vector.", **mode)
+        self.wasted_tokens = self._counter("wasted_tokens", "Positions computed for sequences that were cancelled.", **mode)
+        self.halts = self._counter("latent_halts", "Thinking phases ended.", **mode, reason=HALTS)
+        self.cancelled = self._counter("cancelled", "Sequences cancelled by the client.", **mode, stage=STAGES)
+        self.latent_steps_per_request = self._histogram("latent_steps_per_request", "Positions fed as a vector.", "latent_steps", **mode)
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", "request_tokens", **mode)
+        self.request_output_tokens = self._histogram("request_output_tokens", "Answer tokens of a sequence.", "request_tokens", **mode)
 
-        # fmt: off
-        self.requests = counter("requests", "Sequences ended, and requests rejected.", reasoning_mode=(*self._modes, UNKNOWN), endpoint=ENDPOINTS, outcome=OUTCOMES)
-        self.errors = counter("request_errors", "Error responses.", endpoint=None, code=None, status=None)
-        self.rejections = counter("admission_rejections", "Requests not taken.", reason=REJECTIONS)
-        self.ignored_params = counter("ignored_params", "Unknown request fields that were ignored.")
-        self.running = gauge("requests_running", "Sequences holding a slot.", **mode)
-        self.waiting = gauge("requests_waiting", "Sequences waiting for one.", **mode, reason=WAIT_REASONS)
+    def _declare_times(self, mode: _Labels) -> None:
+        """How long it takes."""
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to the first step's result.", "time_to_first_token", **mode)
+        self.ttfot = self._histogram("time_to_first_output_token_seconds", "Arrival to the first answer token.", "time_to_first_token", **mode)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between answer tokens.", "inter_token_latency", **mode)
+        self.tpot = self._histogram("time_per_output_token_seconds", "Mean gap of a sequence.", "inter_token_latency", **mode)
+        self.duration = self._histogram("request_duration_seconds", "Arrival to the end.", "request_latency", **mode)
+        self.queue = self._histogram("request_queue_seconds", "Arrival to first step.", "time_to_first_token", **mode)
+        self.prefill = self._histogram("request_prefill_seconds", "First step to its first result.", "time_to_first_token", **mode)
+        self.latent_phase = self._histogram("latent_phase_seconds", "Prefill to the end of thinking.", "time_to_first_token", **mode)
+        self.decode = self._histogram("request_decode_seconds", "First answer token to the end.", "request_latency", **mode)
 
-        self.batch = gauge("batch_sequences", "Rows of the last step.", **mode, phase=PHASES)
-        self.batch_per_step = histogram("batch_sequences_per_step", "Rows of a step.", "batch_sequences")
-        self.mixed_steps = counter("mixed_steps", "Steps by whether they hold several kinds of row.", kind=("pure", "mixed"))
-        self.step_seconds = histogram("engine_step_seconds", "Duration of a step.", "step_latency", phase=STEP_KINDS)
-        self.latent_step_seconds = histogram("latent_step_seconds", "Duration of a step that fed a vector, per sequence.", "step_latency", **mode)
+    def _declare_state(self, mode: _Labels) -> None:
+        """How the engine and the server are."""
+        self.kv_blocks = self._gauge("kv_blocks", "Blocks of the KV cache.", state=("used", "cached", "free"))
+        self.kv_usage = self._gauge("kv_cache_usage_ratio", "Blocks in use, 0 to 1.")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found.")
+        self.preemptions = self._counter("preemptions", "Sequences preempted.")
+        self.sequence_preemptions = self._histogram("sequence_preemptions", "Preemptions of a sequence.", "request_num_preemptions", **mode)
+        self.engine_up = self._gauge("engine_up", "1 while the engine works.")
+        self.engine_restarts = self._counter("engine_restarts", "Recoveries from a failed step.")
+        self.ready = self._gauge("ready", "1 while new work is accepted.")
+        self.load_seconds = self._gauge("model_load_seconds", "Time to load the model.")
+        self.build_info = self._gauge("build_info", "Always 1.", version=None, commit=None, torch=None)
+        self.config_info = self._gauge("config_info", "Always 1; limits in force.", **dict.fromkeys(LIMITS))
 
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", **mode)
-        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache.", **mode)
-        self.generation_tokens = counter("generation_tokens", "Answer tokens.", **mode)
-        self.reasoning_tokens = counter("reasoning_tokens", "Thinking positions of any kind.", **mode)
-        self.latent_steps = counter("latent_steps", "Positions fed as a vector.", **mode)
-        self.wasted_tokens = counter("wasted_tokens", "Positions computed for sequences that were cancelled.", **mode)
-        self.halts = counter("latent_halts", "Thinking phases ended.", **mode, reason=HALTS)
-        self.cancelled = counter("cancelled", "Sequences cancelled by the client.", **mode, stage=STAGES)
-        self.latent_steps_per_request = histogram("latent_steps_per_request", "Positions fed as a vector.", "latent_steps", **mode)
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", "request_tokens", **mode)
-        self.request_output_tokens = histogram("request_output_tokens", "Answer tokens of a sequence.", "request_tokens", **mode)
+        self.buffered = self._gauge("sse_buffered_chunks", "Results that wait to be sent.")
+        self.slow_drops = self._counter("slow_client_drops", "Streams ended because nobody read them.")
+        self.http_requests = self._counter("http_requests", "HTTP requests answered.", method=None, route=None, status=None)
+        self.http_seconds = self._histogram("http_request_duration_seconds", "Arrival to the last byte.", "request_latency", method=None, route=None)
+    # fmt: on
 
-        self.ttft = histogram("time_to_first_token_seconds", "Arrival to the first step's result.", "time_to_first_token", **mode)
-        self.ttfot = histogram("time_to_first_output_token_seconds", "Arrival to the first answer token.", "time_to_first_token", **mode)
-        self.itl = histogram("inter_token_latency_seconds", "Between answer tokens.", "inter_token_latency", **mode)
-        self.tpot = histogram("time_per_output_token_seconds", "Mean gap of a sequence.", "inter_token_latency", **mode)
-        self.duration = histogram("request_duration_seconds", "Arrival to the end.", "request_latency", **mode)
-        self.queue = histogram("request_queue_seconds", "Arrival to first step.", "time_to_first_token", **mode)
-        self.prefill = histogram("request_prefill_seconds", "First step to its first result.", "time_to_first_token", **mode)
-        self.latent_phase = histogram("latent_phase_seconds", "Prefill to the end of thinking.", "time_to_first_token", **mode)
-        self.decode = histogram("request_decode_seconds", "First answer token to the end.", "request_latency", **mode)
+    def _counter(self, name: str, text: str, **labels: tuple[str, ...] | None) -> Counter:
+        return self._declare(Counter, name, text, labels)
 
-        self.kv_blocks = gauge("kv_blocks", "Blocks of the KV cache.", state=("used", "cached", "free"))
-        self.kv_usage = gauge("kv_cache_usage_ratio", "Blocks in use, 0 to 1.")
-        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up.")
-        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found.")
-        self.preemptions = counter("preemptions", "Sequences preempted.")
-        self.sequence_preemptions = histogram("sequence_preemptions", "Preemptions of a sequence.", "request_num_preemptions", **mode)
-        self.engine_up = gauge("engine_up", "1 while the engine works.")
-        self.engine_restarts = counter("engine_restarts", "Recoveries from a failed step.")
-        self.ready = gauge("ready", "1 while new work is accepted.")
-        self.load_seconds = gauge("model_load_seconds", "Time to load the model.")
-        self.build_info = gauge("build_info", "Always 1.", version=None, commit=None, torch=None)
-        self.config_info = gauge("config_info", "Always 1; limits in force.", **dict.fromkeys(LIMITS))
+    def _gauge(self, name: str, text: str, **labels: tuple[str, ...] | None) -> Gauge:
+        return self._declare(Gauge, name, text, labels)
 
-        self.buffered = gauge("sse_buffered_chunks", "Results that wait to be sent.")
-        self.slow_drops = counter("slow_client_drops", "Streams ended because nobody read them.")
-        self.http_requests = counter("http_requests", "HTTP requests answered.", method=None, route=None, status=None)
-        self.http_seconds = histogram("http_request_duration_seconds", "Arrival to the last byte.", "request_latency", method=None, route=None)
-        # fmt: on
+    def _histogram(
+        self, name: str, text: str, family: str, **labels: tuple[str, ...] | None
+    ) -> Histogram:
+        return self._declare(Histogram, name, text, labels, buckets=self._buckets[family])
 
-    def _declare(self, metric: MetricT, labels: _Labels) -> MetricT:
-        """Create every child, so that its series is there from the start."""
-        options = [values for values in labels.values() if values is not None]
-        if len(options) == len(labels):
-            for combination in itertools.product(*options):
+    def _declare(
+        self, kind: type[MetricT], name: str, text: str, labels: _Labels, **options: Any
+    ) -> MetricT:
+        """Create a metric and every child, so that each series is there from the start."""
+        names = (*self._base, *labels)
+        metric = kind(f"coconut_{name}", text, names, registry=self.registry, **options)
+        known = [values for values in labels.values() if values is not None]
+        if len(known) == len(labels):
+            for combination in itertools.product(*known):
                 metric.labels(*self._base.values(), *combination)
         return metric
 
