@@ -54,7 +54,7 @@ lock: .venv/dev  ## Write deploy/requirements.txt: hashes of the versions in dep
 		--custom-compile-command 'make lock' -o deploy/requirements.txt pyproject.toml -
 
 bench: .venv/serve  ## Engine speed beside transformers; the last line is JSON
-	.venv/bin/python loadtests/bench/engine.py $(ARGS)
+	.venv/bin/python -m loadtests.bench.engine $(ARGS)
 
 bench-vllm: .venv/vllm  ## vLLM with our hooks beside stock vLLM, on the CPU
 	.venv/bin/python -m loadtests.bench.vllm_engine --cpu --eager $(ARGS)

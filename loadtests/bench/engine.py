@@ -3,7 +3,7 @@
 Every figure of a repetition is taken one after another, so that a busy machine slows all of them;
 ratios are medians over repetitions. The last line of stdout is one JSON object.
 
-    python loadtests/bench/engine.py [--model smollm2] [--batch-sizes 1,8,16] [--repeats 5]
+    python -m loadtests.bench.engine [--model smollm2] [--batch-sizes 1,8,16] [--repeats 5]
 """
 
 import argparse
@@ -14,7 +14,6 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,16 +38,9 @@ from coconut_serve.types import (
     StepStats,
     SwitchParams,
 )
+from loadtests.bench.samples import Sample, ratio
 
 MODES = ("cot", "latent", "distribution", "mixed")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timed batch."""
-
-    seconds: float
-    step_seconds: float  # median over pure decode steps; 0 for transformers
 
 
 def reasoning(mode: str, index: int, positions: int) -> ReasoningParams:
@@ -203,10 +195,6 @@ class Bench:
     def summary(self, size: int, samples: dict[str, list[Sample]]) -> dict[str, object]:
         """Medians and ratios of one batch size."""
         total = size * self.args.positions
-
-        def ratio(a: list[float], b: list[float]) -> float:
-            return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
-
         seconds = {name: [s.seconds for s in runs] for name, runs in samples.items()}
         steps = {name: [s.step_seconds for s in runs] for name, runs in samples.items()}
         report: dict[str, object] = {

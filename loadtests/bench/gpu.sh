@@ -19,8 +19,8 @@ export PYTHONPATH=$PWD COCONUT_TEST_DEVICE=$DEVICE TOKENIZERS_PARALLELISM=false
 
 name=$(date -u +%F)-$DEVICE status=0
 "$python" -m pytest -q -W default tests/engines/native tests/reasoning || status=$?
-"$python" loadtests/bench/engine.py --model "$MODEL" --device "$DEVICE" ${BENCH_ARGS:-} | tail -1 | tee "$OUT/$name-$MODEL.json"
-"$python" loadtests/bench/engine.py --model "$MODEL" --device "$DEVICE" --batch-sizes 12 ${BENCH_ARGS:-} | tail -1 | tee "$OUT/$name-$MODEL-methods.json"
+"$python" -m loadtests.bench.engine --model "$MODEL" --device "$DEVICE" ${BENCH_ARGS:-} | tail -1 | tee "$OUT/$name-$MODEL.json"
+"$python" -m loadtests.bench.engine --model "$MODEL" --device "$DEVICE" --batch-sizes 12 ${BENCH_ARGS:-} | tail -1 | tee "$OUT/$name-$MODEL-methods.json"
 if "$python" -c "import vllm" 2>/dev/null && [ "$DEVICE" = cuda ]; then
   "$python" -m loadtests.bench.vllm_engine --model "$MODEL" | tail -1 | tee "$OUT/$name-vllm-$MODEL.json"
 else

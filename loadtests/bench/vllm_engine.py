@@ -17,21 +17,13 @@ import platform
 import statistics
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from coconut_serve.types import MixtureParams, ReasoningParams, Request, SamplingParams
+from loadtests.bench.samples import Sample, ratio
 from tests import vllm_cpu
 
 KINDS = ("stock", "none", "cot", "latent", "distribution")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timed batch."""
-
-    seconds: float
-    step_seconds: float  # median
 
 
 def prepare(*, is_cpu: bool) -> None:
@@ -190,10 +182,6 @@ class Bench:
         """Medians and ratios of one batch size."""
         seconds = {kind: [s.seconds for s in runs] for kind, runs in samples.items()}
         steps = {kind: [s.step_seconds for s in runs] for kind, runs in samples.items()}
-
-        def ratio(a: list[float], b: list[float]) -> float:
-            return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
-
         report: dict[str, object] = {
             f"{kind}_step_ms": round(statistics.median(values) * 1e3, 3)
             for kind, values in steps.items()
