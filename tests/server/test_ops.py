@@ -1,6 +1,8 @@
 """Models, probes, version, metrics, tokens."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 import httpx
 import openai
@@ -14,6 +16,19 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
 from coconut_serve.server.state import Service
 from tests.fakes import listening, make_metrics, stub_app
+
+
+@contextlib.asynccontextmanager
+async def long_stream(url: str) -> AsyncIterator[AsyncIterator[str]]:
+    """The lines of a stream of 400 tokens, from its second on."""
+    body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+    async with (
+        httpx.AsyncClient(base_url=url) as c,
+        c.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        lines = response.aiter_lines()
+        await anext(lines)
+        yield lines
 
 
 async def test_models_are_listed_with_a_row_for_each_mode(client: openai.AsyncOpenAI) -> None:
@@ -116,14 +131,10 @@ async def test_rejected_requests_are_counted_under_the_mode_they_name() -> None:
 
 async def test_sequence_that_outlasts_the_drain_ends_by_deadline() -> None:
     app = stub_app(stub=StubConfig(tokens_per_second=50.0))
-    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
-        body = {"prompt": "abc", "max_tokens": 400, "stream": True}
-        async with c.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.aiter_lines()
-            await anext(lines)
-            app.state.service.admission.is_overdue = True  # as the drain does
-            await app.state.service.engine.stop()
-            rest = [line async for line in lines]
+    async with listening(app) as url, long_stream(url) as lines:
+        app.state.service.admission.is_overdue = True  # as the drain does
+        await app.state.service.engine.stop()
+        rest = [line async for line in lines]
     assert "engine_dead" in rest[-4]
     child = app.state.metrics.requests.labels("m", "stub", "cot", "completions", "deadline")
     assert child._value.get() == 1
@@ -131,11 +142,9 @@ async def test_sequence_that_outlasts_the_drain_ends_by_deadline() -> None:
 
 async def test_cancelled_request_is_counted_with_its_waste() -> None:
     app = stub_app(stub=StubConfig(tokens_per_second=50.0))
-    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
-        body = {"prompt": "abc", "max_tokens": 400, "stream": True}
-        async with c.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.aiter_lines()
-            await anext(lines)
+    async with listening(app) as url:
+        async with long_stream(url):
+            pass
         metrics = app.state.metrics
         child = metrics.cancelled.labels("m", "stub", "cot", "decode")
         async with asyncio.timeout(5):
