@@ -190,8 +190,8 @@ class MixtureParams:
         has_filter = self.noise != "dirichlet" or self.filter_top_k > 0
         require(has_filter, path + "filter_top_k", "must not be 0 with noise 'dirichlet'")
         clamp = self.noise_clamp
-        is_range = not clamp or (len(clamp) == 2 and clamp[0] < clamp[1])
-        require(is_range, path + "noise_clamp", "must be two rising numbers")
+        is_range = not clamp or (len(clamp) == 2 and -1000 <= clamp[0] < clamp[1] <= 1000)
+        require(is_range, path + "noise_clamp", "must be two rising numbers in -1000..1000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

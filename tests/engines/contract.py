@@ -10,7 +10,7 @@ import pytest
 
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, InvalidRequestError
-from coconut_serve.types import FinishReason, Phase, StepStats
+from coconut_serve.types import FinishReason, HaltParams, Phase, StepStats, SwitchParams
 from tests.fakes import make_request, run, run_all
 
 EngineFactory = Callable[..., AbstractAsyncContextManager[Engine]]
@@ -101,6 +101,23 @@ class EngineContract:
             assert caught.value.param == "prompt"
             with pytest.raises(InvalidRequestError):
                 await run(engine, make_request(prompt=()))
+
+    async def test_tokens_that_the_model_lacks_are_refused_by_name(self) -> None:
+        async with self.engine() as (engine, _):
+            for token_id in (-5, engine.info.vocab_size, 2**70):
+                ids = (token_id,)
+                wrong: dict[str, dict[str, Any]] = {
+                    "start": {"enter_token_id": token_id},
+                    "source": {"constant_token_id": token_id},
+                    "halt.stop_tokens": {"halt": HaltParams(stop_token_ids=ids)},
+                    "halt.learned": {"halt": HaltParams(learned_token_ids=(1, *ids))},
+                    "switch.hard_tokens": {"switch": SwitchParams(hard_token_ids=ids)},
+                }
+                for key, settings in wrong.items():
+                    with pytest.raises(InvalidRequestError) as caught:
+                        await run(engine, make_request(reasoning=settings))
+                    assert caught.value.param == f"reasoning.{key}"
+            assert len((await run(engine, make_request(max_tokens=3))).token_ids) == 3
 
     async def test_more_requests_than_slots_all_end(self) -> None:
         async with self.engine(max_num_seqs=3) as (engine, _):

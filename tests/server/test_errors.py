@@ -85,6 +85,16 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         "reasoning.mixture.noise_clamp",
     ),
     (
+        "clamp beyond float32",
+        {"reasoning_mode": "distribution", "reasoning": {"mixture": {"noise_clamp": [0, 1e300]}}},
+        "reasoning.mixture.noise_clamp",
+    ),
+    (
+        "hard token that no model has",
+        {"reasoning_mode": "auto", "reasoning": {"switch": {"hard_tokens": [2**70]}}},
+        "reasoning.switch.hard_tokens",
+    ),
+    (
         "greedy multiplex",
         {"reasoning_mode": "distribution", "temperature": 0, "reasoning": {"preset": "multiplex"}},
         "temperature",
