@@ -104,15 +104,31 @@ class ReasoningStateMixin:
             dtype=config.dtype,
             device=device,
         )
+        self._vocab_size = vocab_size
+        self._has_lora = vllm_config.lora_config is not None
         self.captured: Tensor | None = None  # hidden states that the logits were made from
+        self.skipped: set[int] = set()  # rows of the next batch whose logits nothing looks at
+        self.is_settled = False  # whether none of its rows uses a draw
         self.inputs: Tensor | None = None  # [num_rows, hidden_size], the last input of each row
         self._compute_logits = model.compute_logits
         model.compute_logits = self._capture  # type: ignore[assignment]  # on the instance
 
     def _capture(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep what the output head is given; it is a gathered copy, safe from graph replays."""
+        """Keep what the output head is given; it is a gathered copy, safe from graph replays.
+
+        Rows that nothing takes logits of get zeros: the head is a large part of a small model.
+        LoRA's layers take the whole batch.
+        """
         self.captured = hidden
-        return self._compute_logits(hidden, *args, **kwargs)  # type: ignore[operator]
+        skipped, self.skipped = self.skipped, set()
+        if not skipped or self._has_lora:
+            return self._compute_logits(hidden, *args, **kwargs)  # type: ignore[operator]
+        wanted = [i for i in range(len(hidden)) if i not in skipped]
+        if not wanted:
+            return hidden.new_zeros(len(hidden), self._vocab_size)
+        rows = upload(wanted, hidden.device)
+        part = self._compute_logits(hidden[rows], *args, **kwargs)  # type: ignore[operator]
+        return part.new_zeros(len(hidden), part.shape[1]).index_copy_(0, rows, part)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Call the model's embedding; [...] int64 -> [..., hidden_size]."""
@@ -161,6 +177,9 @@ class ReasoningStateMixin:
             scheduled_encoder_inputs, input_batch, req_states
         )
         self.reasoning.overlay(embeds, input_batch)
+        slots, positions = input_batch.idx_mapping_np, input_batch.seq_lens_cpu_upper_bound.numpy()
+        settled, skipped = self.reasoning.unneeded(slots, positions)
+        self.is_settled, self.skipped = 0 < len(settled) == len(slots), set(skipped)
         self.inputs = None
         if self.reasoning.wants_inputs(input_batch.idx_mapping_np):
             self.inputs = embeds[input_batch.logits_indices]  # layers may write over `embeds`
@@ -256,17 +275,20 @@ class ReasoningSamplerMixin:
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
         allowed = self._forbid_stops(logits, found, idx_mapping)
-        sampled, processed = super().sample(  # type: ignore[misc]
-            allowed,
-            expanded_idx_mapping,
-            idx_mapping,
-            idx_mapping_np,
-            pos,
-            input_ids,
-            expanded_local_pos,
-            seq_lens_upper_bound_np,
-            return_logprobs=return_logprobs,
-        )
+        if state.is_settled:  # nobody's token is drawn
+            sampled, processed = logits.new_zeros(len(logits), dtype=torch.int64), allowed
+        else:
+            sampled, processed = super().sample(  # type: ignore[misc]
+                allowed,
+                expanded_idx_mapping,
+                idx_mapping,
+                idx_mapping_np,
+                pos,
+                input_ids,
+                expanded_local_pos,
+                seq_lens_upper_bound_np,
+                return_logprobs=return_logprobs,
+            )
         state.reasoning.watch(idx_mapping_np, seq_lens_upper_bound_np, sampled)
         if not found or hidden is None:
             return sampled, processed

@@ -57,6 +57,14 @@ class WorkerRow:
         """Whether a decision is vLLM's draw, which can be the end token at most."""
         return self.is_relayed and decision < self.thinking.params.steps
 
+    def is_settled(self, decision: int) -> bool:
+        """Whether a decision is certain to use no draw: it thinks or feeds a forced token."""
+        params = self.thinking.params
+        may_answer = params.halt.may_halt or params.enter_token_id is not None
+        if self.is_relayed or may_answer or load_mode(params.mode).needs_sampled(params):
+            return False
+        return decision < params.steps + params.num_forced
+
     def plan(self, slot: int, decision: int) -> RowPlan:
         """Plan a decision; the host knows no more than that thinking cannot last longer."""
         params, thinking = self.thinking.params, self.thinking
@@ -313,6 +321,20 @@ class WorkerReasoning:
         """
         whole = self._decisions(slots, num_positions)
         return [each for each in whole if each[2].needs_step(each[3])]
+
+    def unneeded(self, slots: np.ndarray, num_positions: np.ndarray) -> tuple[list[int], list[int]]:
+        """Find work that the rows of a batch can do without.
+
+        Args:
+            slots: [num_rows].
+            num_positions: [num_rows], as `deciding` takes them.
+
+        Returns:
+            Rows that use no draw, and those of them that nothing takes logits of.
+        """
+        found = self._decisions(slots, num_positions)
+        settled = [(i, row.plan(slot, j)) for i, slot, row, j in found if row.is_settled(j)]
+        return [i for i, _ in settled], [i for i, plan in settled if not plan.needs_logits]
 
     def watch(self, slots: np.ndarray, num_positions: np.ndarray, sampled: Tensor) -> None:
         """Note which rows of draws passed on have said their end token.
