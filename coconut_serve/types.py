@@ -253,8 +253,10 @@ class SwitchParams:
     window: int = 512  # swi: steps in tokens before soft ones may come back
     alpha: float = 1.0  # swi: share of the soft token at a switch to it, the rest <think>
     beta: float = 0.7  # swi: share of the token at a switch to tokens, the rest </think>
-    max_switches: int = 0  # swi: to tokens, after which the phase ends; 0: no bound
-    answer_tokens: int = 0  # of the answer after such an end, at most; 0: no bound of their own
+    max_switches: int = 0  # swi: to tokens; </think> is said from here on, twice this ends the
+    # phase (modes/auto.py); 0: no bound
+    final_token_ids: tuple[int, ...] = ()  # fed at such an end in place of the end tokens
+    answer_tokens: int = 0  # of the answer after it, at most; 0: no bound of their own
     hard_token_ids: tuple[int, ...] = ()  # swi: never fed softly
     think_token_id: int = -1  # -1: the model has none
     end_token_id: int = -1
@@ -265,6 +267,8 @@ class SwitchParams:
         _check_ranges(self, "reasoning.switch.", _SWITCH_RANGES)
         is_short = len(self.hard_token_ids) <= MAX_HARD_TOKENS
         require(is_short, "reasoning.switch.hard_tokens", f"takes {MAX_HARD_TOKENS} ids")
+        is_short = len(self.final_token_ids) <= MAX_FORCED_TOKENS
+        require(is_short, "reasoning.switch.final_token_ids", f"takes {MAX_FORCED_TOKENS} ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +339,8 @@ class ReasoningParams:
     @property
     def max_thinking(self) -> int:
         """Positions that thinking and its end tokens take at most."""
-        return self.max_blocks * (self.steps + self.num_forced)
+        num_forced = max(self.num_forced, len(self.switch.final_token_ids))
+        return self.max_blocks * (self.steps + num_forced)
 
     @property
     def has_topk_trace(self) -> bool:

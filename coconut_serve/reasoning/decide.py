@@ -16,7 +16,7 @@ from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecisio
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
-from coconut_serve.types import HaltReason, ReasoningParams
+from coconut_serve.types import MAX_FORCED_TOKENS, HaltReason, ReasoningParams
 
 
 class Decider:
@@ -46,7 +46,10 @@ class Decider:
         self._end_adds = slots.register("end_adds_vector", torch.bool)  # [num_slots]
         self._keeps_last = slots.register("keeps_last", torch.bool)  # [num_slots]
         self._pending_halt = slots.register("pending_halt", torch.int64)  # of rows that keep it
+        self._final = slots.register("final", torch.int64, MAX_FORCED_TOKENS)  # as `Slots.end`
+        self._num_final = slots.register("num_final", torch.int64)  # 0: the end tokens serve
         # What the host must know to skip work that no row asked for.
+        self._host_has_final = [False] * slots.num_slots
         self._host_has_noise = [False] * slots.num_slots
         self._host_end_adds = [False] * slots.num_slots
         self._host_keeps_last = [False] * slots.num_slots
@@ -70,6 +73,12 @@ class Decider:
         self._end_adds[slot] = params.end_adds_vector
         self._keeps_last[slot] = params.keeps_last
         self._pending_halt[slot] = 0
+        final = params.switch.final_token_ids
+        self._final[slot] = upload(
+            final + (0,) * (MAX_FORCED_TOKENS - len(final)), self._final.device
+        )
+        self._num_final[slot] = len(final)
+        self._host_has_final[slot] = bool(final)
         self._host_has_noise[slot] = params.noise_std > 0
         self._host_end_adds[slot] = params.end_adds_vector
         self._host_keeps_last[slot] = params.keeps_last
@@ -104,6 +113,8 @@ class Decider:
         step.halt = torch.where(is_thinking, step.halt, 0)
         step.thinks = is_thinking & (step.halt == 0)
         step.is_switch &= step.thinks
+        if any(self._host_has_final[slot] for slot in step.host_slots):
+            self._force_final(step)
         has_forced = slots.forced_left[rows] > 0
         step.is_forced = ~step.thinks & has_forced
         is_last = (step.halt > 0) & step.is_forced  # the first end token is fed next
@@ -115,6 +126,13 @@ class Decider:
         is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)
         step.halt = torch.where(is_bad & ~step.is_forced, int(HaltReason.NUMERICAL), step.halt)
         self._write(step)
+
+    def _force_final(self, step: StepRows) -> None:
+        """Queue the words that end a phase whose switches are spent, in place of the end tokens."""
+        slots, rows = self._slots, step.row_slots
+        swaps = (step.halt == int(HaltReason.SWITCHES)) & (self._num_final[rows] > 0)
+        slots.forced[rows] = torch.where(swaps.unsqueeze(1), self._final[rows], slots.forced[rows])
+        slots.forced_left[rows] = torch.where(swaps, self._num_final[rows], slots.forced_left[rows])
 
     def _delay_halt(self, step: StepRows) -> None:
         """Let rows that keep the last vector halt one step after their rule held."""

@@ -51,9 +51,11 @@ class Progress:
         self.is_thinking = self.is_thinking and result.phase is Phase.THINK
         self.num_steps_left -= result.phase is Phase.THINK
         self.num_steps += result.phase is Phase.THINK
+        if result.halt_reason is HaltReason.SWITCHES:
+            self.is_cut_short = True
+            self.num_forced_left = len(self.params.switch.final_token_ids) or self.num_forced_left
         self.num_forced_left -= result.phase is Phase.BOUNDARY
         self.num_output_tokens += result.phase is Phase.ANSWER
-        self.is_cut_short |= result.halt_reason is HaltReason.SWITCHES
         if self.num_blocks_left and result.phase is Phase.ANSWER:
             self._open_block(result.token_id)
 

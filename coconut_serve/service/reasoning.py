@@ -1,7 +1,7 @@
 """From what a request asks of reasoning to resolved parameters, each with its source."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
@@ -10,6 +10,7 @@ from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import EFFORTS, HARD_TOKENS, MIXTURES, PRESETS
 from coconut_serve.types import (
     MAX_BRANCHES,
+    MAX_FORCED_TOKENS,
     MAX_STEPS,
     HaltParams,
     MixtureParams,
@@ -31,6 +32,8 @@ _RULES = {
 }  # fmt: skip
 _AFTER = ("temperature", "top_p", "top_k", "min_p")  # of the answer, where it differs
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
+_FINAL_WORDS = "\n\nThe final answer is"  # what SwiReasoning's code forces behind </think>
+_FINAL_ANSWER_TOKENS = 32  # what it allows from there on
 _DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
 _EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
 
@@ -125,15 +128,16 @@ def resolve(
     thinks = phase.steps > 0
     rule = pick("halt.rule", "auto") if thinks else None
     halt = _halt(pick, rule, phase, model) if thinks else HaltParams()
+    fed = _fed(pick, mode, model, warnings)
     params = ReasoningParams(
         mode=mode,
         steps=phase.steps,
         min_steps=pick("min_steps", 0) if thinks else 0,
-        is_fixed=(phase.is_counted or rule == "fixed") and not halt.may_halt,
+        is_fixed=(phase.is_counted or rule == "fixed") and not _may_halt(halt, fed),
         end_token_ids=phase.end_ids,
         noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         halt=halt,
-        **_fed(pick, mode, model, warnings),
+        **fed,
         pad_positions=pick("pad_positions", False) if thinks else False,
         max_total_steps=pick("max_total_steps", None) or 0,
         trace=_trace(pick, *trace_bounds),
@@ -158,6 +162,11 @@ def _picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> _Picker:
     if mode == "distribution" or (mode == "auto" and pick("switch.rule", _SWI) != _SWI):
         pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
     return pick
+
+
+def _may_halt(halt: HaltParams, fed: Mapping[str, Any]) -> bool:
+    """Whether a rule or a budget of switches can end the phase before its steps are spent."""
+    return halt.may_halt or ("switch" in fed and fed["switch"].max_switches > 0)
 
 
 def _speed(pick: _Picker, has_speed: bool) -> None:
@@ -245,13 +254,24 @@ def _switching(pick: _Picker, model: ModelReasoning, manifest: Manifest) -> dict
         "end_token_id": -1 if model.think_end_id is None else model.think_end_id,
         "newline_token_id": -1 if newline is None else newline,
     }
-    names = [f.name for f in fields(SwitchParams) if f.name not in given]
     defaults = SwitchParams()
+    has_budget = pick("switch.rule", _SWI) == _SWI and pick("switch.max_switches", 0) > 0
+    if has_budget and model.think_end_id is not None:
+        defaults = replace(defaults, answer_tokens=_FINAL_ANSWER_TOKENS)
+        given["final_token_ids"] = _final_words(pick, model, model.think_end_id)
+    names = [f.name for f in fields(SwitchParams) if f.name not in (*given, "final_token_ids")]
     asked: dict[str, Any] = {
         name: pick(f"switch.{name}", getattr(defaults, name)) for name in names
     }
     switch = SwitchParams(**given, **asked)
     return {"switch": switch, **(_mixture(pick, manifest) if switch.rule != _SWI else {})}
+
+
+def _final_words(pick: _Picker, model: ModelReasoning, end_id: int) -> tuple[int, ...]:
+    """What is fed where the switches are spent; (): what ends any phase, as `end` says."""
+    words = (end_id, *(model.encode(_FINAL_WORDS) if model.encode else ()))
+    is_usual = pick("end", "auto") == "auto"
+    return words if is_usual and 1 < len(words) <= MAX_FORCED_TOKENS else ()
 
 
 def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:
@@ -372,7 +392,9 @@ def _token_phase(
         return _Phase()  # without think tokens cot is plain decoding
     stop_ids = () if model.think_end_id is None else (model.think_end_id,)
     end_ids = _bound(pick, "end", stop_ids, model)
-    room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - len(end_ids))
+    has_budget = mode == "auto" and pick("switch.max_switches", 0) > 0  # its words may be longer
+    num_forced = MAX_FORCED_TOKENS if has_budget else len(end_ids)
+    room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - num_forced)
     scale = 1.0 if effort is None else EFFORTS[effort]
     if model.is_thinker:
         default = room if effort is None else min(room, round(_EFFORT_THINKING_TOKENS * scale))

@@ -224,6 +224,26 @@ def test_tokens_may_be_named_by_their_text() -> None:
         resolved("auto", words, switch__hard_tokens=["x"])
 
 
+def test_budget_of_switches_brings_the_final_words_and_a_bound() -> None:
+    """SwiReasoning's: </think>, "The final answer is", 32 more tokens; an own `end` stays."""
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    thinker = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    model, end = replace(thinker, encode=lambda _: [1, 2, 3]), 21
+    plain = resolved("auto", model).params.switch
+    assert (plain.max_switches, plain.answer_tokens, plain.final_token_ids) == (0, 0, ())
+    bound = resolved("auto", model, switch__max_switches=2, halt__rule="fixed").params
+    assert (bound.switch.answer_tokens, bound.switch.final_token_ids) == (32, (end, 1, 2, 3))
+    assert not bound.is_fixed, "the phase may end before its steps"
+    assert bound.max_thinking == bound.steps + 4
+    assert bound.max_thinking + 50 + 30 <= 1000
+    own = resolved("auto", model, switch__max_switches=2, switch__answer_tokens=5, end=[9])
+    assert (own.params.switch.answer_tokens, own.params.switch.final_token_ids) == (5, ())
+    long = replace(model, encode=lambda _: [1] * 8)
+    assert resolved("auto", long, switch__max_switches=2).params.switch.final_token_ids == ()
+    without = resolved("auto", make_model(None), switch__max_switches=2).params.switch
+    assert (without.answer_tokens, without.final_token_ids) == (0, ())
+
+
 def test_auto_takes_every_mixture_but_swi_none() -> None:
     model = make_model(None)
     for rule in ("none", "confidence"):

@@ -107,6 +107,7 @@ class Thinking:
         switch = replace(
             switch,
             hard_token_ids=inside(switch.hard_token_ids),
+            final_token_ids=inside(switch.final_token_ids),
             think_token_id=min(switch.think_token_id, last),
             end_token_id=min(switch.end_token_id, last),
             newline_token_id=min(switch.newline_token_id, last),

@@ -44,7 +44,8 @@ class WorkerRow:
         params = self.thinking.params
         if params.enter_token_id is not None:
             return 2**31  # the model opens blocks wherever it likes
-        return params.steps + max(params.num_forced, 1 if params.steps else 0)
+        num_final = len(params.switch.final_token_ids)
+        return params.steps + max(params.num_forced, num_final, 1 if params.steps else 0)
 
     def needs_step(self, decision: int) -> bool:
         """Whether a decision is more than sampling."""

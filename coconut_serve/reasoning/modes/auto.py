@@ -13,6 +13,7 @@ from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import MAX_HARD_TOKENS, HaltReason, ReasoningParams, SwitchParams
 
 _FIRST_BLEND = 0.1  # share of the newline's embedding in the first soft input
+_SAY_END, _LEAVE = 1, 2  # what the next decision must do: a switch was beyond the budget
 
 
 class AutoMode(ReasoningMode):
@@ -20,9 +21,13 @@ class AutoMode(ReasoningMode):
 
     `swi` (SwiReasoning, arXiv 2510.05069, as in its code): starts soft; goes to tokens when the
     entropy falls below that of the last switch, and back when it rises above it and `window` steps
-    have passed. `confidence` (ThinkRouter, arXiv 2602.11683): soft where the likeliest token's
-    probability reaches `p_max`, or where it does not. `none`: always soft. The text of every step
-    is the sampled token.
+    have passed; once </think> is drawn it stays with tokens. `confidence` (ThinkRouter, arXiv
+    2602.11683): soft where the likeliest token's probability reaches `p_max`, or where it does not.
+    `none`: always soft. The text of every step is the sampled token.
+
+    A budget C of swi: the step after a switch to tokens says </think>, whatever was drawn, from the
+    C-th switch to the 2 C-th; after a later one the phase ends. A model without </think> ends it
+    at the C-th. What is said so does not lock, but may end the phase as any text may.
     """
 
     name: ClassVar[str] = "auto"
@@ -43,6 +48,8 @@ class AutoMode(ReasoningMode):
         self._stay = slots.register("auto_stay", torch.int64)  # steps since the last switch
         self._reference = slots.register("auto_reference", torch.float32)  # entropy at that switch
         self._num_switches = slots.register("auto_num_switches", torch.int64)  # soft to tokens
+        self._is_locked = slots.register("auto_is_locked", torch.bool)  # in tokens for good
+        self._pending = slots.register("auto_pending", torch.int64)  # _SAY_END, _LEAVE or 0
         self._host_is_swi = [True] * slots.num_slots
 
     @classmethod
@@ -64,7 +71,8 @@ class AutoMode(ReasoningMode):
         self._goes_soft_sure[slot] = switch.soft_when == "confident"
         self._horizon[slot] = max(1, params.steps)
         self._is_soft[slot] = True
-        self._stay[slot] = self._num_switches[slot] = 0
+        self._stay[slot] = self._num_switches[slot] = self._pending[slot] = 0
+        self._is_locked[slot] = False
         self._reference[slot] = 0.0
         self._host_is_swi[slot] = switch.rule == "swi"
 
@@ -78,11 +86,13 @@ class AutoMode(ReasoningMode):
         vector = torch.zeros_like(ctx.hidden)
         flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
         switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
+        token = ctx.sampled.clone()
         for wanted in (True, False):
             part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
             decision = yield from self._swi(part) if wanted else self._confidence(part)
             assert decision.vector is not None
             assert decision.is_vector is not None
+            token[at] = decision.token
             vector[at] = decision.vector.to(vector.dtype)
             flags[at] = decision.is_vector
             if decision.is_switch is not None:
@@ -90,7 +100,7 @@ class AutoMode(ReasoningMode):
             if decision.halt is not None:
                 halt[at] = decision.halt
         return StepDecision(
-            token=ctx.sampled, vector=vector, is_vector=flags, is_switch=switches, halt=halt
+            token=token, vector=vector, is_vector=flags, is_switch=switches, halt=halt
         )
 
     def _of(self, name: str, ctx: StepContext) -> Tensor:
@@ -117,20 +127,30 @@ class AutoMode(ReasoningMode):
         assert ctx.raw_logits is not None
         rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
         is_first = self.slots.num_decisions[rows] == 0
+        end, pending = self._of("end_token_id", ctx), self._pending[rows]
+        # Only what the model draws locks: the budget counts on what it itself makes it say.
+        self._is_locked[rows] |= (ctx.sampled == end) & (end >= 0)
+        ctx = replace(ctx, sampled=torch.where(pending == _SAY_END, end, ctx.sampled))
         to_hard, to_soft = self._switch(ctx, mixing.entropy(log_probs), is_first)
         soft = (yield log_probs.exp()).float()
         vector, blends = self._blend(ctx, soft, to_hard=to_hard, to_soft=to_soft, is_first=is_first)
         is_hard_token = (ctx.sampled.unsqueeze(1) == self._hard[rows]).any(1)
         is_soft = self._is_soft[rows] & ~is_hard_token
-        is_spent = to_hard & (self._of("max_switches", ctx) > 0)
-        is_spent &= self._num_switches[rows] >= self._of("max_switches", ctx)
+        self._pending[rows] = self._exceed(ctx, to_hard, has_end=end >= 0)
         return StepDecision(
             token=ctx.sampled,
             vector=vector.to(ctx.hidden.dtype),
             is_vector=is_soft | blends,
             is_switch=to_hard | to_soft,
-            halt=is_spent * int(HaltReason.SWITCHES),
+            halt=(pending == _LEAVE) * int(HaltReason.SWITCHES),
         )
+
+    def _exceed(self, ctx: StepContext, to_hard: Tensor, *, has_end: Tensor) -> Tensor:
+        """What the next decision must do because of a switch made now; [num_rows] int64."""
+        budget, count = self._of("max_switches", ctx), self._num_switches[ctx.row_slots]
+        is_over = to_hard & (budget > 0) & (count >= budget)
+        leaves = (count > 2 * budget) | ~has_end
+        return is_over * torch.where(leaves, _LEAVE, _SAY_END)
 
     def _switch(self, ctx: StepContext, entropy: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
         """Move the state machine; which rows went to tokens, and which to soft ones."""
@@ -139,9 +159,10 @@ class AutoMode(ReasoningMode):
         stay = torch.where(is_first, 0, self._stay[rows] + 1)
         to_hard = ~is_first & is_soft & (entropy < reference)
         has_stayed = stay >= self._of("window", ctx)
-        to_soft = ~is_first & ~is_soft & (entropy > reference) & has_stayed
+        is_locked = self._is_locked[rows]
+        to_soft = ~is_first & ~is_soft & (entropy > reference) & has_stayed & ~is_locked
         moves = to_hard | to_soft
-        self._is_soft[rows] = (is_soft & ~to_hard) | to_soft
+        self._is_soft[rows] = ((is_soft & ~to_hard) | to_soft) & ~is_locked
         self._stay[rows] = torch.where(moves, 0, stay)
         self._reference[rows] = torch.where(is_first | moves, entropy, reference)
         self._num_switches[rows] += to_hard.to(torch.int64)

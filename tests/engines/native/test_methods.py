@@ -124,14 +124,21 @@ def confidence_full(step: int, logits: Tensor, table: Tensor) -> tuple[int, Tens
 class Swi:
     """SwiReasoning's state machine, written out for one row."""
 
-    def __init__(self, window: int, think: int, end: int, newline: int, hard: set[int]) -> None:
+    def __init__(
+        self, window: int, think: int, end: int, newline: int, hard: set[int], budget: int = 99
+    ) -> None:
+        self.budget, self.spent, self.says, self.locked = budget, 0, False, False
         self.window, self.think, self.end, self.newline = window, think, end, newline
         self.hard, self.soft, self.stay, self.reference, self.switches = hard, True, 0, 0.0, 0
 
-    def __call__(self, step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor]:
+    def __call__(self, step: int, logits: Tensor, table: Tensor) -> tuple[int, Tensor] | None:
+        if self.says and self.spent > 2 * self.budget:
+            return None
         p = logits.softmax(-1)
         entropy = -float((p * p.log()).sum())
         token = int(logits.argmax())
+        self.locked |= token == self.end
+        token, self.says = self.end if self.says else token, False
         went_hard = went_soft = False
         if step == 0:
             self.reference = entropy
@@ -139,9 +146,13 @@ class Swi:
             self.stay += 1
             went_hard = self.soft and entropy < self.reference
             went_soft = not self.soft and entropy > self.reference and self.stay >= self.window
+            went_soft &= not self.locked
             if went_hard or went_soft:
                 self.soft, self.stay, self.reference = went_soft, 0, entropy
                 self.switches += 1
+                self.spent += went_hard
+                self.says = went_hard and self.spent >= self.budget
+        self.soft &= not self.locked
         alpha, beta = (x + (1 - x) * step / STEPS for x in (0.8, 0.7))
         soft = p @ table
         if step == 0:
@@ -310,6 +321,10 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
         lambda: multiplex_under_sample,
     ),
     "swi": (auto(**SWI), lambda: Swi(2, 40, 41, 42, set())),
+    "swi-budget": (
+        auto(**SWI | {"window": 0}, max_switches=1),
+        lambda: Swi(0, 40, 41, 42, set(), 1),
+    ),
     "kl": (kl(soft(kind="full"), 0.6), lambda: UntilKl(full, 0.6)),
     "pad": (
         kl({**soft(kind="full"), "reasoning": {**soft(kind="full")["reasoning"], **PAD}}, 0.6),
@@ -365,6 +380,9 @@ async def test_methods_equal_their_plain_loops(tiny_llama: Path) -> None:
     for kind in ("kl", "apart-kl", "likely", "likely-cot"):
         lengths = {len(texts) for (name, _), (texts, _) in expected.items() if name == kind}
         assert len(lengths) > 1, "phases end at different steps"
+    spent = [texts for (name, _), (texts, _) in expected.items() if name == "swi-budget"]
+    assert min(map(len, spent)) < STEPS, "a budget is spent"
+    assert max(texts.count(SWI["end_token_id"]) for texts in spent) == 2, "after being said twice"
     async with native_engine(tiny_llama) as engine:
         check([await run(engine, request) for request in asked.values()])
         check(await run_all(engine, list(asked.values())))
@@ -390,6 +408,7 @@ async def test_skipped_positions_count_towards_the_context(tiny_llama: Path) -> 
 async def test_swi_counts_its_switches_and_ends_at_the_bound(tiny_llama: Path) -> None:
     machine, ids = Swi(0, 40, 41, 42, set()), prompt(1, 8)
     free = {**SWI, "window": 0}
+    bare = {**free, "end_token_id": -1}  # without </think> the first switch ends the phase
     loop(load_plain(tiny_llama), ids, machine)
     assert machine.switches >= 3, "another seed"
     async with native_engine(tiny_llama) as engine:
@@ -399,28 +418,23 @@ async def test_swi_counts_its_switches_and_ends_at_the_bound(tiny_llama: Path) -
         assert result.counts.num_switches == machine.switches
         bound = await run(
             engine,
-            make_request("b", ids, steps=STEPS, end=END, seed=SEED, **auto(**free, max_switches=1)),
+            make_request("b", ids, steps=STEPS, end=END, seed=SEED, **auto(**bare, max_switches=1)),
         )
         answers = [
             await run(
                 engine,
                 make_request(
-                    f"c{most}",
-                    ids,
-                    steps=STEPS,
-                    end=end,
-                    max_tokens=9,
-                    **auto(**free, max_switches=most, answer_tokens=2),
+                    f"c{most}", ids, steps=STEPS, end=end, max_tokens=9,
+                    **auto(**bare, max_switches=most, answer_tokens=2),
                 ),
             )
             for most, end in ((1, END), (1, ()), (99, END))
-        ]
+        ]  # fmt: skip
     assert [len(answer.token_ids) for answer in answers] == [2, 2, 9]
     assert {answer.finish_reason for answer in answers} == {FinishReason.LENGTH}
     assert answers[0].token_ids == bound.token_ids[:2]
-    halts = [o.halt_reason for o in bound.outputs if o.halt_reason]
-    assert halts == [HaltReason.SWITCHES]
-    assert bound.counts.num_switches == 0, "the switch that ends the phase is not made"
+    assert [o.halt_reason for o in bound.outputs if o.halt_reason] == [HaltReason.SWITCHES]
+    assert bound.counts.num_switches == 1, "the switch is made, the step after it ends the phase"
     assert bound.counts.num_reasoning_steps < STEPS
 
 
@@ -434,36 +448,3 @@ async def test_moi_with_a_large_beta_is_ordinary_sampling(tiny_llama: Path) -> N
         )
         plain = await run(engine, make_request("b", ids, temperature=0.8, seed=3, max_tokens=15))
     assert mixed.thinking_ids + mixed.token_ids == plain.token_ids
-
-
-@pytest.mark.parametrize(
-    ("entropies", "window", "expected"),
-    [
-        # Starts soft; the first entropy is the reference. s: soft, h: token.
-        ([2.0, 2.5, 1.5, 1.6, 1.4, 1.7, 1.2], 2, "ssh" + "hhsh"),
-        ([2.0, 1.9, 2.5, 2.5, 1.0], 1, "shssh"),
-        ([1.0, 1.0, 1.0], 1, "sss"),  # not below the reference: stays
-        ([3.0, 1.0, 2.0, 3.0, 4.0], 9, "shhhh"),  # the window has not passed
-    ],
-)
-def test_swi_state_machine_by_hand(entropies: list[float], window: int, expected: str) -> None:
-    """Derived from the rules on paper: below goes to tokens at once, above waits for the window."""
-    from coconut_serve.reasoning.mode import StepContext
-    from coconut_serve.reasoning.modes.auto import AutoMode
-    from coconut_serve.reasoning.slots import Slots
-    from coconut_serve.types import ReasoningParams
-
-    slots = Slots(1, 4, dtype=torch.float32, device=torch.device("cpu"))
-    mode = AutoMode(slots)
-    params = ReasoningParams(mode="auto", steps=9, switch=SwitchParams(window=window))
-    slots.admit(0, params, 0, 0)
-    mode.admit(0, params)
-    seen = ""
-    for entropy in entropies:
-        ctx: Any = StepContext.__new__(StepContext)
-        object.__setattr__(ctx, "row_slots", torch.tensor([0]))
-        first = slots.num_decisions[:1] == 0
-        mode._switch(ctx, torch.tensor([entropy]), first)
-        seen += "s" if bool(mode._is_soft[0]) else "h"
-        slots.num_decisions += 1
-    assert seen == expected
