@@ -39,11 +39,12 @@ _SWITCH_RANGES = {
     "p_max": (0, 1), "window": (0, 10**6), "alpha": (0, 1), "beta": (0, 1),
     "max_switches": (0, 10**6), "answer_tokens": (0, 2**31 - 1),
 }  # fmt: skip
-_REASONING_RANGES = {
-    "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "noise_std": (0, 10),
-    "latent_temperature": (0, 5), "soft_weight": (0, 1), "trace_top_k": (1, MAX_LOGPROBS),
+REASONING_RANGES = {
+    "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "soft_weight": (0, 1),
+    "latent_noise_std": (0, 10), "latent_temperature": (0, 5), "trace_top_k": (1, MAX_LOGPROBS),
     "max_total_steps": (0, 2**31),
 }  # fmt: skip
+_FIELDS = {"latent_noise_std": "noise_std"}  # name in a request -> field
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
 MixtureKind = Literal["topk", "full", "multiplex", "moi", "gated"]
@@ -101,11 +102,16 @@ def require(condition: bool, param: str, message: str) -> None:
         raise InvalidRequestError(f"{param} {message}", param=param)
 
 
+def check_range(value: float, param: str, bounds: tuple[float, float]) -> None:
+    """Raise InvalidRequestError naming `param` unless `value` is in a closed range."""
+    low, high = bounds
+    require(low <= value <= high, param, f"must be in {low:g}..{high:g}")
+
+
 def _check_ranges(record: object, path: str, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Check fields against closed ranges; `path` is where they stand in a request."""
-    for name, (low, high) in ranges.items():
-        value = getattr(record, name)
-        require(low <= value <= high, path + name, f"must be in {low:g}..{high:g}")
+    for name, bounds in ranges.items():
+        check_range(getattr(record, _FIELDS.get(name, name)), path + name, bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +185,7 @@ class MixtureParams:
     dirichlet_alpha: float = 4.0
     weights: WeightKind = "prob"  # multiplex
     replacement: bool = True  # multiplex
-    moi_beta: float = 1.0
+    moi_beta: float = 1.0  # -1, -100: the distribution alone
     norm: NormKind = "none"  # l2: by the root of the summed squared weights; embed_mean: the mean
     # length of an embedding
 
@@ -189,6 +195,8 @@ class MixtureParams:
         _check_ranges(self, path, _MIXTURE_RANGES)
         has_filter = self.noise != "dirichlet" or self.filter_top_k > 0
         require(has_filter, path + "filter_top_k", "must not be 0 with noise 'dirichlet'")
+        has_beta = self.moi_beta >= 0 or self.moi_beta in (-1, -100)
+        require(has_beta, path + "moi_beta", "must be -1, -100 or at least 0")
         clamp = self.noise_clamp
         is_range = not clamp or (len(clamp) == 2 and -1000 <= clamp[0] < clamp[1] <= 1000)
         require(is_range, path + "noise_clamp", "must be two rising numbers in -1000..1000")
@@ -317,7 +325,7 @@ class ReasoningParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "reasoning.", _REASONING_RANGES)
+        _check_ranges(self, "reasoning.", REASONING_RANGES)
         thinks = self.mode != "none" or self.steps == 0
         require(thinks, "reasoning.steps", "must be 0 in mode none")
         require(self.min_steps <= self.steps, "reasoning.min_steps", "must be at most steps")

@@ -51,10 +51,11 @@ def has_noise(params: ReasoningParams, temperature: float, adapter_type: str | N
     if params.steps == 0:
         return False
     mixture, halt = params.mixture, params.halt
+    mixes = params.mode in ("distribution", "auto") and mixture.kind == "topk"
     draws_tokens = params.mode in ("cot", "auto") or mixture.kind in ("moi", "gated", "multiplex")
     return (
         params.noise_std > 0
-        or (params.mode in ("distribution", "auto") and mixture.noise != "none")
+        or (mixes and mixture.noise != "none")
         or (adapter_type == "gaussian_head" and params.latent_temperature > 0)
         or (halt.sample and bool(halt.learned_token_ids))
         or (halt.stop_test == "sampled" and bool(halt.stop_token_ids))

@@ -58,17 +58,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "halt.entropy_below": 0.0,
     },
 }
-# What a kind of mixture has where nobody says otherwise.
-_UNFILTERED = {
-    "mixture.temperature": 1.0, "mixture.top_p": 1.0, "mixture.filter_top_k": 0,
-    "mixture.min_p": 0.0,
-}  # fmt: skip
+# All that a kind of mixture looks at, and what it is where nobody says otherwise.
 MIXTURES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "full": _UNFILTERED,
-    "multiplex": _UNFILTERED | {"mixture.top_k": 3},
-    "moi": _UNFILTERED | {"mixture.top_k": 20},
-    "gated": _UNFILTERED,
+    "topk": {
+        "top_k": 10, "temperature": 0.6, "top_p": 0.95, "filter_top_k": 30, "min_p": 0.001,
+        "noise": "none", "norm": "none",
+    },
+    "full": {"temperature": 1.0, "norm": "none"},
+    "multiplex": {
+        "top_k": 3, "temperature": 1.0, "top_p": 1.0, "filter_top_k": 0, "min_p": 0.0,
+        "weights": "prob", "replacement": True, "norm": "none",
+    },
+    "moi": {"top_k": 20, "temperature": 1.0, "moi_beta": 1.0, "norm": "none"},
+    "gated": {"temperature": 1.0, "norm": "none"},
+}  # fmt: skip
+# The same of a mixture's noise.
+NOISES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gumbel": {"noise_temperature": 0.5, "noise_clamp": ()},
+    "dirichlet": {"dirichlet_alpha": 4.0},
 }
 # reasoning_effort scales the default step budget; "none" picks the mode `none`.
 EFFORTS: dict[str, float] = {

@@ -293,12 +293,14 @@ class PromptBuilder:
         self._check_branches(resolved, sampling)
         is_short = len(resolved.suffix_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.start", f"must be at most {MAX_FORCED_TOKENS} tokens")
-        for token_id in (*resolved.suffix_ids, *resolved.params.end_token_ids):
-            require(
-                0 <= token_id < self._info.vocab_size,
-                "reasoning.end" if token_id in resolved.params.end_token_ids else "reasoning.start",
-                f"token id {token_id} is not in the vocabulary",
-            )
+        named = {
+            "start": resolved.suffix_ids,
+            "end": params.end_token_ids,
+            "halt.stop_tokens": params.halt.stop_token_ids,
+        }
+        for name, ids in named.items():
+            outside = [i for i in ids if not 0 <= i < self._info.vocab_size]
+            require(not outside, f"reasoning.{name}", f"{outside}: not in the vocabulary")
 
     def _check_branches(self, resolved: Resolved, sampling: SamplingAsk) -> None:
         if resolved.branches == 1:

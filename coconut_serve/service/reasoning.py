@@ -7,7 +7,8 @@ from typing import Any, get_args
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.presets import EFFORTS, HARD_TOKENS, MIXTURES, PRESETS
+from coconut_serve.service.presets import EFFORTS, HARD_TOKENS, MIXTURES, NOISES
+from coconut_serve.service.settings import Picker, check_asked, make_picker, unused
 from coconut_serve.types import (
     MAX_BRANCHES,
     MAX_FORCED_TOKENS,
@@ -22,6 +23,7 @@ from coconut_serve.types import (
     require,
 )
 
+_TOPK = "topk"  # the kind of mixture where nobody names one
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _SWI = "swi"  # the rule of `auto` that has no mixture
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
@@ -50,22 +52,6 @@ class Resolved:
     after: Mapping[str, Any] = field(default_factory=dict)  # how the answer is drawn otherwise
     branches: int = 1  # sequences of each choice
     select: Select = "first"
-
-
-@dataclass(slots=True)
-class _Picker:
-    """Looks a setting up in the request, the preset, the manifest and the defaults."""
-
-    layers: list[tuple[str, Mapping[str, Any]]]  # source name, settings
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __call__(self, name: str, default: Any) -> Any:
-        source, value = next(
-            ((source, layer[name]) for source, layer in self.layers if name in layer),
-            ("default", default),
-        )
-        self.parameters[name] = {"value": value, "source": source}
-        return value
 
 
 def check_mode(mode: str, model: ModelReasoning, asked: Mapping[str, Any]) -> None:
@@ -118,7 +104,8 @@ def resolve(
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
     """
-    pick = _picker(mode, asked, model.manifest or Manifest())
+    check_asked(asked)
+    pick = make_picker(mode, asked, model.manifest or Manifest())
     warnings: list[str] = []
     phase = _Phase()
     if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
@@ -147,21 +134,11 @@ def resolve(
     seed = pick("seed", None) if thinks else None
     after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
-    warnings += _unused(pick, mode, effort)
+    warnings += unused(pick, mode, effort)
     return Resolved(
         params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
         warnings=tuple(warnings), seed=seed, after=after, branches=branches, select=select,
     )  # fmt: skip
-
-
-def _picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> _Picker:
-    """Where settings come from, first come first served."""
-    preset = PRESETS.get(asked.get("preset", ""), {})
-    declared = _declared(manifest, mode)
-    pick = _Picker([("request", asked), ("preset", preset), ("manifest", declared)])
-    if mode == "distribution" or (mode == "auto" and pick("switch.rule", _SWI) != _SWI):
-        pick.layers.append(("kind", MIXTURES[pick("mixture.kind", "topk")]))
-    return pick
 
 
 def _may_halt(halt: HaltParams, fed: Mapping[str, Any]) -> bool:
@@ -169,7 +146,7 @@ def _may_halt(halt: HaltParams, fed: Mapping[str, Any]) -> bool:
     return halt.may_halt or ("switch" in fed and fed["switch"].max_switches > 0)
 
 
-def _speed(pick: _Picker, has_speed: bool) -> None:
+def _speed(pick: Picker, has_speed: bool) -> None:
     """Note the speed that the prompt names; PromptBuilder has put it there."""
     asked = pick.layers[0][1]
     needs = "needs a chat, and a model whose prompt template has {speed}"
@@ -178,7 +155,7 @@ def _speed(pick: _Picker, has_speed: bool) -> None:
         pick("speed", None)
 
 
-def _branches(pick: _Picker) -> tuple[int, Select]:
+def _branches(pick: Picker) -> tuple[int, Select]:
     """How many lines of thought a choice has, and which of them is shown."""
     branches = pick("branches", 1)
     require(1 <= branches <= MAX_BRANCHES, "reasoning.branches", f"must be in 1..{MAX_BRANCHES}")
@@ -196,23 +173,7 @@ class _Phase:
     stop_ids: tuple[int, ...] = ()  # the model's own end of thought
 
 
-def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
-    """What the manifest says of settings, by the names of a request."""
-    declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
-    declared["speed"] = manifest.prompt.speed
-    halting = manifest.halting
-    if mode in ("latent", "distribution") and halting.rule != "fixed":
-        is_drawn = halting.test == "sampled"
-        declared["halt.stop_temperature"] = halting.temperature
-        declared["min_steps"] = halting.min_steps
-        if halting.rule == "binary_rows":
-            declared |= {"halt.learned_token_ids": halting.token_ids, "halt.sample": is_drawn}
-        else:
-            declared |= {"halt.stop_tokens": halting.token_ids, "halt.stop_test": halting.test}
-    return declared
-
-
-def _fed(pick: _Picker, mode: str, model: ModelReasoning, warnings: list[str]) -> dict[str, Any]:
+def _fed(pick: Picker, mode: str, model: ModelReasoning, warnings: list[str]) -> dict[str, Any]:
     """What the mode feeds."""
     manifest = model.manifest or Manifest()
     if mode == "latent":
@@ -223,17 +184,21 @@ def _fed(pick: _Picker, mode: str, model: ModelReasoning, warnings: list[str]) -
     return _switching(pick, model, manifest) if mode == "auto" else {}
 
 
-def _source(pick: _Picker, known: Sequence[str]) -> str:
+def _source(pick: Picker, known: Sequence[str]) -> str:
     """What is fed, of what the mode can feed; the first unless the request says otherwise."""
     source: str = pick("source", known[0])
     require(source in known, "reasoning.source", f"must be {' or '.join(known)} in this mode")
     return source
 
 
-def _mixture(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
-    """The mixture, and the adapter of a gated one; lists come as tuples."""
-    values = {f.name: pick(f"mixture.{f.name}", f.default) for f in fields(MixtureParams)}
-    mixture = MixtureParams(**values | {"noise_clamp": tuple(values["noise_clamp"])})
+def _mixture(pick: Picker, manifest: Manifest) -> dict[str, Any]:
+    """The mixture, of what its kind looks at, and the adapter of a gated one."""
+    kind = pick("mixture.kind", _TOPK)
+    values = {name: pick(f"mixture.{name}", own) for name, own in MIXTURES[kind].items()}
+    noise = NOISES[values.get("noise", "none")]
+    values |= {name: pick(f"mixture.{name}", own) for name, own in noise.items()}
+    clamp = tuple(values.get("noise_clamp", ()))
+    mixture = MixtureParams(**values | {"kind": kind, "noise_clamp": clamp})
     if mixture.kind != _GATED:
         return {"mixture": mixture}
     adapter = pick("adapter", "auto")
@@ -243,7 +208,7 @@ def _mixture(pick: _Picker, manifest: Manifest) -> dict[str, Any]:
     return {"mixture": mixture, "adapter": adapter}
 
 
-def _switching(pick: _Picker, model: ModelReasoning, manifest: Manifest) -> dict[str, Any]:
+def _switching(pick: Picker, model: ModelReasoning, manifest: Manifest) -> dict[str, Any]:
     """When `auto` switches, and what its soft tokens are: swi's are always the same."""
     hard = pick("switch.hard_tokens", "none")
     hard = HARD_TOKENS[hard] if isinstance(hard, str) else hard
@@ -267,14 +232,14 @@ def _switching(pick: _Picker, model: ModelReasoning, manifest: Manifest) -> dict
     return {"switch": switch, **(_mixture(pick, manifest) if switch.rule != _SWI else {})}
 
 
-def _final_words(pick: _Picker, model: ModelReasoning, end_id: int) -> tuple[int, ...]:
+def _final_words(pick: Picker, model: ModelReasoning, end_id: int) -> tuple[int, ...]:
     """What is fed where the switches are spent; (): what ends any phase, as `end` says."""
     words = (end_id, *(model.encode(_FINAL_WORDS) if model.encode else ()))
     is_usual = pick("end", "auto") == "auto"
     return words if is_usual and 1 < len(words) <= MAX_FORCED_TOKENS else ()
 
 
-def _latent_input(pick: _Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:
+def _latent_input(pick: Picker, manifest: Manifest, warnings: list[str]) -> dict[str, Any]:
     """What a latent step feeds."""
     adapter = pick("adapter", "auto")
     if adapter == "auto":
@@ -312,7 +277,7 @@ def _tokens(name: str, tokens: Sequence[int | str], model: ModelReasoning) -> tu
     return tuple(token_id for token_id in found if token_id is not None)
 
 
-def _halt(pick: _Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> HaltParams:
+def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> HaltParams:
     """The halting rules: all that are set up, or those that `rule` names, which then must be."""
     if rule == "fixed":
         return HaltParams()
@@ -341,7 +306,7 @@ def _halt(pick: _Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Hal
 
 
 def _bound(
-    pick: _Picker, name: str, default: tuple[int, ...], model: ModelReasoning
+    pick: Picker, name: str, default: tuple[int, ...], model: ModelReasoning
 ) -> tuple[int, ...]:
     """The tokens at one end of a phase: the model's unless the request says otherwise."""
     value = pick(name, "auto")
@@ -351,7 +316,7 @@ def _bound(
 
 
 def _latent_phase(
-    pick: _Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
+    pick: Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
 ) -> _Phase:
     """A phase in latent slots."""
     manifest = model.manifest or Manifest()
@@ -364,7 +329,7 @@ def _latent_phase(
 
 
 def _latent_steps(
-    pick: _Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
+    pick: Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
 ) -> int:
     manifest = model.manifest or Manifest()
     default = manifest.steps
@@ -380,7 +345,7 @@ def _latent_steps(
 
 
 def _token_phase(
-    pick: _Picker,
+    pick: Picker,
     mode: str,
     model: ModelReasoning,
     effort: str | None,
@@ -406,18 +371,7 @@ def _token_phase(
     return _Phase(steps=steps, end_ids=end_ids, stop_ids=stop_ids)
 
 
-def _unused(pick: _Picker, mode: str, effort: str | None) -> list[str]:
-    """Warn of what the request asked for and the mode does not look at."""
-    asked = pick.layers[0][1]
-    used = {*pick.parameters}
-    used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
-    unused = sorted(f"reasoning.{name}" for name in asked if name not in used)
-    if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":
-        unused.append("reasoning_effort")
-    return [f"without effect in mode {mode}: {', '.join(unused)}"] if unused else []
-
-
-def _trace(pick: _Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:
+def _trace(pick: Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:
     levels = get_args(TraceLevel)
     level: TraceLevel = pick("trace", "none")
     require(

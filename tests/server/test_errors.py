@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from coconut_serve.config import StubConfig
+from coconut_serve.server.schemas import ReasoningBody
 from tests.fakes import listening, stub_app
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
@@ -197,6 +200,24 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
         {"reasoning_mode": "latent", "reasoning": {"steps": 2, "min_steps": 3}},
         "reasoning.min_steps",
     ),
+    (
+        "stop token",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"stop_tokens": [9999]}}},
+        "reasoning.halt.stop_tokens",
+    ),
+    (
+        "negative stop token",
+        {"reasoning_mode": "latent", "reasoning": {"halt": {"stop_tokens": [-3]}}},
+        "reasoning.halt.stop_tokens",
+    ),
+    (
+        "noise of a kind without",
+        {
+            "reasoning_mode": "distribution",
+            "reasoning": {"branches": 2, "mixture": {"kind": "full", "noise": "gumbel"}},
+        },
+        "reasoning.branches",
+    ),
     ("total", {"reasoning": {"max_total_steps": 0}}, "reasoning.max_total_steps"),
     ("after", {"reasoning": {"after": {"top_p": 0}}}, "reasoning.after.top_p"),
     ("after unknown", {"reasoning": {"after": {"topk": 1}}}, "reasoning.after.topk"),
@@ -250,6 +271,22 @@ BAD_TEXT: list[tuple[str, dict[str, Any], str | None]] = [
     ("suffix", {"suffix": "x"}, "suffix"),
     ("best_of", {"best_of": 2}, "best_of"),
 ]
+# A value below and one above what each number of `reasoning` may be.
+OUTSIDE: dict[str, tuple[float, float]] = {
+    "steps": (-1, 2**40), "min_steps": (-1, 2**40), "max_blocks": (0, 65),
+    "max_total_steps": (0, 2**40), "latent_noise_std": (-0.1, 11), "latent_temperature": (-1, 5.1),
+    "soft_weight": (-0.1, 1.1), "branches": (0, 33), "trace_top_k": (0, 21),
+    "seed": (-(2**64), 2**63), "mixture.top_k": (0, 65), "mixture.temperature": (-4, 5.1),
+    "mixture.top_p": (0, 1.1), "mixture.filter_top_k": (-1, 65), "mixture.min_p": (-0.1, 1),
+    "mixture.noise_temperature": (0, 11), "mixture.dirichlet_alpha": (0, 10_001),
+    "mixture.moi_beta": (-50, 2e6), "halt.stop_temperature": (0, 101), "halt.stop_prob": (-0.1, 2),
+    "halt.entropy_below": (-1, 21), "halt.entropy_patience": (0, 2**40),
+    "halt.entropy_above": (-1, 21), "halt.converge_below": (-1, 101),
+    "halt.converge_patience": (0, 2**40), "switch.p_max": (-0.1, 1.1), "switch.window": (-1, 2**40),
+    "switch.alpha": (-0.1, 1.1), "switch.beta": (-0.1, 1.1), "switch.max_switches": (-1, 2**40),
+    "switch.answer_tokens": (-1, 2**40), "after.temperature": (-0.1, 2.1), "after.top_p": (0, 1.1),
+    "after.top_k": (-2, 2**31), "after.min_p": (-0.1, 1.1),
+}  # fmt: skip
 CASES = [("/v1/chat/completions", CHAT, *case) for case in BAD_CHAT] + [
     ("/v1/completions", TEXT, *case) for case in BAD_TEXT
 ]
@@ -278,6 +315,34 @@ async def test_bad_bodies_get_400_and_the_name_of_the_field(http: httpx.AsyncCli
         assert response.status_code == 400, (what, response.text)
         error = check_shape(response)
         assert error["param"] == param, (what, error)
+
+
+@pytest.mark.parametrize("mode", ["none", "cot", "latent", "distribution", "auto"])
+async def test_numbers_out_of_range_are_refused_in_modes_that_do_not_read_them_too(
+    http: httpx.AsyncClient, mode: str
+) -> None:
+    """`cot` with `latent_noise_std: 11` was answered, with no more than a warning."""
+    for name, values in OUTSIDE.items():
+        part, _, key = name.rpartition(".")
+        for value in values:
+            asked = {part: {key: value}} if part else {key: value}
+            body = {**CHAT, "reasoning_mode": mode, "reasoning": asked}
+            response = await http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 400, (name, value, response.text)
+            assert check_shape(response)["param"] == f"reasoning.{name}", (name, value)
+
+
+def test_every_number_of_reasoning_has_values_out_of_range() -> None:
+    def numbers(body: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, declared in body.model_fields.items():
+            for part in get_args(declared.annotation):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from numbers(part, f"{prefix}{name}.")
+                elif part in (int, float) or get_origin(part) is Annotated:
+                    yield prefix + name
+
+    others = {"start", "end", "speed", "halt.rule", "replay.steps", "replay.steps.token_id"}
+    assert {*numbers(ReasoningBody, "")} - others == {*OUTSIDE}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_picks() -> None:
          True),
         ({"mode": "distribution"}, 1.0, None, False),
         ({"mode": "distribution", "mixture": MixtureParams(noise="gumbel")}, 0.0, None, True),
+        ({"mode": "distribution", "mixture": MixtureParams(kind="full", noise="gumbel")}, 1.0, None,
+         False),
         ({"mode": "distribution", "mixture": MixtureParams(kind="multiplex")}, 1.0, None, True),
         ({"mode": "cot"}, 1.0, None, True),
         ({"mode": "cot"}, 0.0, None, False),

@@ -258,6 +258,30 @@ def test_auto_takes_every_mixture_but_swi_none() -> None:
     assert "mixture.top_k" not in swi.parameters
 
 
+@pytest.mark.parametrize(
+    ("kind", "ignored"),
+    [
+        ("full", {"noise": "gumbel", "top_k": 3, "top_p": 0.5, "min_p": 0.1, "filter_top_k": 4}),
+        ("moi", {"noise": "gumbel", "top_p": 0.5, "min_p": 0.1, "weights": "equal"}),
+        ("multiplex", {"noise": "dirichlet", "moi_beta": 2.0, "dirichlet_alpha": 1.0}),
+        ("topk", {"weights": "equal", "replacement": False, "moi_beta": 2.0}),
+        ("topk", {"noise_clamp": [-1, 1], "dirichlet_alpha": 2.0, "noise_temperature": 1.0}),
+    ],
+)
+def test_settings_that_a_kind_of_mixture_ignores_are_named(
+    kind: str, ignored: dict[str, Any]
+) -> None:
+    """They were taken in silence, and noise that a kind has not made branches seem to differ."""
+    asked = {f"mixture__{name}": value for name, value in ignored.items()}
+    result = resolved("distribution", make_model(None), mixture__kind=kind, **asked)
+    assert result.params.mixture.noise == "none"
+    warned = " ".join(result.warnings)
+    assert "without effect with mixture." in warned
+    for name in ignored:
+        assert f"reasoning.mixture.{name}" in warned
+        assert f"mixture.{name}" not in result.parameters
+
+
 def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
     for mode in ENGINE_MODES:
         result = resolved(mode, make_model(), max_total_steps=7)
@@ -269,10 +293,11 @@ def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
 
 
 def test_server_can_force_a_trace() -> None:
-    from coconut_serve.service.reasoning import _Picker, _trace
+    from coconut_serve.service.reasoning import _trace
+    from coconut_serve.service.settings import Picker
 
     def level(asked: dict[str, Any]) -> tuple[str, str]:
-        pick = _Picker([("request", asked)])
+        pick = Picker([("request", asked)])
         found = _trace(pick, "summary", "topk")
         return found, pick.parameters["trace"]["source"]
 

@@ -1,0 +1,94 @@
+"""Where the settings of a request come from, and which of those asked for are looked at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.service.presets import NOISES, PRESETS
+from coconut_serve.types import (
+    REASONING_RANGES,
+    HaltParams,
+    MixtureParams,
+    SwitchParams,
+    check_range,
+)
+
+_PARTS = {"mixture.": MixtureParams, "halt.": HaltParams, "switch.": SwitchParams}
+_OF_NOISE = {f"mixture.{name}" for settings in NOISES.values() for name in settings}
+
+
+@dataclass(slots=True)
+class Picker:
+    """Looks a setting up in the request, the preset, the manifest and the defaults."""
+
+    layers: list[tuple[str, Mapping[str, Any]]]  # source name, settings
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __call__(self, name: str, default: Any) -> Any:
+        """The value of a setting, by its dotted name; noted with its source."""
+        source, value = next(
+            ((source, layer[name]) for source, layer in self.layers if name in layer),
+            ("default", default),
+        )
+        self.parameters[name] = {"value": value, "source": source}
+        return value
+
+
+def check_asked(asked: Mapping[str, Any]) -> None:
+    """Check what was asked for by itself, whether the mode looks at it or not.
+
+    Raises:
+        InvalidRequestError: A setting is out of range.
+    """
+    for name, bounds in REASONING_RANGES.items():
+        if name in asked:
+            check_range(asked[name], f"reasoning.{name}", bounds)
+    for prefix, part in _PARTS.items():
+        names = {f.name for f in fields(part)}
+        part(**{name: asked[prefix + name] for name in names if prefix + name in asked})
+
+
+def make_picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> Picker:
+    """Where settings come from, first come first served."""
+    preset = PRESETS.get(asked.get("preset", ""), {})
+    declared = _declared(manifest, mode)
+    return Picker([("request", asked), ("preset", preset), ("manifest", declared)])
+
+
+def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
+    """What the manifest says of settings, by the names of a request."""
+    declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
+    declared["speed"] = manifest.prompt.speed
+    halting = manifest.halting
+    if mode in ("latent", "distribution") and halting.rule != "fixed":
+        is_drawn = halting.test == "sampled"
+        declared["halt.stop_temperature"] = halting.temperature
+        declared["min_steps"] = halting.min_steps
+        if halting.rule == "binary_rows":
+            declared |= {"halt.learned_token_ids": halting.token_ids, "halt.sample": is_drawn}
+        else:
+            declared |= {"halt.stop_tokens": halting.token_ids, "halt.stop_test": halting.test}
+    return declared
+
+
+def unused(pick: Picker, mode: str, effort: str | None) -> list[str]:
+    """Warn of what the request asked for and nobody looks at."""
+    asked = pick.layers[0][1]
+    used = {*pick.parameters}
+    used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
+    ignored: dict[str, list[str]] = {}
+    for name in sorted(asked.keys() - used):
+        cause = _cause(name, pick.parameters) or f"in mode {mode}"
+        ignored.setdefault(cause, []).append(f"reasoning.{name}")
+    if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":
+        ignored.setdefault(f"in mode {mode}", []).append("reasoning_effort")
+    return [f"without effect {cause}: {', '.join(names)}" for cause, names in ignored.items()]
+
+
+def _cause(name: str, parameters: Mapping[str, Mapping[str, Any]]) -> str:
+    """The choice because of which a setting of the mixture is not looked at, if it is one."""
+    choice = "mixture.noise" if name in _OF_NOISE else "mixture.kind"
+    choice = choice if choice in parameters else "mixture.kind"
+    is_chosen = name.startswith("mixture.") and choice in parameters
+    return f"with {choice} {parameters[choice]['value']!r}" if is_chosen else ""
