@@ -65,6 +65,7 @@ class Service:
             default_mode=config.default_reasoning_mode,
             max_model_len=engine.info.max_model_len,
             adapters=engine.info.adapters,
+            eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
         prompts = PromptBuilder(
             tokenizer=tokenizer,
@@ -72,7 +73,6 @@ class Service:
             info=engine.info,
             max_n=config.max_n,
             trace_bounds=(config.min_trace, config.max_trace),
-            eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
         return cls(
             config=config,

@@ -21,6 +21,7 @@ class ModelReasoning:
     think_end_id: int | None
     max_model_len: int
     adapters: tuple[str, ...] = ()  # the engine's
+    eos_token_ids: tuple[int, ...] = ()  # what ends an answer
     encode: Callable[[str], list[int]] | None = None  # of the tokenizer, without special tokens
 
     def find_token(self, token: int | str) -> int | None:
@@ -41,6 +42,7 @@ class ModelReasoning:
         default_mode: str | None,
         max_model_len: int,
         adapters: tuple[str, ...] = (),
+        eos_token_ids: tuple[int, ...] = (),
     ) -> "ModelReasoning":
         """Combine manifest, tokenizer and server settings.
 
@@ -79,6 +81,7 @@ class ModelReasoning:
             max_model_len=max_model_len,
             encode=partial(tokenizer.encode, add_special_tokens=False) if tokenizer else None,
             adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
+            eos_token_ids=eos_token_ids,
         )
 
     @property

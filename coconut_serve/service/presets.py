@@ -9,9 +9,17 @@ HARD_TOKENS: dict[str, tuple[str, ...]] = {
     "math": tuple(string.ascii_letters + string.digits + "+-*/=^<>()"),
 }
 
+EOS = "eos"  # in our own lists of tokens: all that end the model's answers
+# Tokens with a blank line in them. A large vocabulary has hundreds, so these are the common ones:
+# the line after a mark that ends a sentence, a bracket or a formula.
+_BLANK_LINES = tuple(
+    mark + "\n\n"
+    for mark in ("", " ", "\n", "\n\n", *".:,;!?)]}\"'*`$", "**", "```", "$$", ").", ":**")
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "coconut": {"mode": "latent"},
-    "codi": {"mode": "latent"},
+    "coconut": {"mode": "latent", "halt.rule": "fixed"},
+    "codi": {"mode": "latent", "halt.rule": "fixed"},
     "adaptive": {"mode": "latent", "halt.rule": "learned"},
     "colar": {"mode": "latent", "halt.rule": "stop_token"},
     "switch": {"mode": "latent"},
@@ -19,24 +27,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mode": "latent",
         "adapter": "realign",
         "steps": 96,
+        "start": ("<think>",),
         "halt.rule": "stop_token",
-        "halt.stop_tokens": ("\n\n", "</think>", "<|endoftext|>", "<|im_end|>"),
+        "halt.stop_tokens": (EOS, "</think>", "<|endoftext|>", "<|im_end|>", *_BLANK_LINES),
     },
     "swi": {"mode": "auto", "switch.rule": "swi", "switch.hard_tokens": "math"},
-    "thinkrouter": {"mode": "auto", "switch.rule": "confidence", "halt.entropy_below": 0.01},
+    "thinkrouter": {
+        "mode": "auto",
+        "switch.rule": "confidence",
+        "mixture.kind": "topk",
+        "halt.entropy_below": 0.01,
+    },
     "moi": {"mode": "distribution", "mixture.kind": "moi", "mixture.moi_beta": 1.0},
     "multiplex": {"mode": "distribution", "mixture.kind": "multiplex"},
     "latent_sft": {
         "mode": "distribution",
+        "mixture.kind": "topk",
         "mixture.top_k": 10,
         "mixture.temperature": 1.0,
         "mixture.top_p": 1.0,
         "mixture.filter_top_k": 0,
         "mixture.min_p": 0.0,
     },
-    "latentmas": {"mode": "latent", "adapter": "realign", "steps": 40},
+    "latentmas": {"mode": "latent", "adapter": "realign", "steps": 40, "halt.rule": "fixed"},
     "soft_thinking": {
         "mode": "distribution",
+        "mixture.kind": "topk",
         "mixture.top_k": 10,
         "mixture.temperature": 0.6,
         "mixture.top_p": 0.95,
@@ -48,6 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "stochastic_soft": {
         "mode": "distribution",
+        "mixture.kind": "topk",
         "mixture.top_k": 15,
         "mixture.temperature": 0.6,
         "mixture.top_p": 0.95,
@@ -72,6 +89,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "moi": {"top_k": 20, "temperature": 1.0, "moi_beta": 1.0, "norm": "none"},
     "gated": {"temperature": 1.0, "norm": "none"},
 }  # fmt: skip
+DEFAULT_KIND = "topk"
 # The same of a mixture's noise.
 NOISES: dict[str, dict[str, Any]] = {
     "none": {},

@@ -110,7 +110,6 @@ class PromptBuilder:
         info: The engine's limits.
         max_n: Choices a request may ask for.
         trace_bounds: The least detailed trace that is given, and the most.
-        eos_token_ids: Ids that end an answer.
     """
 
     def __init__(
@@ -121,14 +120,12 @@ class PromptBuilder:
         info: EngineInfo,
         max_n: int,
         trace_bounds: tuple[TraceLevel, TraceLevel],
-        eos_token_ids: tuple[int, ...],
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._info = info
         self._max_n = max_n
         self._trace_bounds = trace_bounds
-        self._eos_token_ids = eos_token_ids
 
     def prepare(self, ask: GenerationAsk) -> Prepared:
         """Build the requests of a call.
@@ -161,7 +158,15 @@ class PromptBuilder:
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
-        prompts = [p + resolved.suffix_ids for p in prompts]
+        opening = (self._model.think_start_id,)
+        is_doubled = [  # the template has opened what the setting `start` would open again
+            resolved.suffix_ids == opening and self._is_thinking_open(p, _TEMPLATE_TAIL)
+            for p in prompts
+        ]
+        prompts = [
+            p if is_there else p + resolved.suffix_ids
+            for p, is_there in zip(prompts, is_doubled, strict=True)
+        ]
         return Prepared(
             requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens)),
             prompt_token_ids=tuple(prompts),
@@ -352,7 +357,7 @@ class PromptBuilder:
         for name, ids in (("logit_bias", ask.logit_bias), ("stop_token_ids", ask.stop_token_ids)):
             require(all(0 <= i <= last for i in ids), name, f"has token ids outside 0..{last}")
         manifest = self._model.manifest
-        eos = () if ask.ignore_eos else self._eos_token_ids
+        eos = () if ask.ignore_eos else self._model.eos_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
             logit_bias=tuple(ask.logit_bias.items()),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.presets import EFFORTS, HARD_TOKENS, MIXTURES, NOISES
+from coconut_serve.service.presets import DEFAULT_KIND, EFFORTS, EOS, HARD_TOKENS, MIXTURES, NOISES
 from coconut_serve.service.settings import Picker, check_asked, make_picker, unused
 from coconut_serve.types import (
     MAX_BRANCHES,
@@ -23,7 +23,6 @@ from coconut_serve.types import (
     require,
 )
 
-_TOPK = "topk"  # the kind of mixture where nobody names one
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _SWI = "swi"  # the rule of `auto` that has no mixture
 _HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
@@ -193,7 +192,7 @@ def _source(pick: Picker, known: Sequence[str]) -> str:
 
 def _mixture(pick: Picker, manifest: Manifest) -> dict[str, Any]:
     """The mixture, of what its kind looks at, and the adapter of a gated one."""
-    kind = pick("mixture.kind", _TOPK)
+    kind = pick("mixture.kind", DEFAULT_KIND)
     values = {name: pick(f"mixture.{name}", own) for name, own in MIXTURES[kind].items()}
     noise = NOISES[values.get("noise", "none")]
     values |= {name: pick(f"mixture.{name}", own) for name, own in noise.items()}
@@ -269,12 +268,17 @@ def _tokens(name: str, tokens: Sequence[int | str], model: ModelReasoning) -> tu
 
     Those of our own lists, which are tuples, are left out where their text is no token.
     """
-    found = [model.find_token(token) for token in tokens]
+    found: list[int] = []
     is_asked = isinstance(tokens, list)
-    for token, token_id in zip(tokens, found, strict=True):
+    for token in tokens:
+        if token == EOS and not is_asked:
+            found += model.eos_token_ids
+            continue
+        token_id = model.find_token(token)
         is_known = token_id is not None or not is_asked
         require(is_known, f"reasoning.{name}", f"{token!r} is no single token of this model")
-    return tuple(token_id for token_id in found if token_id is not None)
+        found += [] if token_id is None else [token_id]
+    return tuple(found)
 
 
 def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> HaltParams:
@@ -312,7 +316,7 @@ def _bound(
     value = pick(name, "auto")
     if value in ("auto", "none"):
         return default if value == "auto" else ()
-    return _tokens(name, value if isinstance(value, list) else [value], model)
+    return _tokens(name, value if isinstance(value, list | tuple) else [value], model)
 
 
 def _latent_phase(
@@ -337,6 +341,9 @@ def _latent_steps(
         default = min(manifest.max_steps, round(default * EFFORTS[effort]))
     steps = int(pick("steps", default))
     limit = manifest.max_steps if model.manifest else MAX_STEPS
+    if steps > limit and pick.parameters["steps"]["source"] == "preset":
+        warnings.append(f"steps={limit}, the most of this model; the preset has {steps}")
+        pick.parameters["steps"]["value"] = steps = limit
     require(steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
     trained = manifest.is_trained_for
     if model.manifest and steps not in trained and not manifest.variable_steps:

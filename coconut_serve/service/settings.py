@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from coconut_serve.checkpoint.manifest import Manifest
-from coconut_serve.service.presets import NOISES, PRESETS
+from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS
 from coconut_serve.types import (
     REASONING_RANGES,
     HaltParams,
@@ -53,6 +53,10 @@ def make_picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> Pick
     """Where settings come from, first come first served."""
     preset = PRESETS.get(asked.get("preset", ""), {})
     declared = _declared(manifest, mode)
+    trained = manifest.distribution.kind or DEFAULT_KIND
+    if "mixture.kind" in preset or asked.get("mixture.kind", trained) != trained:
+        # Numbers mean nothing for another kind, and a preset is the same on every model.
+        declared = {k: v for k, v in declared.items() if not k.startswith("mixture.")}
     return Picker([("request", asked), ("preset", preset), ("manifest", declared)])
 
 

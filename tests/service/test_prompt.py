@@ -45,14 +45,10 @@ def make_builder(
         allowed_modes=None,
         default_mode=None,
         max_model_len=INFO.max_model_len,
+        eos_token_ids=(256,),
     )
     return PromptBuilder(
-        tokenizer=tokenizer,
-        model=model,
-        info=INFO,
-        max_n=8,
-        trace_bounds=("none", "topk"),
-        eos_token_ids=(256,),
+        tokenizer=tokenizer, model=model, info=INFO, max_n=8, trace_bounds=("none", "topk")
     )
 
 
@@ -109,6 +105,16 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     assert steps("a<" + "b" * 20, None)[0] > 100, "a thought that has gone on for a while"
     assert steps("a<b>" + "c" * 20, None)[0] == 0
     assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
+
+
+def test_start_token_that_the_template_has_written_is_not_repeated() -> None:
+    def ends(tokenizer: ByteTokenizer | None) -> tuple[int, ...]:
+        builder = make_builder(tokenizer, modes=["latent"], max_steps=100)
+        prepared = chat(builder, "latent", reasoning={"start": [THINK]})
+        return prepared.requests[0].prompt_token_ids[-3:]
+
+    assert ends(None).count(THINK) == 1
+    assert ends(OpeningTokenizer()).count(THINK) == 1
 
 
 def test_speed_fills_its_place_in_the_template() -> None:
