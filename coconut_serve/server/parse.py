@@ -107,7 +107,6 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
         "reasoning_effort": body.reasoning_effort,
         "reasoning.effort": settings.pop("effort", None),
     }
-    settings.pop("summary", None)
     places = {
         "reasoning_mode": body.reasoning_mode,
         "reasoning.mode": settings.pop("mode", None),

@@ -30,7 +30,7 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
         "halt_reason": state.halt_reason.label if is_halted else None,
         "switches": counts.num_switches,
         "warnings": warnings,
-        "parameters": prepared.resolved.parameters,
+        "resolved": prepared.resolved.parameters,
     }
 
 

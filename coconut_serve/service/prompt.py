@@ -143,30 +143,26 @@ class PromptBuilder:
         max_tokens = ask.sampling.max_tokens
         if max_tokens is None and ask.has_default_max_tokens:
             max_tokens = _DEFAULT_ANSWER_TOKENS
+        # A raw prompt is continued as it is: `cot` thinks only if it ends in a thought.
+        may_think = mode != "cot" or ask.messages is not None
+        may_think = may_think or any(self._is_thinking_open(p, len(p)) for p in prompts)
         resolved = reasoning.resolve(
             mode,
-            ask.reasoning,
+            {**ask.reasoning, **({"mode": ask.mode} if ask.mode else {})},
             self._model,
             effort=ask.effort,
             trace_bounds=self._trace_bounds,
             num_prompt_tokens=max(len(p) for p in prompts),
             max_tokens=max_tokens or 1,
             has_speed=self._model.takes_speed and ask.messages is not None,
+            is_open=may_think,
         )
         resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
-        opening = (self._model.think_start_id,)
-        is_doubled = [  # the template has opened what the setting `start` would open again
-            resolved.suffix_ids == opening and self._is_thinking_open(p, _TEMPLATE_TAIL)
-            for p in prompts
-        ]
-        prompts = [
-            p if is_there else p + resolved.suffix_ids
-            for p, is_there in zip(prompts, is_doubled, strict=True)
-        ]
+        prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
         return Prepared(
             requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens)),
             prompt_token_ids=tuple(prompts),
@@ -192,7 +188,7 @@ class PromptBuilder:
         for index, prompt in enumerate(prompts):
             params = resolved.params
             if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
-                # A raw prompt is continued as it is; it thinks only if it ends in a thought.
+                # Others of this call do end in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             room = self._room(prompt, params, max_tokens, ask)
             sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
@@ -277,6 +273,12 @@ class PromptBuilder:
         if mode == "none":
             return (*ids, end) if is_open else ids
         return ids if is_open or start is None else (*ids, start)
+
+    def _start(self, prompt: tuple[int, ...], start_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Append what starts a phase, unless that is the think token and a template wrote it."""
+        is_think = start_ids == (self._model.think_start_id,)
+        is_there = is_think and self._is_thinking_open(prompt, _TEMPLATE_TAIL)
+        return prompt if is_there else prompt + start_ids
 
     def _is_thinking_open(self, ids: tuple[int, ...], tail: int) -> bool:
         """Whether a prompt ends inside a thinking phase, by the think tokens in its last ids.

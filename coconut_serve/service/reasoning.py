@@ -7,7 +7,15 @@ from typing import Any, get_args
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.presets import DEFAULT_KIND, EFFORTS, EOS, HARD_TOKENS, MIXTURES, NOISES
+from coconut_serve.service.presets import (
+    DEFAULT_KIND,
+    EFFORTS,
+    EOS,
+    HARD_TOKENS,
+    MIXTURES,
+    NOISES,
+    PRESETS,
+)
 from coconut_serve.service.settings import Picker, check_asked, make_picker, unused
 from coconut_serve.types import (
     MAX_BRANCHES,
@@ -87,6 +95,7 @@ def resolve(
     num_prompt_tokens: int,
     max_tokens: int,
     has_speed: bool = False,
+    is_open: bool = True,
 ) -> Resolved:
     """Resolve a request's reasoning.
 
@@ -99,6 +108,7 @@ def resolve(
         num_prompt_tokens: Length of the prompt before the suffix.
         max_tokens: Answer tokens asked for.
         has_speed: The prompt says how fast to think.
+        is_open: `cot` may think: the prompt is not a text that goes on as it is.
 
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
@@ -109,8 +119,8 @@ def resolve(
     phase = _Phase()
     if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
         phase = _latent_phase(pick, model, effort, warnings)
-    elif mode != "none":
-        phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens)
+    elif mode != "none" and is_open:
+        phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens, warnings)
     thinks = phase.steps > 0
     rule = pick("halt.rule", "auto") if thinks else None
     halt = _halt(pick, rule, phase, model) if thinks else HaltParams()
@@ -118,18 +128,16 @@ def resolve(
     params = ReasoningParams(
         mode=mode,
         steps=phase.steps,
-        min_steps=pick("min_steps", 0) if thinks else 0,
         is_fixed=(phase.is_counted or rule == "fixed") and not _may_halt(halt, fed),
         end_token_ids=phase.end_ids,
-        noise_std=pick("latent_noise_std", 0.0) if thinks and mode != "cot" else 0.0,
         halt=halt,
         **fed,
-        pad_positions=pick("pad_positions", False) if thinks else False,
+        **(_of_thinking(pick, mode) if thinks else {}),
         max_total_steps=pick("max_total_steps", None) or 0,
         trace=_trace(pick, *trace_bounds),
         trace_top_k=pick("trace_top_k", 5),
     )
-    _speed(pick, has_speed)
+    _note_choices(pick, mode, effort, has_speed)
     seed = pick("seed", None) if thinks else None
     after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
@@ -145,6 +153,29 @@ def _may_halt(halt: HaltParams, fed: Mapping[str, Any]) -> bool:
     return halt.may_halt or ("switch" in fed and fed["switch"].max_switches > 0)
 
 
+def _of_thinking(pick: Picker, mode: str) -> dict[str, Any]:
+    """What every phase that has steps takes."""
+    return {
+        "min_steps": pick("min_steps", 0),
+        "noise_std": pick("latent_noise_std", 0.0) if mode != "cot" else 0.0,
+        "pad_positions": pick("pad_positions", False),
+    }
+
+
+def _note_choices(pick: Picker, mode: str, effort: str | None, has_speed: bool) -> None:
+    """Note what was decided elsewhere: mode, preset, effort, speed, and that there are no steps."""
+    _speed(pick, has_speed)
+    pick("mode", mode)
+    pick.settle("mode", mode)
+    preset = pick.layers[0][1].get("preset")
+    if preset is None or PRESETS[preset]["mode"] == mode:
+        pick("preset", None)
+    pick.parameters.setdefault("steps", {"value": 0, "source": "default"})
+    if effort is None or pick.source("steps") == "effort":
+        source = "default" if effort is None else "request"
+        pick.parameters["effort"] = {"value": effort, "source": source}
+
+
 def _speed(pick: Picker, has_speed: bool) -> None:
     """Note the speed that the prompt names; PromptBuilder has put it there."""
     asked = pick.layers[0][1]
@@ -158,7 +189,10 @@ def _branches(pick: Picker) -> tuple[int, Select]:
     """How many lines of thought a choice has, and which of them is shown."""
     branches = pick("branches", 1)
     require(1 <= branches <= MAX_BRANCHES, "reasoning.branches", f"must be in 1..{MAX_BRANCHES}")
-    return branches, pick("select", "vote") if branches > 1 else "first"
+    if branches > 1:
+        return branches, pick("select", "vote")
+    pick.parameters["select"] = {"value": "first", "source": "default"}
+    return branches, "first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +204,7 @@ class _Phase:
     start_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()  # the model's own end of thought
+    source: str = "default"  # of the bounds that the request leaves to the model
 
 
 def _fed(pick: Picker, mode: str, model: ModelReasoning, warnings: list[str]) -> dict[str, Any]:
@@ -201,7 +236,9 @@ def _mixture(pick: Picker, manifest: Manifest) -> dict[str, Any]:
     if mixture.kind != _GATED:
         return {"mixture": mixture}
     adapter = pick("adapter", "auto")
-    adapter = "default" if adapter == "auto" else adapter
+    if adapter == "auto":
+        adapter = "default"
+        pick.settle("adapter", adapter, "manifest")
     has_gate = adapter in manifest.adapters and manifest.adapters[adapter].type == _GATE
     require(has_gate, "reasoning.mixture.kind", "'gated' needs a model with a trained gate")
     return {"mixture": mixture, "adapter": adapter}
@@ -242,7 +279,9 @@ def _latent_input(pick: Picker, manifest: Manifest, warnings: list[str]) -> dict
     """What a latent step feeds."""
     adapter = pick("adapter", "auto")
     if adapter == "auto":
-        adapter = "default" if "default" in manifest.adapters else "none"
+        has_own = "default" in manifest.adapters
+        adapter = "default" if has_own else "none"
+        pick.settle("adapter", adapter, "manifest" if has_own else "default")
     if adapter == _REALIGN:
         warnings.append("adapter 'realign': this model was not trained to think in latents")
     source = _source(pick, get_args(Source))
@@ -297,6 +336,8 @@ def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Halt
     if "stop_token_ids" in values:
         stops = _tokens("halt.stop_tokens", values["stop_token_ids"], model)
         values["stop_token_ids"] = tuple(dict.fromkeys((*phase.stop_ids, *stops)))
+        source = phase.source if values["stop_token_ids"] else "default"
+        pick.settle("halt.stop_tokens", values["stop_token_ids"], source)
     if "learned_token_ids" in values:
         values["learned_token_ids"] = tuple(values["learned_token_ids"])
     for name in named:
@@ -310,13 +351,15 @@ def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Halt
 
 
 def _bound(
-    pick: Picker, name: str, default: tuple[int, ...], model: ModelReasoning
+    pick: Picker, name: str, model: ModelReasoning, default: tuple[int, ...], source: str
 ) -> tuple[int, ...]:
-    """The tokens at one end of a phase: the model's unless the request says otherwise."""
+    """The tokens at one end of a phase: those of `source` unless the request names others."""
     value = pick(name, "auto")
-    if value in ("auto", "none"):
-        return default if value == "auto" else ()
-    return _tokens(name, value if isinstance(value, list | tuple) else [value], model)
+    ids = default if value == "auto" else ()
+    if value not in ("auto", "none"):
+        ids = _tokens(name, value if isinstance(value, list | tuple) else [value], model)
+    pick.settle(name, ids, source if ids else "default")
+    return ids
 
 
 def _latent_phase(
@@ -324,30 +367,32 @@ def _latent_phase(
 ) -> _Phase:
     """A phase in latent slots."""
     manifest = model.manifest or Manifest()
-    return _Phase(
-        steps=_latent_steps(pick, model, effort, warnings),
-        is_counted=True,
-        start_ids=_bound(pick, "start", manifest.start_token_ids, model),
-        end_ids=_bound(pick, "end", manifest.end_token_ids, model),
-    )
-
-
-def _latent_steps(
-    pick: Picker, model: ModelReasoning, effort: str | None, warnings: list[str]
-) -> int:
-    manifest = model.manifest or Manifest()
-    default = manifest.steps
-    if effort is not None:
-        default = min(manifest.max_steps, round(default * EFFORTS[effort]))
-    steps = int(pick("steps", default))
+    source = "manifest" if model.manifest else "default"
     limit = manifest.max_steps if model.manifest else MAX_STEPS
-    if steps > limit and pick.parameters["steps"]["source"] == "preset":
-        warnings.append(f"steps={limit}, the most of this model; the preset has {steps}")
-        pick.parameters["steps"]["value"] = steps = limit
-    require(steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
+    scaled = None if effort is None else min(limit, round(manifest.steps * EFFORTS[effort]))
+    steps = _steps(pick, manifest.steps, scaled, limit, warnings)
     trained = manifest.is_trained_for
     if model.manifest and steps not in trained and not manifest.variable_steps:
         warnings.append(f"steps={steps}, but this checkpoint was trained with {trained}")
+    return _Phase(
+        steps=steps,
+        is_counted=True,
+        start_ids=_bound(pick, "start", model, manifest.start_token_ids, source),
+        end_ids=_bound(pick, "end", model, manifest.end_token_ids, source),
+        source=source,
+    )
+
+
+def _steps(pick: Picker, default: int, scaled: int | None, limit: int, warnings: list[str]) -> int:
+    """How many steps to take: the default, `scaled` where an effort was asked for, or as said."""
+    if scaled is not None:
+        pick.layers.insert(2, ("effort", {"steps": scaled}))  # before the manifest
+    steps = int(pick("steps", default))
+    if steps > limit and pick.source("steps") == "preset":
+        warnings.append(f"steps={limit}, the most of this model; the preset has {steps}")
+        pick.settle("steps", limit)
+        return limit
+    require(0 <= steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
     return steps
 
 
@@ -358,24 +403,24 @@ def _token_phase(
     effort: str | None,
     num_prompt_tokens: int,
     max_tokens: int,
+    warnings: list[str],
 ) -> _Phase:
     """A phase of `cot` or `distribution` in the text: capped, and ended by the think token."""
     if not model.is_thinker and mode == "cot":
         return _Phase()  # without think tokens cot is plain decoding
     stop_ids = () if model.think_end_id is None else (model.think_end_id,)
-    end_ids = _bound(pick, "end", stop_ids, model)
+    source = "manifest" if model.manifest and model.manifest.tokens.think_end else "default"
+    end_ids = _bound(pick, "end", model, stop_ids, source)
     has_budget = mode == "auto" and pick("switch.max_switches", 0) > 0  # its words may be longer
     num_forced = MAX_FORCED_TOKENS if has_budget else len(end_ids)
-    room = max(0, model.max_model_len - num_prompt_tokens - max_tokens - num_forced)
-    scale = 1.0 if effort is None else EFFORTS[effort]
-    if model.is_thinker:
-        default = room if effort is None else min(room, round(_EFFORT_THINKING_TOKENS * scale))
-        limit = model.max_model_len
-    else:
-        default, limit = round(_DEFAULT_SOFT_STEPS * scale), MAX_STEPS
-    steps = int(pick("steps", default))
-    require(0 <= steps <= limit, "reasoning.steps", f"must be in 0..{limit}")
-    return _Phase(steps=steps, end_ids=end_ids, stop_ids=stop_ids)
+    default = max(0, model.max_model_len - num_prompt_tokens - max_tokens - num_forced)
+    base, most, limit = _EFFORT_THINKING_TOKENS, default, model.max_model_len
+    if not model.is_thinker:
+        default = base = _DEFAULT_SOFT_STEPS
+        most = limit = MAX_STEPS
+    scaled = None if effort is None else min(most, round(base * EFFORTS[effort]))
+    steps = _steps(pick, default, scaled, limit, warnings)
+    return _Phase(steps=steps, end_ids=end_ids, stop_ids=stop_ids, source=source)
 
 
 def _trace(pick: Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:

@@ -20,7 +20,10 @@ _OF_NOISE = {f"mixture.{name}" for settings in NOISES.values() for name in setti
 
 @dataclass(slots=True)
 class Picker:
-    """Looks a setting up in the request, the preset, the manifest and the defaults."""
+    """Looks a setting up in the request, the preset, the manifest and the defaults.
+
+    A source is one of these four, "effort" (the request's) or "server" (its bounds).
+    """
 
     layers: list[tuple[str, Mapping[str, Any]]]  # source name, settings
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -33,6 +36,15 @@ class Picker:
         )
         self.parameters[name] = {"value": value, "source": source}
         return value
+
+    def source(self, name: str) -> str:
+        """Where a setting that was looked up came from."""
+        return str(self.parameters[name]["source"])
+
+    def settle(self, name: str, value: Any, source: str = "default") -> None:
+        """Note what a setting came to, and whose it is if neither request nor preset set it."""
+        noted = self.source(name)
+        self.parameters[name] = {"value": value, "source": source if noted == "default" else noted}
 
 
 def check_asked(asked: Mapping[str, Any]) -> None:
@@ -62,8 +74,14 @@ def make_picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> Pick
 
 def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
     """What the manifest says of settings, by the names of a request."""
+    has_slots = mode == "latent" or (
+        mode == "distribution" and manifest.distribution.slots == "latent"
+    )
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
     declared["speed"] = manifest.prompt.speed
+    declared |= {"mode": mode} if manifest.default_mode == mode else {}
+    if has_slots and "steps" in manifest.model_fields_set:
+        declared["steps"] = manifest.steps
     halting = manifest.halting
     if mode in ("latent", "distribution") and halting.rule != "fixed":
         is_drawn = halting.test == "sampled"
@@ -79,13 +97,12 @@ def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
 def unused(pick: Picker, mode: str, effort: str | None) -> list[str]:
     """Warn of what the request asked for and nobody looks at."""
     asked = pick.layers[0][1]
-    used = {*pick.parameters}
-    used |= {"preset"} if PRESETS.get(asked.get("preset", ""), {}).get("mode") == mode else set()
+    used = {name for name in pick.parameters if pick.source(name) in ("request", "server")}
     ignored: dict[str, list[str]] = {}
     for name in sorted(asked.keys() - used):
         cause = _cause(name, pick.parameters) or f"in mode {mode}"
         ignored.setdefault(cause, []).append(f"reasoning.{name}")
-    if effort is not None and pick.parameters.get("steps", {}).get("source") != "default":
+    if effort is not None and "effort" not in pick.parameters:
         ignored.setdefault(f"in mode {mode}", []).append("reasoning_effort")
     return [f"without effect {cause}: {', '.join(names)}" for cause, names in ignored.items()]
 

@@ -47,7 +47,7 @@ async def check_replay(url: str) -> None:
                     assert ours[name] == theirs[name]
                 for name in ("entropy", "max_prob", "norm", "cosine", "retained_mass"):
                     assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
-            told = again["usage"]["reasoning"]["parameters"]["replay"]
+            told = again["usage"]["reasoning"]["resolved"]["replay"]
             assert told == {"value": 4, "source": "request"}
             own, moved = (
                 await ask(client, B, mode),

@@ -205,7 +205,7 @@ async def test_reasoning_object_reports_sources_and_warnings(client: openai.Asyn
     assert answer.usage is not None
     assert answer.usage.model_extra is not None
     reasoning = answer.usage.model_extra["reasoning"]
-    assert reasoning["parameters"]["mixture.top_k"] == {"value": 4, "source": "request"}
+    assert reasoning["resolved"]["mixture.top_k"] == {"value": 4, "source": "request"}
     assert reasoning["halt_reason"] == "cap"
     assert reasoning["forward_passes"] == 17
 
@@ -227,7 +227,7 @@ async def test_settings_of_phase_and_answer_come_back(client: openai.AsyncOpenAI
     flat = {**asked, "after.temperature": 0.5, "after.top_k": 0, "halt.converge_metric": "kl"}
     for name in ("seed", "max_total_steps", "pad_positions", *list(flat)[-3:]):
         expected = {"value": flat[name], "source": "request"}
-        assert reasoning["parameters"][name] == expected
+        assert reasoning["resolved"][name] == expected
 
 
 async def test_fixed_count_of_soft_steps_says_so(client: openai.AsyncOpenAI) -> None:
@@ -242,7 +242,7 @@ async def test_fixed_count_of_soft_steps_says_so(client: openai.AsyncOpenAI) -> 
         assert answer.usage is not None
         reasoning: Any = (answer.usage.model_extra or {})["reasoning"]
         assert (reasoning["reasoning_steps"], reasoning["halt_reason"]) == (3, reason)
-        assert reasoning["parameters"]["halt.rule"] == {"value": rule, "source": "request"}
+        assert reasoning["resolved"]["halt.rule"] == {"value": rule, "source": "request"}
 
 
 async def test_greedy_and_seeded_requests_repeat(client: openai.AsyncOpenAI) -> None:

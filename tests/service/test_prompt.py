@@ -107,6 +107,17 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
 
 
+def test_raw_text_that_is_no_thought_says_that_it_takes_no_steps() -> None:
+    """It said how many steps there was room for, and the engine got none."""
+    ask = GenerationAsk(
+        request_id="r", endpoint="c", mode="cot", prompts=["abc"], reasoning={"steps": 9}
+    )
+    resolved = make_builder().prepare(ask).resolved
+    assert resolved.params.steps == 0
+    assert resolved.parameters["steps"] == {"value": 0, "source": "default"}
+    assert resolved.warnings == ("without effect in mode cot: reasoning.steps",)
+
+
 def test_start_token_that_the_template_has_written_is_not_repeated() -> None:
     def ends(tokenizer: ByteTokenizer | None) -> tuple[int, ...]:
         builder = make_builder(tokenizer, modes=["latent"], max_steps=100)

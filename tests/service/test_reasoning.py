@@ -75,7 +75,8 @@ def test_boundaries_by_text_and_of_phases_in_text() -> None:
     model = replace(make_model(), encode=lambda text: [ord(c) for c in text])
     latent = resolved("latent", model, start="a", end=["b", 7])
     assert (latent.suffix_ids, latent.params.end_token_ids) == ((97,), (98, 7))
-    assert latent.parameters["end"] == {"value": ["b", 7], "source": "request"}
+    assert latent.parameters["end"] == {"value": (98, 7), "source": "request"}
+    assert latent.parameters["start"] == {"value": (97,), "source": "request"}
     assert latent.warnings == ()
     with pytest.raises(InvalidRequestError, match="'ab' is no single token") as caught:
         resolved("latent", model, start="ab")
@@ -190,7 +191,7 @@ def test_rule_that_is_named_needs_its_setting() -> None:
     model = make_model()
     latent = resolved("latent", model, halt__rule="stop_token")
     assert latent.params.halt.stop_token_ids == (11,), "the manifest's end token"
-    assert latent.parameters["halt.stop_tokens"] == {"value": (11,), "source": "default"}
+    assert latent.parameters["halt.stop_tokens"] == {"value": (11,), "source": "manifest"}
     for rule, name in (
         ("stop_token", "stop_tokens"), ("cold_stop", "entropy_below"), ("learned", "rule"),
         ("uncertain", "entropy_above"), ("converged", "converge_metric"),
@@ -256,6 +257,29 @@ def test_auto_takes_every_mixture_but_swi_none() -> None:
     swi = resolved("auto", model, mixture__top_k=3)
     assert swi.warnings == ("without effect in mode auto: reasoning.mixture.top_k",)
     assert "mixture.top_k" not in swi.parameters
+
+
+def test_echo_is_what_the_engine_gets_and_whose_it_is() -> None:
+    """Steps of a manifest were "default"; adapter, start and end were the word "auto"."""
+    latent = resolved("latent", make_model()).parameters
+    assert latent["mode"] == {"value": "latent", "source": "manifest"}
+    assert latent["steps"] == {"value": 6, "source": "manifest"}
+    assert latent["start"] == {"value": (10,), "source": "manifest"}
+    assert latent["end"] == {"value": (11,), "source": "manifest"}
+    assert latent["adapter"] == {"value": "none", "source": "default"}
+    assert latent["select"] == {"value": "first", "source": "default"}
+    assert latent["preset"] == latent["effort"] == {"value": None, "source": "default"}
+    low = resolved("latent", make_model(), "low", preset="coconut").parameters
+    assert low["steps"] == {"value": 3, "source": "effort"}
+    assert low["effort"] == {"value": "low", "source": "request"}
+    assert low["preset"] == {"value": "coconut", "source": "request"}
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    thinker = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    soft = resolved("distribution", thinker, halt__stop_tokens=[7]).parameters
+    assert soft["halt.stop_tokens"] == {"value": (21, 7), "source": "request"}
+    plain = resolved("distribution", thinker).parameters
+    assert plain["halt.stop_tokens"] == {"value": (21,), "source": "manifest"}
+    assert resolved("none", thinker).parameters["steps"] == {"value": 0, "source": "default"}
 
 
 @pytest.mark.parametrize(
