@@ -109,3 +109,9 @@ class StartupError(CoconutError):
     """The server cannot start as configured; the text says what to change."""
 
     code = "startup_failed"
+
+
+def require(condition: bool, param: str, message: str) -> None:
+    """Raise InvalidRequestError naming `param` unless `condition` holds."""
+    if not condition:
+        raise InvalidRequestError(f"{param} {message}", param=param)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Literal
 
-from coconut_serve.errors import InvalidRequestError
+from coconut_serve.errors import require
 
 MAX_MIXTURE_TOP_K = 64
 MAX_STEPS = 1024
@@ -94,12 +94,6 @@ class HaltReason(IntEnum):
     def label(self) -> str:
         """The name that clients and metrics see."""
         return self.name.lower()
-
-
-def require(condition: bool, param: str, message: str) -> None:
-    """Raise InvalidRequestError naming `param` unless `condition` holds."""
-    if not condition:
-        raise InvalidRequestError(f"{param} {message}", param=param)
 
 
 def check_range(value: float, param: str, bounds: tuple[float, float]) -> None:

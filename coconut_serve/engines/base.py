@@ -4,8 +4,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from coconut_serve.errors import InvalidRequestError
-from coconut_serve.types import ReasoningParams, Request, RequestOutput, StepStats, require
+from coconut_serve.errors import InvalidRequestError, require
+from coconut_serve.types import ReasoningParams, Request, RequestOutput, StepStats
 
 OnStep = Callable[[StepStats], None]  # called from the engine's own thread
 

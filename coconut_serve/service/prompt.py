@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
-from coconut_serve.errors import InvalidRequestError
+from coconut_serve.errors import InvalidRequestError, require
 from coconut_serve.service import presets, reasoning
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
@@ -24,7 +24,6 @@ from coconut_serve.types import (
     Request,
     SamplingParams,
     TraceLevel,
-    require,
 )
 
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.

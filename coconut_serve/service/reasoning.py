@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
-from coconut_serve.errors import InvalidRequestError
+from coconut_serve.errors import InvalidRequestError, require
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import (
     DEFAULT_KIND,
@@ -28,7 +28,6 @@ from coconut_serve.types import (
     Source,
     SwitchParams,
     TraceLevel,
-    require,
 )
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
@@ -134,17 +133,16 @@ def resolve(
         **fed,
         **(_of_thinking(pick, mode) if thinks else {}),
         max_total_steps=pick("max_total_steps", None) or 0,
-        trace=_trace(pick, *trace_bounds),
-        trace_top_k=pick("trace_top_k", 5),
+        **_trace(pick, *trace_bounds),
     )
     _note_choices(pick, mode, effort, has_speed)
     seed = pick("seed", None) if thinks else None
     after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
-    warnings += unused(pick, mode, effort)
     return Resolved(
-        params=params, suffix_ids=phase.start_ids, parameters=pick.parameters,
-        warnings=tuple(warnings), seed=seed, after=after, branches=branches, select=select,
+        params=params, suffix_ids=phase.start_ids, seed=seed, after=after, select=select,
+        parameters=pick.parameters, warnings=(*warnings, *unused(pick, mode, effort)),
+        branches=branches,
     )  # fmt: skip
 
 
@@ -423,7 +421,8 @@ def _token_phase(
     return _Phase(steps=steps, end_ids=end_ids, stop_ids=stop_ids, source=source)
 
 
-def _trace(pick: Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:
+def _trace(pick: Picker, least: TraceLevel, most: TraceLevel) -> dict[str, Any]:
+    """How much is told of each step, within what the server allows."""
     levels = get_args(TraceLevel)
     level: TraceLevel = pick("trace", "none")
     require(
@@ -431,7 +430,7 @@ def _trace(pick: Picker, least: TraceLevel, most: TraceLevel) -> TraceLevel:
         "reasoning.trace",
         f"must be at most {most!r} on this server (--max-trace)",
     )
-    if levels.index(level) >= levels.index(least):
-        return level
-    pick.parameters["trace"] = {"value": least, "source": "server"}
-    return least
+    if levels.index(level) < levels.index(least):
+        level = least
+        pick.parameters["trace"] = {"value": level, "source": "server"}
+    return {"trace": level, "trace_top_k": pick("trace_top_k", 5)}

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from coconut_serve.engines.base import EngineInfo
+from coconut_serve.errors import require
 from coconut_serve.service.reasoning import Resolved
-from coconut_serve.types import TraceLevel, require
+from coconut_serve.types import TraceLevel
 
 _PATH = "reasoning.replay"
 

@@ -323,7 +323,7 @@ def test_server_can_force_a_trace() -> None:
     def level(asked: dict[str, Any]) -> tuple[str, str]:
         pick = Picker([("request", asked)])
         found = _trace(pick, "summary", "topk")
-        return found, pick.parameters["trace"]["source"]
+        return found["trace"], pick.parameters["trace"]["source"]
 
     assert level({}) == ("summary", "server")
     assert level({"trace": "none"}) == ("summary", "server")

@@ -26,8 +26,9 @@ from coconut_serve.errors import (
     GenerationError,
     InvalidRequestError,
     StartupError,
+    require,
 )
-from coconut_serve.types import Request, RequestOutput, require
+from coconut_serve.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from coconut_serve.errors import InvalidRequestError
+from coconut_serve.errors import InvalidRequestError, require
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.report import width
 from coconut_serve.reasoning.rows import NOTHING, Wanted
@@ -24,7 +24,6 @@ from coconut_serve.types import (
     Request,
     SamplingParams,
     SwitchParams,
-    require,
 )
 
 _PREFIX = "reasoning_"
