@@ -1,0 +1,148 @@
+"""A loop over one row that recomputes the whole sequence at each position.
+
+It knows phases, end tokens and blocks; what a step feeds is a `Step`. It shares no code with the
+engines but the numbers that their random generator gives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coconut_serve.reasoning import noise
+from coconut_serve.types import Request
+from tests.engines.methods.adapters import make_adapters
+from tests.models import load_plain
+
+
+@dataclass
+class Parts:
+    """A model taken apart."""
+
+    model: Any
+    table: Tensor  # [vocab_size, hidden_size], the input embeddings
+    head: Tensor  # [vocab_size, hidden_size]
+    adapters: dict[str, nn.Module]
+
+    @classmethod
+    def load(cls, directory: Path) -> "Parts":
+        model: Any = load_plain(directory).requires_grad_(False)
+        table = model.get_input_embeddings().weight
+        adapters = make_adapters(table.shape[1])
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
+        return cls(model, table, model.get_output_embeddings().weight, adapters)
+
+
+@dataclass
+class At:
+    """What a decision looks at."""
+
+    step: int  # of this thinking phase
+    decision: int  # since the prompt: what the noise is numbered by
+    seed: int
+    hidden: Tensor  # [hidden_size], after the final norm
+    logits: Tensor  # [vocab_size]
+    table: Tensor
+
+    def uniform(self, stream: int, columns: list[int]) -> list[float]:
+        """The engine's random numbers of this decision."""
+        one = torch.tensor([self.seed]), torch.tensor([self.decision])
+        drawn: list[float] = noise.uniform(*one, stream, torch.tensor([columns]))[0].tolist()
+        return drawn
+
+    def normal(self, stream: int) -> Tensor:
+        """As many of them, standard normal, as a vector has components."""
+        one = torch.tensor([self.seed]), torch.tensor([self.decision])
+        return noise.normal(*one, stream, torch.arange(len(self.hidden))[None])[0]
+
+
+class Fed(NamedTuple):
+    """What a step decides: its text, what is fed, whether the phase ends here."""
+
+    text: int | None
+    vector: Tensor
+    ends: bool = False
+
+
+Step = Callable[[At], Fed]
+Say = Callable[[At], int]
+
+
+@dataclass
+class Told:
+    """What the loop did."""
+
+    texts: list[int | None] = field(default_factory=list)
+    fed: list[Tensor] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # steps of each block
+
+
+class Row:
+    """Inputs so far and where they stand."""
+
+    def __init__(self, parts: Parts, request: Request) -> None:
+        self.parts, self.request = parts, request
+        self.inputs = parts.table[list(request.prompt_token_ids)]
+        self.num_prompt = len(self.inputs)
+        self.positions = list(range(self.num_prompt + request.max_new_positions))
+
+    def feed(self, row: Tensor) -> None:
+        self.inputs = torch.cat([self.inputs, row[None]])
+
+    def look(self, step: int, seed: int) -> At:
+        """Run the model over everything."""
+        at = torch.tensor(self.positions[: len(self.inputs)])[None]
+        out = self.parts.model(
+            inputs_embeds=self.inputs[None],
+            position_ids=at,
+            attention_mask=torch.ones_like(at),  # else a jump in positions reads as another text
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        hidden, logits = out.hidden_states[-1][0, -1], out.logits[0, -1].float()
+        decision = len(self.inputs) - self.num_prompt
+        return At(step, decision, seed, hidden, logits, self.parts.table)
+
+
+def think(row: Row, step: Step, told: Told) -> None:
+    """One phase: its steps, then the end tokens."""
+    params, number = row.request.reasoning, 0
+    last = torch.zeros(row.inputs.shape[1])
+    while number < params.steps or params.end_adds_vector:
+        fed = step(row.look(number, row.request.thinking_seed))
+        last = fed.vector
+        if number == params.steps or (fed.ends and not params.keeps_last):
+            break
+        told.texts.append(fed.text)
+        told.fed.append(last)
+        row.feed(last)
+        number += 1
+        if fed.ends:
+            break
+    told.lengths.append(number)
+    if params.pad_positions:
+        at = len(row.inputs)
+        del row.positions[at : at + params.steps - number]
+    for place, token in enumerate(params.end_token_ids):
+        embedding = row.parts.table[token]
+        row.feed(embedding + last if params.end_adds_vector and place == 0 else embedding)
+
+
+@torch.inference_mode()
+def loop(parts: Parts, request: Request, step: Step, say: Say) -> Told:
+    """Think, answer, and think again where the answer opens a block."""
+    params, told, row = request.reasoning, Told(), Row(parts, request)
+    opens = params.enter_token_id is None
+    while len(told.answer) < request.sampling.max_tokens:
+        if opens and params.steps:
+            think(row, step, told)
+        token = say(row.look(0, request.sampling.seed))
+        told.answer.append(token)
+        row.feed(parts.table[token])
+        opens = token == params.enter_token_id and len(told.lengths) < params.max_blocks
+    return told
