@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from coconut_serve.types import (
     FinishReason,
@@ -181,3 +182,15 @@ async def test_moi_with_a_large_beta_is_ordinary_sampling(tiny_llama: Path) -> N
         mixed = await run(engine, asked)
         plain = await run(engine, make_request("b", ids, max_tokens=15, **drawn))
     assert mixed.thinking_ids + mixed.token_ids == plain.token_ids
+
+
+async def test_moi_of_a_certain_distribution_feeds_the_token(tiny_llama: Path) -> None:
+    """Oracle 4: where the entropy is 0, so is the share of the distribution, for any beta."""
+    certain = MixtureParams(**FREE, kind="moi", top_k=20, moi_beta=0.5)
+    reasoning = {"mixture": certain, "trace": "vectors"}
+    table = Parts.load(tiny_llama).table
+    bias: Any = {"logit_bias": ((9, 100.0),)}
+    asked = make_request("a", prompt(1), "distribution", 4, reasoning=reasoning, **bias)
+    async with native_engine(tiny_llama) as engine:
+        result = await run(engine, asked)
+    assert torch.equal(torch.tensor(result.vectors), table[[9] * 4])
