@@ -48,6 +48,11 @@ def summary(result: Result) -> tuple[object, ...]:
     )
 
 
+def growing() -> list[Any]:
+    """Rows that all need a second block at the same step: somebody is preempted for certain."""
+    return [make_request(f"g{i}", (3 + i,) * 28, max_tokens=12) for i in range(8)]
+
+
 async def late(engine: Any, request: Any, seconds: float) -> Result:
     await asyncio.sleep(seconds)
     return await run(engine, request)
@@ -65,9 +70,24 @@ async def test_greedy_rows_get_what_the_native_engine_gives(
         assert [summary(await run(engine, request)) for request in asked] == expected
         assert [summary(r) for r in await run_all(engine, asked)] == expected
     async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
+        num_preemptions = 0
         for _ in range(3):  # the second time some prompts are cached
-            results = await run_all(engine, asked)
-            assert [summary(r) for r in results] == expected
+            results = await run_all(engine, [*growing(), *asked])
+            assert [summary(r) for r in results[-len(asked) :]] == expected
+            num_preemptions += sum(r.counts.num_preemptions for r in results)
+        assert num_preemptions > 0
+
+
+async def test_top_k_1_distribution_equals_greedy_cot(wide_llama: Path, engines: Engines) -> None:
+    """Oracle 3."""
+    one = {"mixture": MixtureParams(top_k=1)}
+    async with engines.open(wide_llama) as engine:
+        for first in (5, 40, 90):
+            ids = tuple(range(first, first + 9))
+            cot = await run(engine, make_request("c", ids, max_tokens=20))
+            soft = make_request("d", ids, "distribution", 12, max_tokens=8, reasoning=one)
+            result = await run(engine, soft)
+            assert result.thinking_ids + result.token_ids == cot.token_ids
 
 
 async def test_sampled_rows_do_not_depend_on_batch_mates_or_preemption(
@@ -80,12 +100,8 @@ async def test_sampled_rows_do_not_depend_on_batch_mates_or_preemption(
         jobs = [late(engine, r, 0.1 * order[i]) for i, r in enumerate(asked)]
         assert [summary(r) for r in await asyncio.gather(*jobs)] == alone
     async with engines.open(wide_llama, lambda _: None, *TINY_POOL) as engine:
-        # Rows that all need a second block at the same step: somebody is preempted for certain.
-        growing = [
-            make_request(request_id=f"g{i}", prompt=(3 + i,) * 28, max_tokens=12) for i in range(8)
-        ]
-        results = await run_all(engine, [*growing, *asked])
-        assert [summary(r) for r in results[len(growing) :]] == alone
+        results = await run_all(engine, [*growing(), *asked])
+        assert [summary(r) for r in results[-len(asked) :]] == alone
         assert sum(r.counts.num_preemptions for r in results) > 0
 
 
