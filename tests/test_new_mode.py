@@ -8,6 +8,7 @@ import torch
 
 from coconut_serve.cli import build_parser
 from coconut_serve.reasoning import registry
+from tests import test_docs
 from tests.fakes import listening, make_request, native_engine, run, stub_app
 from tests.models import load_plain
 
@@ -34,6 +35,14 @@ async def test_help_models_metrics_and_api_show_it() -> None:
         page = (await client.get("/metrics")).text
     assert 'coconut_requests_total{endpoint="chat",engine="stub"' in page
     assert 'reasoning_mode="negated"' in page
+
+
+def test_docs_must_explain_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError):
+        test_docs.test_every_mode_is_explained("negated")
+    told = {name: f"{text}\n`negated`" for name, text in test_docs.DOCS.items()}
+    monkeypatch.setattr(test_docs, "DOCS", told)
+    test_docs.test_every_mode_is_explained("negated")
 
 
 async def test_native_engine_runs_it(tiny_llama: Path) -> None:

@@ -79,11 +79,15 @@ def test_command_line_serves_and_shows_both_kinds_of_metrics(
             assert 'coconut_latent_steps_total{engine="vllm"' in page
             assert "vllm:generation_tokens_total" in page
             [model, *_] = httpx.get(f"{url}/v1/models", timeout=30).json()["data"]
-            assert "speculative_decoding" in model["unsupported_features"]
+            assert {"speculative_decoding", "pad_positions"} <= {*model["unsupported_features"]}
             assert httpx.get(f"{url}/version", timeout=30).json()["engine"] == "vllm"
-            wrong = {**body, "prompt": [5] * 200}
-            refused = httpx.post(f"{url}/v1/completions", json=wrong, timeout=30)
-            assert refused.status_code == 400
+            for wrong, param in (
+                ({"prompt": [5] * 200}, "prompt"),
+                ({"reasoning": {"pad_positions": True}}, "reasoning.pad_positions"),
+            ):
+                refused = httpx.post(f"{url}/v1/completions", json=body | wrong, timeout=30)
+                assert refused.status_code == 400
+                assert refused.json()["error"]["param"] == param
         finally:
             process.terminate()
             assert process.wait(60) == 0, log.read_text()[-2000:]
