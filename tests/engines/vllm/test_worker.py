@@ -1,13 +1,12 @@
 """What a worker knows before it computes: whose logits and draws nothing will look at."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from coconut_serve.engines.vllm.params import Thinking
-from coconut_serve.engines.vllm.worker import WorkerReasoning
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
@@ -37,7 +36,9 @@ WAYS = {
 
 
 @pytest.fixture
-def worker() -> WorkerReasoning:
+def worker() -> Any:
+    from coconut_serve.engines.vllm.worker import WorkerReasoning
+
     table = torch.zeros(16, 4)
     embedding = Embedding(lambda ids: torch.nn.functional.embedding(ids, table), table)
     return WorkerReasoning(
@@ -46,7 +47,9 @@ def worker() -> WorkerReasoning:
     )  # fmt: skip
 
 
-def test_nothing_is_computed_that_nobody_looks_at(worker: WorkerReasoning) -> None:
+def test_nothing_is_computed_that_nobody_looks_at(worker: Any) -> None:
+    from coconut_serve.engines.vllm.params import Thinking
+
     for slot, (name, (params, _)) in enumerate(WAYS.items()):
         worker.add(
             slot, name, Thinking(params=replace(params, steps=STEPS)),
