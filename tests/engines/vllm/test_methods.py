@@ -56,15 +56,22 @@ async def test_methods_equal_their_plain_loops(
 
 
 async def test_preemption_changes_no_method(model: Path, parts: Parts, engines: Engines) -> None:
-    """Six blocks of 32 for rows that all need a second one, while they think or answer."""
+    """Six blocks of 32 for rows that all need a second one, while they think or answer.
+
+    The newest rows are preempted, so older ones go before those that never were.
+    """
     flags = ("--num-gpu-blocks-override", "7")
     async with engines.open(model, lambda _: None, *flags) as engine:
         asked = served(engine.info.unsupported_features, rows=2, length=27)
         expected = references(parts, asked)
         missing = {name for name, _ in asked}
-        for seed in range(8):
-            keys = [key for key in asked if key[0] in missing]
-            shuffled = {key: asked[key] for key in random.Random(seed).sample(keys, len(keys))}
+        for seed in range(16):
+            keys = random.Random(seed).sample(list(asked), len(asked))
+            older = [key for key in keys if key[0] not in missing][:3]
+            newer = [key for key in keys if key[0] in missing]
+            shuffled = {key: asked[key] for key in (*older, *newer)}
+            if not missing:
+                break
             results = await run_all(engine, list(shuffled.values()))
             check(shuffled, results, expected, parts.table)
             rows = zip(shuffled, results, strict=True)
