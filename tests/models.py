@@ -100,11 +100,20 @@ def save_tiny(family: str, folder: Path, **overrides: Any) -> Path:
     return directory
 
 
-def with_projection(source: Path, target: Path) -> tuple[Path, nn.Module]:
-    """Write a model again with a random projection of CODI's kind, and return that too."""
+def write_with_latent(
+    source: Path, target: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]
+) -> None:
+    """Write a model again with adapter weights and the manifest that declares them."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
+    (target / "latent").mkdir()
+    save_file(tensors, target / "latent" / "adapter.safetensors")
+    (target / "latent_config.json").write_text(json.dumps(manifest))
+
+
+def with_projection(source: Path, target: Path) -> tuple[Path, nn.Module]:
+    """Write a model again with a random projection of CODI's kind, and return that too."""
     size = json.loads((source / "config.json").read_text())["hidden_size"]
     torch.manual_seed(13)
     first, second, norm = nn.Linear(size, 48), nn.Linear(48, size), nn.LayerNorm(size)
@@ -114,13 +123,11 @@ def with_projection(source: Path, target: Path) -> tuple[Path, nn.Module]:
         for name, module in parts.items()
         for key, value in module.state_dict().items()
     }
-    (target / "latent").mkdir()
-    save_file(tensors, target / "latent" / "adapter.safetensors")
     manifest = {
         "schema": 1, "method": "codi", "modes": ["none", "cot", "latent", "distribution"],
         "adapters": {"default": {"type": "mlp_ln"}}, "steps": 4, "boundary": "none",
     }  # fmt: skip
-    (target / "latent_config.json").write_text(json.dumps(manifest))
+    write_with_latent(source, target, tensors, manifest)
     return target, nn.Sequential(first, nn.GELU(), second, norm)
 
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from tests.models import write_with_latent
 
 EMB_STD = 0.15  # of the Gaussian head
 
@@ -64,19 +65,14 @@ def make_adapters(size: int) -> dict[str, nn.Module]:
 
 def with_adapters(source: Path, target: Path) -> Path:
     """Write a model again with a manifest that declares `make_adapters`."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
     made = make_adapters(json.loads((source / "config.json").read_text())["hidden_size"])
     tensors = {
         f"{name}.{'lambda' if key == 'lam' else key}": value.detach().clone()
         for name, module in made.items()
         for key, value in module.state_dict().items()
     }
-    (target / "latent").mkdir()
-    save_file(tensors, target / "latent" / "adapter.safetensors")
     adapters = {name: {"type": name} for name in made}
     adapters["gaussian_head"]["emb_std"] = EMB_STD  # type: ignore[assignment]  # JSON
     manifest = {"schema": 1, "method": "codi", "boundary": "none", "adapters": adapters}
-    (target / "latent_config.json").write_text(json.dumps(manifest))
+    write_with_latent(source, target, tensors, manifest)
     return target
