@@ -4,47 +4,24 @@ A latent step takes a KV *position* but makes no *token*; the names keep the two
 positions fill the cache, tokens have an id, reasoning steps are positions of the thinking phase.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Literal
 
 from coconut_serve.errors import require
-
-MAX_MIXTURE_TOP_K = 64
-MAX_STEPS = 1024
-MIN_TEMPERATURE = 1e-3  # below, sampling is greedy: dividing by less overflows float32
-MAX_FORCED_TOKENS = 8
-MAX_STOP_TOKENS = 32
-MAX_HARD_TOKENS = 128
-MAX_BRANCHES = 32
-MAX_LOGPROBS = 20
-
-_SAMPLING_RANGES = {
-    "max_tokens": (1, 2**31), "min_tokens": (0, 2**31), "temperature": (0, 2), "top_p": (0, 1),
-    "top_k": (0, 2**31 - 1), "min_p": (0, 1), "repetition_penalty": (0.01, 2),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
-}  # fmt: skip
-_MIXTURE_RANGES = {
-    "top_k": (1, MAX_MIXTURE_TOP_K), "temperature": (0.01, 5), "top_p": (0.01, 1),
-    "filter_top_k": (0, MAX_MIXTURE_TOP_K), "min_p": (0, 0.99), "noise_temperature": (0.01, 10),
-    "dirichlet_alpha": (0.01, 10_000), "moi_beta": (-100, 10**6),
-}  # fmt: skip
-_HALT_RANGES = {
-    "stop_temperature": (0.01, 100), "stop_prob": (0, 1), "entropy_below": (0, 20),
-    "entropy_above": (0, 20), "entropy_patience": (1, 10**6), "converge_below": (0, 100),
-    "converge_patience": (1, 10**6),
-}  # fmt: skip
-_SWITCH_RANGES = {
-    "p_max": (0, 1), "window": (0, 10**6), "alpha": (0, 1), "beta": (0, 1),
-    "max_switches": (0, 10**6), "answer_tokens": (0, 2**31 - 1),
-}  # fmt: skip
-REASONING_RANGES = {
-    "steps": (0, 2**31), "min_steps": (0, 2**31), "max_blocks": (1, 64), "soft_weight": (0, 1),
-    "latent_noise_std": (0, 10), "latent_temperature": (0, 5), "trace_top_k": (1, MAX_LOGPROBS),
-    "max_total_steps": (0, 2**31),
-}  # fmt: skip
-_FIELDS = {"latent_noise_std": "noise_std"}  # name in a request -> field
+from coconut_serve.limits import (
+    HALT_RANGES,
+    MAX_FORCED_TOKENS,
+    MAX_HARD_TOKENS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKENS,
+    MIN_TEMPERATURE,
+    MIXTURE_RANGES,
+    REASONING_RANGES,
+    SAMPLING_RANGES,
+    SWITCH_RANGES,
+    check_ranges,
+)
 
 TraceLevel = Literal["none", "summary", "topk", "vectors"]
 MixtureKind = Literal["topk", "full", "multiplex", "moi", "gated"]
@@ -96,18 +73,6 @@ class HaltReason(IntEnum):
         return self.name.lower()
 
 
-def check_range(value: float, param: str, bounds: tuple[float, float]) -> None:
-    """Raise InvalidRequestError naming `param` unless `value` is in a closed range."""
-    low, high = bounds
-    require(low <= value <= high, param, f"must be in {low:g}..{high:g}")
-
-
-def _check_ranges(record: object, path: str, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Check fields against closed ranges; `path` is where they stand in a request."""
-    for name, bounds in ranges.items():
-        check_range(getattr(record, _FIELDS.get(name, name)), path + name, bounds)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are drawn: of the answer, and of the thinking phase where its mode draws any.
@@ -133,7 +98,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "", _SAMPLING_RANGES)
+        check_ranges(self, "", SAMPLING_RANGES)
         require(self.top_p > 0, "top_p", "must be above 0")
         require(self.min_tokens <= self.max_tokens, "min_tokens", "must be at most max_tokens")
         num_logprobs = self.num_logprobs or 0
@@ -186,7 +151,7 @@ class MixtureParams:
     def __post_init__(self) -> None:
         """Check ranges."""
         path = "reasoning.mixture."
-        _check_ranges(self, path, _MIXTURE_RANGES)
+        check_ranges(self, path, MIXTURE_RANGES)
         has_filter = self.noise != "dirichlet" or self.filter_top_k > 0
         require(has_filter, path + "filter_top_k", "must not be 0 with noise 'dirichlet'")
         has_beta = self.moi_beta >= 0 or self.moi_beta in (-1, -100)
@@ -221,7 +186,7 @@ class HaltParams:
     def __post_init__(self) -> None:
         """Check ranges."""
         path = "reasoning.halt."
-        _check_ranges(self, path, _HALT_RANGES)
+        check_ranges(self, path, HALT_RANGES)
         num_stops, num_learned = len(self.stop_token_ids), len(self.learned_token_ids)
         require(num_stops <= MAX_STOP_TOKENS, path + "stop_tokens", f"takes {MAX_STOP_TOKENS} ids")
         require(num_learned in (0, 2), path + "learned", "needs two token ids: continue, stop")
@@ -266,7 +231,7 @@ class SwitchParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "reasoning.switch.", _SWITCH_RANGES)
+        check_ranges(self, "reasoning.switch.", SWITCH_RANGES)
         is_short = len(self.hard_token_ids) <= MAX_HARD_TOKENS
         require(is_short, "reasoning.switch.hard_tokens", f"takes {MAX_HARD_TOKENS} ids")
         is_short = len(self.final_token_ids) <= MAX_FORCED_TOKENS
@@ -319,7 +284,7 @@ class ReasoningParams:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _check_ranges(self, "reasoning.", REASONING_RANGES)
+        check_ranges(self, "reasoning.", REASONING_RANGES)
         thinks = self.mode != "none" or self.steps == 0
         require(thinks, "reasoning.steps", "must be 0 in mode none")
         require(self.min_steps <= self.steps, "reasoning.min_steps", "must be at most steps")

@@ -12,15 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from coconut_serve.limits import MAX_STOP_TOKENS
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.slots import Slots, upload
-from coconut_serve.types import (
-    MAX_STOP_TOKENS,
-    ConvergeMetric,
-    HaltParams,
-    HaltReason,
-    ReasoningParams,
-)
+from coconut_serve.types import ConvergeMetric, HaltParams, HaltReason, ReasoningParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,14 @@ Each works on all rows that asked for it at once. Settings are kept by slot in M
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from coconut_serve.limits import MAX_MIXTURE_TOP_K
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.adapters import Gate
 from coconut_serve.reasoning.mode import StepContext
@@ -18,7 +19,13 @@ from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import MixtureParams, ReasoningParams
 
 _NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
-_FEW = 16  # rows that mix no more tokens than that look up no more
+_FEW_MIXED = 16  # rows that mix no more tokens than that look up no more
+_FEW_CANDIDATES = 32  # rows whose top-k passes no more than that search for no more
+
+
+def _or_all(number: int, few: int) -> int:
+    """Round a number of tokens up to a few or to all that there may be."""
+    return few if number <= few else MAX_MIXTURE_TOP_K
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +88,21 @@ class Mixer(ABC):
     def __init__(self, mixtures: Mixtures) -> None:
         self._mixtures = mixtures
 
+    @classmethod
+    def sizes(cls, mixture: MixtureParams) -> tuple[int, ...]:
+        """How wide a row's tensors are. Rows that differ in it are mixed apart.
+
+        It depends on the row's own settings alone, so that batch mates change neither the order
+        of its ties nor how its sums are rounded.
+        """
+        return ()
+
     @abstractmethod
     def mix(self, ctx: StepContext) -> Mixed | Mixing:
-        """Mix for each row."""
+        """Mix for each row; all have the same `sizes`."""
+
+    def _sizes(self, ctx: StepContext) -> tuple[int, ...]:
+        return self.sizes(self._mixtures.host[ctx.host_slots[0]])
 
     def _of(self, name: str, ctx: StepContext) -> Tensor:
         return self._mixtures.of(name, ctx.row_slots)
@@ -100,9 +119,17 @@ class TopK(Mixer):
     The text of a step is its heaviest token.
     """
 
+    @classmethod
+    def sizes(cls, mixture: MixtureParams) -> tuple[int, int]:
+        """Candidates, and tokens that are mixed."""
+        passing = mixture.filter_top_k or MAX_MIXTURE_TOP_K
+        num_mixed = min(passing, mixture.top_k)
+        return _or_all(passing, _FEW_CANDIDATES), _or_all(num_mixed, _FEW_MIXED)
+
     def mix(self, ctx: StepContext) -> Mixed:
         """Filter, add noise, average."""
         assert ctx.logits is not None
+        num_candidates, num_mixed = self._sizes(ctx)
         temperature = self._of("temperature", ctx)
         total = None
         if ctx.has_trace or any(m.filter_top_k == 0 for m in self._mixtures.each(ctx)):
@@ -114,8 +141,10 @@ class TopK(Mixer):
             top_p=self._of("top_p", ctx),
             min_p=self._of("min_p", ctx),
             total=total,
+            width=num_candidates,
         )
-        weights = self._add_noise(ctx, kept, ids)
+        weights, ids = self._add_noise(ctx, kept, ids)
+        weights, ids = weights[:, :num_mixed], ids[:, :num_mixed]
         retained = None
         if total is not None:
             below = ctx.logits.gather(1, ids) - ctx.logits.amax(-1, keepdim=True)
@@ -123,29 +152,16 @@ class TopK(Mixer):
             retained = torch.where(weights > 0, p, 0.0).sum(-1)
         return Mixed(
             token=ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1),
-            vector=self._average(ctx, weights, ids),
+            vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
             square_mass=weights.square().sum(-1),
             retained_mass=retained,
         )
 
-    def _average(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
-        """Average embeddings, looking up no more than a row's `top_k` asks for, by size class.
+    def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after.
 
-        A row's class depends on its own settings alone, and so does how its sum is rounded.
+        Weights and tokens come heaviest first; those that weigh something stay in front.
         """
-        is_small = [m.top_k <= _FEW for m in self._mixtures.each(ctx)]
-        if all(is_small):
-            return mixing.mix_embeddings(*mixing.heaviest(weights, ids, _FEW), ctx.embedding)
-        mixed = mixing.mix_embeddings(weights, ids, ctx.embedding)
-        few = [i for i, each in enumerate(is_small) if each]
-        if few:
-            rows = upload(few, ids.device)
-            kept = mixing.heaviest(weights[rows], ids[rows], _FEW)
-            mixed[rows] = mixing.mix_embeddings(*kept, ctx.embedding)
-        return mixed
-
-    def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> Tensor:
-        """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after."""
         rows, slots = ctx.row_slots, ctx.slots
         asked = {m.noise for m in self._mixtures.each(ctx)}
         kind = self._mixtures.noise[rows].unsqueeze(1)  # [num_rows, 1]
@@ -153,14 +169,17 @@ class TopK(Mixer):
             seed, counter = slots.seed[rows], slots.num_decisions[rows]
             alpha = self._of("dirichlet_alpha", ctx)
             drawn = mixing.dirichlet_weights(weights, ids, alpha, seed, counter)
-            weights = torch.where(kind == _NOISE["dirichlet"], drawn, weights)
-        weights = mixing.keep_top(weights, self._of("top_k", ctx))
+            drawn, order = drawn.sort(dim=-1, descending=True, stable=True)
+            is_drawn = kind == _NOISE["dirichlet"]
+            weights = torch.where(is_drawn, drawn, weights)
+            ids = torch.where(is_drawn, ids.gather(1, order), ids)
+        weights = mixing.keep_first(weights, self._of("top_k", ctx))
         if "gumbel" in asked:
             u = ctx.uniform(noise.GUMBEL_STREAM, ids)
             temperature, clamp = self._of("noise_temperature", ctx), self._mixtures.clamp[rows]
             drawn = mixing.gumbel_weights(weights, temperature, u, clamp)
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
-        return weights
+        return weights, ids
 
 
 class Full(Mixer):
@@ -179,6 +198,11 @@ class Multiplex(Mixer):
     `top_k` draws; the text of a step is the first.
     """
 
+    @classmethod
+    def sizes(cls, mixture: MixtureParams) -> tuple[int]:
+        """Draws."""
+        return (_or_all(mixture.top_k, _FEW_MIXED),)
+
     def mix(self, ctx: StepContext) -> Mixed:
         """Draw and average."""
         asked = self._mixtures.each(ctx)
@@ -190,7 +214,7 @@ class Multiplex(Mixer):
                 top_p=self._of("top_p", ctx),
                 min_p=self._of("min_p", ctx),
             )
-        width = max(m.top_k for m in asked)
+        width = min(*self._sizes(ctx), weights.shape[1])
         ids = self._draw(ctx, weights, width)
         if not all(m.replacement for m in asked):
             distinct = self._draw_distinct(ctx, weights, width)
@@ -233,14 +257,20 @@ class MixtureOfInputs(Mixer):
 
     needs_sampled = True
 
+    @classmethod
+    def sizes(cls, mixture: MixtureParams) -> tuple[int]:
+        """Candidates, which are all mixed."""
+        return (_or_all(mixture.top_k, _FEW_CANDIDATES),)
+
     def mix(self, ctx: StepContext) -> Mixed:
         """Average distribution and sample."""
         assert ctx.logits is not None
+        (width,) = self._sizes(ctx)
         count = self._of("top_k", ctx)
         ones, zeros = torch.ones_like(count.float()), torch.zeros_like(count.float())
         p, ids = mixing.filter_candidates(
             ctx.logits, temperature=self._of("temperature", ctx), filter_top_k=count,
-            top_p=ones, min_p=zeros, total=None,
+            top_p=ones, min_p=zeros, total=None, width=width,
         )  # fmt: skip
         entropy = mixing.entropy(p.clamp_min(1e-38).log())
         share = (entropy / count.float().log().clamp_min(1e-9)).unsqueeze(1)
@@ -305,9 +335,9 @@ class Mixers:
 
     def mix(self, ctx: StepContext) -> Mixing:
         """Mix for each row, and give the vectors the length that `norm` asks for."""
-        kinds: list[str] = [mixture.kind for mixture in self._mixtures.each(ctx)]
+        kinds = [(m.kind, KINDS[m.kind].sizes(m)) for m in self._mixtures.each(ctx)]
         if len(set(kinds)) == 1:
-            mixed = yield from self._mix(ctx, kinds[0])
+            mixed = yield from self._mix(ctx, kinds[0][0])
         else:
             mixed = yield from self._mix_several(ctx, kinds)
         return replace(mixed, vector=self._scale(ctx, mixed))
@@ -316,14 +346,16 @@ class Mixers:
         mixed = self._mixers[kind].mix(ctx)
         return mixed if isinstance(mixed, Mixed) else (yield from mixed)
 
-    def _mix_several(self, ctx: StepContext, kinds: list[str]) -> Mixing:
-        """Let each kind do its rows and put them together."""
+    def _mix_several(
+        self, ctx: StepContext, kinds: Sequence[tuple[str, tuple[int, ...]]]
+    ) -> Mixing:
+        """Let each kind do its rows of one size, and put them together."""
         rows = ctx.row_slots
         token, mass = torch.zeros_like(rows), torch.ones(len(kinds), device=rows.device)
         vector, retained = torch.empty_like(ctx.hidden), torch.ones_like(mass)
         for kind in sorted(set(kinds)):
             part, at = ctx.select([i for i, each in enumerate(kinds) if each == kind])
-            mixed = yield from self._mix(part, kind)
+            mixed = yield from self._mix(part, kind[0])
             token[at], mass[at] = mixed.token, mixed.square_mass
             vector[at] = mixed.vector.to(vector.dtype)
             if mixed.retained_mass is not None:

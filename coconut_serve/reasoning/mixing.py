@@ -9,7 +9,6 @@ from torch import Tensor
 
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.slots import EmbedTokens
-from coconut_serve.types import MAX_MIXTURE_TOP_K
 
 
 def entropy(log_probs: Tensor) -> Tensor:
@@ -41,12 +40,13 @@ def filter_candidates(
     top_p: Tensor,
     min_p: Tensor,
     total: Tensor | None,
+    width: int,
 ) -> tuple[Tensor, Tensor]:
     """Keep the likeliest tokens by top-k, then top-p, then min-p, renormalised.
 
-    MAX_MIXTURE_TOP_K candidates are enough for exact results: no more than that many are mixed,
-    and each filter looks only at likelier tokens. After a top-k the rest of the vocabulary does
-    not matter, so its softmax is not computed.
+    As many candidates as are mixed, or as pass the top-k, are enough for exact results: each
+    filter looks only at likelier tokens. After a top-k the rest of the vocabulary does not
+    matter, so its softmax is not computed.
 
     Args:
         logits: [num_rows, vocab_size] float32.
@@ -55,12 +55,13 @@ def filter_candidates(
         top_p: [num_rows] float32.
         min_p: [num_rows] float32, relative to the likeliest token.
         total: [num_rows] float32, `total_weight`; needed if any filter_top_k is 0.
+        width: Candidates to look at, where the vocabulary has so many.
 
     Returns:
         Weights [num_rows, width], likeliest first, zero for dropped tokens, and token ids
         [num_rows, width].
     """
-    width = min(MAX_MIXTURE_TOP_K, logits.shape[-1])
+    width = min(width, logits.shape[-1])
     values, ids = _top(logits, width)  # both [num_rows, width]
     p = ((values - values[:, :1]) / temperature.unsqueeze(1)).exp()
     rank = torch.arange(width, device=logits.device)
@@ -115,9 +116,10 @@ def _top(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     best = largest.topk(width, dim=-1, sorted=False).indices  # [num_rows, width]
     first = torch.arange(num_rows).unsqueeze(1) * num_chunks
     found = chunks.index_select(0, (first + best).flatten()).view(num_rows, -1)
-    if num_whole < logits.shape[1]:
-        found = torch.cat([found, logits[:, num_whole:]], dim=1)
-    values, at = found.topk(width, dim=-1)
+    if num_whole == logits.shape[1]:
+        values, at = found.topk(width, dim=-1)
+        return values, best.gather(1, at // size) * size + at % size
+    values, at = torch.cat([found, logits[:, num_whole:]], dim=1).topk(width, dim=-1)
     chunk = best.gather(1, (at // size).clamp_max(width - 1))
     ids = torch.where(at < width * size, chunk * size + at % size, at + num_whole - width * size)
     return values, ids
@@ -159,34 +161,19 @@ def gumbel_weights(p: Tensor, temperature: Tensor, u: Tensor, clamp: Tensor) -> 
     return ((torch.log(p) + g) / temperature.unsqueeze(1)).softmax(-1)
 
 
-def keep_top(p: Tensor, top_k: Tensor) -> Tensor:
-    """Zero all but the `top_k` largest weights of each row and renormalise.
+def keep_first(p: Tensor, top_k: Tensor) -> Tensor:
+    """Zero all but the first `top_k` weights of each row and renormalise.
 
     Args:
-        p: [num_rows, width] float32, in any order.
+        p: [num_rows, width] float32, heaviest first.
         top_k: [num_rows] int64.
 
     Returns:
         [num_rows, width] float32.
     """
-    order = p.argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)
+    rank = torch.arange(p.shape[1], device=p.device)
     kept = torch.where(rank < top_k.unsqueeze(1), p, 0.0)
     return kept / kept.sum(-1, keepdim=True)
-
-
-def heaviest(weights: Tensor, ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Keep the `width` heaviest columns of each row, which hold all the weight there is.
-
-    Args:
-        weights: [num_rows, any] float32.
-        ids: [num_rows, any] int64.
-        width: Columns to keep, at least as many as have weight.
-    """
-    if weights.shape[1] <= width:
-        return weights, ids
-    kept, at = weights.topk(width, dim=-1)
-    return kept, ids.gather(1, at)
 
 
 def mix_embeddings(weights: Tensor, ids: Tensor, embed_tokens: EmbedTokens) -> Tensor:

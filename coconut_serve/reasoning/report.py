@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
+from coconut_serve.limits import MAX_LOGPROBS
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.rows import RowResult, StepRows, Wanted
-from coconut_serve.types import MAX_LOGPROBS, HaltReason, Phase, ReasoningTrace, TokenLogprobs
+from coconut_serve.types import HaltReason, Phase, ReasoningTrace, TokenLogprobs
 
 _NUM_FLAGS = 5
 _NUM_SCORES = 5

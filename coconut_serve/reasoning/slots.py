@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coconut_serve.types import MAX_FORCED_TOKENS, ReasoningParams
+from coconut_serve.limits import MAX_FORCED_TOKENS
+from coconut_serve.types import ReasoningParams
 
 EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
 

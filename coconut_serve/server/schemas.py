@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from coconut_serve.errors import InvalidRequestError
+from coconut_serve.limits import MAX_STEPS
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.presets import EFFORTS, PRESETS
-from coconut_serve.types import MAX_STEPS
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256

@@ -10,21 +10,14 @@ from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError, require
+from coconut_serve.limits import MAX_FORCED_TOKENS, MIN_TEMPERATURE
 from coconut_serve.service import presets, reasoning
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.reasoning import Resolved
 from coconut_serve.service.replay import ReplayAsk, add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
-from coconut_serve.types import (
-    MAX_FORCED_TOKENS,
-    MIN_TEMPERATURE,
-    HaltParams,
-    ReasoningParams,
-    Request,
-    SamplingParams,
-    TraceLevel,
-)
+from coconut_serve.types import HaltParams, ReasoningParams, Request, SamplingParams, TraceLevel
 
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
 _TEMPLATE_TAIL = 4

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, require
+from coconut_serve.limits import MAX_BRANCHES, MAX_FORCED_TOKENS, MAX_STEPS
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import (
     DEFAULT_KIND,
@@ -18,9 +19,6 @@ from coconut_serve.service.presets import (
 )
 from coconut_serve.service.settings import Picker, check_asked, make_picker, unused
 from coconut_serve.types import (
-    MAX_BRANCHES,
-    MAX_FORCED_TOKENS,
-    MAX_STEPS,
     HaltParams,
     MixtureParams,
     ReasoningParams,

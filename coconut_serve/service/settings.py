@@ -5,14 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.limits import REASONING_RANGES, check_range
 from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS
-from coconut_serve.types import (
-    REASONING_RANGES,
-    HaltParams,
-    MixtureParams,
-    SwitchParams,
-    check_range,
-)
+from coconut_serve.types import HaltParams, MixtureParams, SwitchParams
 
 _PARTS = {"mixture.": MixtureParams, "halt.": HaltParams, "switch.": SwitchParams}
 _OF_NOISE = {f"mixture.{name}" for settings in NOISES.values() for name in settings}

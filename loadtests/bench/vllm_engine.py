@@ -5,7 +5,7 @@ over repetitions, those of tokens a second from the time of a whole batch, those
 median step of a batch. The last line of stdout is one JSON object. On a machine without a GPU give
 --cpu: vLLM's GPU code then runs with the stand-in kernels of tests/vllm_cpu, for both sides.
 
-    python -m loadtests.bench.vllm_engine [--cpu] [--eager] [--batch-sizes 1,8,16] [--repeats 5]
+    python -m loadtests.bench.vllm_engine [--cpu] [--eager] [--batch-sizes 1,8,16] [--repeats 15]
 """
 
 import argparse
@@ -204,8 +204,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="run vLLM's GPU code on this CPU")
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens")
-    parser.add_argument("--positions", type=int, default=64, help="positions after the prompt")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--positions", type=int, default=32, help="positions after the prompt")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     parser.add_argument(
         "--batch-sizes", type=lambda text: [int(x) for x in text.split(",")], default=[1, 8, 16]

@@ -15,7 +15,7 @@ def embed(ids: torch.Tensor) -> torch.Tensor:
     return TABLE[ids]
 
 
-def mix(logits: torch.Tensor, settings: list[dict[str, float]]) -> torch.Tensor:
+def mix(logits: torch.Tensor, settings: list[dict[str, float]], width: int = 64) -> torch.Tensor:
     """Mix rows with a setting each, as the mode does without noise."""
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,8 +29,9 @@ def mix(logits: torch.Tensor, settings: list[dict[str, float]]) -> torch.Tensor:
         filter_top_k=column("filter_top_k", torch.int64),
         top_p=column("top_p"),
         min_p=column("min_p"),
+        width=width,
     )
-    weights = mixing.keep_top(weights, column("top_k", torch.int64))
+    weights = mixing.keep_first(weights, column("top_k", torch.int64))
     return mixing.mix_embeddings(weights, ids, embed)
 
 
@@ -50,6 +51,9 @@ def test_mixture_equals_the_plain_reading_for_all_filters() -> None:
         plain = {**setting, "filter_top_k": int(setting["filter_top_k"]) or 200}
         expected = soft_token(logits[row], embed, **plain)  # type: ignore[arg-type]
         torch.testing.assert_close(mixed[row], expected, atol=1e-5, rtol=1e-4)
+    narrow = [i for i, setting in enumerate(settings) if setting["filter_top_k"]]
+    again = mix(logits[narrow], [settings[i] for i in narrow], width=32)
+    torch.testing.assert_close(again, mixed[narrow], atol=1e-5, rtol=1e-4)
 
 
 def test_one_token_is_fed_exactly() -> None:

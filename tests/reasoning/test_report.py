@@ -3,10 +3,11 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+from coconut_serve.limits import MAX_LOGPROBS
 from coconut_serve.reasoning import report
 from coconut_serve.reasoning.rows import RowPlan, StepRows, Wanted
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import MAX_LOGPROBS, HaltReason, Phase
+from coconut_serve.types import HaltReason, Phase
 
 pytestmark = pytest.mark.torch
 
