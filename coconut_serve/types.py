@@ -145,6 +145,7 @@ class MixtureParams:
     weights: WeightKind = "prob"  # multiplex
     replacement: bool = True  # multiplex
     moi_beta: float = 1.0  # -1, -100: the distribution alone
+    in_answer: bool = False  # moi, gated: goes on in the answer, whose text is the drawn tokens
     norm: NormKind = "none"  # l2: by the root of the summed squared weights; embed_mean: the mean
     # length of an embedding
 
@@ -295,6 +296,11 @@ class ReasoningParams:
         has_vectors = self.mode != "cot" or self.halt.converge_metric not in ("cosine", "rel_l2")
         metric = "reasoning.halt.converge_metric"
         require(has_vectors, metric, "must be kl or argmax_stable: cot has no vectors to compare")
+        is_drawn = self.mode == "distribution" and self.mixture.kind in ("moi", "gated")
+        in_answer = "reasoning.mixture.in_answer"
+        require(
+            is_drawn or not self.mixture.in_answer, in_answer, "is for moi and gated distributions"
+        )
         is_short = len(self.end_token_ids) <= MAX_FORCED_TOKENS
         require(is_short, "reasoning.end", f"must be at most {MAX_FORCED_TOKENS} tokens")
 
@@ -326,6 +332,12 @@ class Request:
     # None: `sampling` does
     reasoning: ReasoningParams = field(default_factory=ReasoningParams)
     group_id: str | None = None  # same prompt; members share the prompt's blocks
+
+    def __post_init__(self) -> None:
+        """Check what sampling and reasoning must agree on."""
+        draws_alike = self.thinking is None or not self.reasoning.mixture.in_answer
+        in_answer = "reasoning.mixture.in_answer"
+        require(draws_alike, in_answer, "draws all tokens alike: without reasoning.seed and after")
 
     @property
     def thinking_seed(self) -> int:

@@ -131,7 +131,8 @@ class StubEngine:
             is_halt = params.steps > 0 and position == params.steps
             halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP
             thinks = phase is Phase.THINK
-            is_vector = thinks and params.mode in _VECTOR_MODES
+            feeds = thinks or (phase is Phase.ANSWER and params.mixture.in_answer)
+            is_vector = feeds and params.mode in _VECTOR_MODES
             token_id = ids[(done[phase] - 1) % len(ids)]
             self._report({(params.mode, params.mode if is_vector else "decode"): 1})
             yield RequestOutput(

@@ -49,12 +49,14 @@ class Decider:
         self._pending_halt = slots.register("pending_halt", torch.int64)  # of rows that keep it
         self._final = slots.register("final", torch.int64, MAX_FORCED_TOKENS)  # as `Slots.end`
         self._num_final = slots.register("num_final", torch.int64)  # 0: the end tokens serve
+        self._mixes_answer = slots.register("mixes_answer", torch.bool)  # [num_slots]
         # What the host must know to skip work that no row asked for.
         self._host_has_final = [False] * slots.num_slots
         self._host_has_noise = [False] * slots.num_slots
         self._host_end_adds = [False] * slots.num_slots
         self._host_keeps_last = [False] * slots.num_slots
         self._host_may_enter = [False] * slots.num_slots
+        self._host_mixes_answer = [False] * slots.num_slots
         self._host_replay: list[list[tuple[Tensor, int]]] = [[]] * slots.num_slots
 
     def admit(
@@ -74,6 +76,7 @@ class Decider:
         self._end_adds[slot] = params.end_adds_vector
         self._keeps_last[slot] = params.keeps_last
         self._pending_halt[slot] = 0
+        self._mixes_answer[slot] = params.mixture.in_answer
         final = params.switch.final_token_ids
         self._final[slot] = upload(
             final + (0,) * (MAX_FORCED_TOKENS - len(final)), self._final.device
@@ -84,6 +87,7 @@ class Decider:
         self._host_end_adds[slot] = params.end_adds_vector
         self._host_keeps_last[slot] = params.keeps_last
         self._host_may_enter[slot] = params.enter_token_id is not None
+        self._host_mixes_answer[slot] = params.mixture.in_answer
         self._host_replay[slot] = _read_replay(params, self._slots.hidden_size)
         if snapshot is not None:
             self._slots.restore(slot, snapshot)
@@ -99,7 +103,7 @@ class Decider:
         has_steps = slots.steps_left[rows] > 0
         groups: dict[tuple[str, bool], list[int]] = {}
         for i, row in enumerate(step.rows):
-            if row.may_think:
+            if row.asks_mode:
                 groups.setdefault((row.mode, row.thinks_on_logits), []).append(i)
         modes = [self._modes[name] for name, _ in groups]
         contexts = [self._context(step, m, has_logits=has) for (_, has), m in groups.items()]
@@ -121,7 +125,10 @@ class Decider:
         is_last = (step.halt > 0) & step.is_forced  # the first end token is fed next
         if any(self._host_end_adds[slot] for slot in step.host_slots):
             self._add_end(step, is_last & self._end_adds[rows] & step.is_vector)
-        step.is_vector &= step.thinks | step.adds_end
+        feeds = step.thinks | step.adds_end
+        if any(self._host_mixes_answer[slot] for slot in step.host_slots):
+            feeds |= self._mixes_answer[rows] & ~step.is_forced
+        step.is_vector &= feeds
         token = torch.where(step.thinks, step.text, step.answer)
         step.token = torch.where(step.is_forced, slots.forced[rows, 0], token)
         is_bad = torch.where(step.is_vector, step.is_bad_vector, step.is_bad_sample)

@@ -55,9 +55,10 @@ class RowPlan:
     mode: str
     num_steps: int = 0  # thinking steps before this one, while the row thinks
     may_think: bool  # False once the host has seen the phase end
+    asks_mode: bool  # its mode decides: it may think, or mixes its answer
     needs_logits: bool
     needs_sampled: bool  # a token is drawn from the logits
-    thinks_on_logits: bool = False  # the mode or a halting rule looks at them
+    thinks_on_logits: bool = False  # the mode, if asked, or a halting rule looks at them
     draws_apart: bool = False  # thinking tokens are drawn otherwise than those of the answer
     wanted: Wanted = NOTHING
 

@@ -83,7 +83,8 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
     may_answer = may_leave and progress.num_forced_left == 0
     draws_thoughts = may_think and mode.needs_sampled(params)
     needs_sampled = may_answer or draws_thoughts
-    thinks_on_logits = may_think and mode.thinks_on_logits(params)
+    asks_mode = may_think or (params.mixture.in_answer and may_answer)
+    thinks_on_logits = asks_mode and mode.thinks_on_logits(params)
     wanted = Wanted.read(request)
     if not may_think:
         wanted = Wanted(num_logprobs=wanted.num_logprobs)
@@ -93,6 +94,7 @@ def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
         mode=params.mode,
         num_steps=progress.num_steps,
         may_think=may_think,
+        asks_mode=asks_mode,
         needs_logits=needs_sampled or has_trace or thinks_on_logits,
         needs_sampled=needs_sampled,
         thinks_on_logits=thinks_on_logits,

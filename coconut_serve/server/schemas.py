@@ -82,6 +82,7 @@ class MixtureBody(_Body):
     weights: Literal["prob", "equal"] | None = None
     replacement: bool | None = None
     moi_beta: Number | None = None
+    in_answer: bool | None = None
     norm: Literal["none", "l2", "embed_mean"] | None = None
 
 

@@ -38,7 +38,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mixture.kind": "topk",
         "halt.entropy_below": 0.01,
     },
-    "moi": {"mode": "distribution", "mixture.kind": "moi", "mixture.moi_beta": 1.0},
+    "moi": {
+        "mode": "distribution",
+        "mixture.kind": "moi",
+        "mixture.moi_beta": 1.0,
+        "mixture.in_answer": True,
+    },
     "multiplex": {"mode": "distribution", "mixture.kind": "multiplex"},
     "latent_sft": {
         "mode": "distribution",
@@ -86,8 +91,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "top_k": 3, "temperature": 1.0, "top_p": 1.0, "filter_top_k": 0, "min_p": 0.0,
         "weights": "prob", "replacement": True, "norm": "none",
     },
-    "moi": {"top_k": 20, "temperature": 1.0, "moi_beta": 1.0, "norm": "none"},
-    "gated": {"temperature": 1.0, "norm": "none"},
+    "moi": {"top_k": 20, "temperature": 1.0, "moi_beta": 1.0, "norm": "none", "in_answer": False},
+    "gated": {"temperature": 1.0, "norm": "none", "in_answer": False},
 }  # fmt: skip
 DEFAULT_KIND = "topk"
 # The same of a mixture's noise.

@@ -10,7 +10,14 @@ import pytest
 
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, InvalidRequestError
-from coconut_serve.types import FinishReason, HaltParams, Phase, StepStats, SwitchParams
+from coconut_serve.types import (
+    FinishReason,
+    HaltParams,
+    MixtureParams,
+    Phase,
+    StepStats,
+    SwitchParams,
+)
 from tests.fakes import make_request, run, run_all
 
 EngineFactory = Callable[..., AbstractAsyncContextManager[Engine]]
@@ -118,6 +125,20 @@ class EngineContract:
                         await run(engine, make_request(reasoning=settings))
                     assert caught.value.param == f"reasoning.{key}"
             assert len((await run(engine, make_request(max_tokens=3))).token_ids) == 3
+
+    async def test_answer_may_be_fed_vectors(self) -> None:
+        """Sampled, counted and ended like any other."""
+        mixture = MixtureParams(kind="moi", top_k=20, in_answer=True)
+        common: dict[str, Any] = {"mode": "distribution", "reasoning": {"mixture": mixture}}
+        asked = [make_request(f"m{steps}", steps=steps, **common) for steps in (0, 3)]
+        async with self.engine() as (engine, _):
+            results = await run_all(engine, asked)
+        for request, result in zip(asked, results, strict=True):
+            answer = [o for o in result.outputs if o.phase is Phase.ANSWER]
+            assert [o.is_vector for o in answer] == [True] * 8
+            assert result.finish_reason is FinishReason.LENGTH
+            assert result.counts.num_output_tokens == 8
+            assert result.counts.num_vector_steps == request.reasoning.steps
 
     async def test_more_requests_than_slots_all_end(self) -> None:
         async with self.engine(max_num_seqs=3) as (engine, _):

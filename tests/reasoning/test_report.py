@@ -26,8 +26,8 @@ def decided(wanted: list[Wanted], *, thinks: bool, vocab: int = VOCAB) -> StepRo
     slots = Slots(8, HIDDEN, dtype=torch.float32, device=torch.device("cpu"))
     rows = [
         RowPlan(
-            slot=i, mode="distribution", may_think=thinks, needs_logits=True, needs_sampled=True,
-            wanted=each,
+            slot=i, mode="distribution", may_think=thinks, asks_mode=thinks, needs_logits=True,
+            needs_sampled=True, wanted=each,
         )
         for i, each in enumerate(wanted)
     ]  # fmt: skip

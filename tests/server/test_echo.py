@@ -41,6 +41,7 @@ ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixture.weights": ("equal", {"mixture.kind": "multiplex"}),
     "mixture.replacement": (False, {"mixture.kind": "multiplex"}),
     "mixture.moi_beta": (2.0, {"mixture.kind": "moi"}), "mixture.norm": ("l2", {}),
+    "mixture.in_answer": (True, {"mixture.kind": "moi"}),
     "halt.rule": ("stop_token", {}), "halt.stop_tokens": ([5, 6], {}),
     "halt.stop_test": ("sampled", {}), "halt.stop_temperature": (2.0, {}),
     "halt.stop_prob": (0.4, {}), "halt.sample": (True, {}), "halt.entropy_below": (0.1, {}),

@@ -63,7 +63,8 @@ EXPECTED: dict[str, ReasoningParams] = {
     "latent_sft": replace(TEXT, mixture=UNFILTERED),
     "multiplex": replace(TEXT, mixture=replace(UNFILTERED, kind="multiplex", top_k=3)),
     "moi": replace(
-        TEXT, mixture=MixtureParams(kind="moi", top_k=20, temperature=1.0, moi_beta=1.0)
+        TEXT,
+        mixture=MixtureParams(kind="moi", top_k=20, temperature=1.0, moi_beta=1.0, in_answer=True),
     ),
     "swi": replace(
         TEXT,

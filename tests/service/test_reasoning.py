@@ -9,6 +9,7 @@ from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.reasoning import Resolved, check_mode, resolve
+from coconut_serve.types import MixtureParams, ReasoningParams
 
 MANIFEST = Manifest.model_validate(
     {
@@ -304,6 +305,20 @@ def test_settings_that_a_kind_of_mixture_ignores_are_named(
     for name in ignored:
         assert f"reasoning.mixture.{name}" in warned
         assert f"mixture.{name}" not in result.parameters
+
+
+def test_only_mixtures_of_the_drawn_token_go_on_in_the_answer() -> None:
+    for kind in ("moi", "topk"):
+        asked: dict[str, Any] = {"mixture__kind": kind, "mixture__in_answer": True}
+        result = resolved("distribution", make_model(None), **asked)
+        assert result.params.mixture.in_answer == (kind == "moi")
+        assert any("in_answer" in warning for warning in result.warnings) == (kind == "topk")
+    drawn = MixtureParams(kind="moi", in_answer=True)
+    soft = MixtureParams(kind="topk", in_answer=True)
+    for mode, mixture in (("distribution", soft), ("auto", drawn), ("latent", drawn)):
+        with pytest.raises(InvalidRequestError) as caught:
+            ReasoningParams(mode=mode, steps=1, mixture=mixture)
+        assert caught.value.param == "reasoning.mixture.in_answer"
 
 
 def test_bound_of_all_positions_goes_through_in_every_mode() -> None:

@@ -350,7 +350,8 @@ def read_thinking(sampling: Any) -> Thinking | None:
     if thinking is None:
         return None
     params = thinking.params
-    thinks = params.num_forced > 0 or (params.steps > 0 and not thinking.is_relayed)
+    thinks = params.num_forced > 0 or params.mixture.in_answer
+    thinks |= params.steps > 0 and not thinking.is_relayed
     return thinking if thinks or thinking.report_width or thinking.min_tokens else None
 
 

@@ -73,6 +73,8 @@ class Thinking:
     def num_fed(self) -> int:
         """Positions after the prompt that may hold vectors instead of tokens."""
         params = self.params
+        if params.mixture.in_answer:
+            return _MAX_ID
         if params.steps == 0 or not load_mode(params.mode).feeds_vectors:
             return 0
         if params.enter_token_id is not None:
@@ -155,6 +157,8 @@ def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
 
     A row that goes numerically wrong is ended by a stop token, so it has to have one.
     """
+    if params.mixture.in_answer:
+        return False
     if params.steps == 0:
         return True
     if params.enter_token_id is not None:

@@ -42,8 +42,8 @@ class WorkerRow:
     def num_decisions(self) -> int:
         """Decisions that can be part of the thinking phase: its steps, its end, forced tokens."""
         params = self.thinking.params
-        if params.enter_token_id is not None:
-            return 2**31  # the model opens blocks wherever it likes
+        if params.enter_token_id is not None or params.mixture.in_answer:
+            return 2**31  # the model opens blocks wherever it likes; no answer token is plain
         num_final = len(params.switch.final_token_ids)
         return params.steps + max(params.num_forced, num_final, 1 if params.steps else 0)
 
@@ -72,7 +72,8 @@ class WorkerRow:
         is_open = params.enter_token_id is not None or decision <= params.steps
         may_think = params.steps > 0 and is_open
         mode = load_mode(params.mode)
-        thinks_on_logits = may_think and mode.thinks_on_logits(params)
+        asks_mode = may_think or params.mixture.in_answer
+        thinks_on_logits = asks_mode and mode.thinks_on_logits(params)
         draws_apart = may_think and bool(thinking.draw) and mode.needs_sampled(params)
         is_scored = thinking.wanted.has_scores and thinking.report_width > 0
         return RowPlan(
@@ -80,6 +81,7 @@ class WorkerRow:
             mode=params.mode,
             num_steps=decision,
             may_think=may_think,
+            asks_mode=asks_mode,
             needs_logits=thinks_on_logits or is_scored or draws_apart,
             needs_sampled=True,
             thinks_on_logits=thinks_on_logits,

@@ -141,8 +141,9 @@ def loop(parts: Parts, request: Request, step: Step, say: Say) -> Told:
     while len(told.answer) < request.sampling.max_tokens:
         if opens and params.steps:
             think(row, step, told)
-        token = say(row.look(0, request.sampling.seed))
+        at = row.look(0, request.sampling.seed)
+        token = say(at)
         told.answer.append(token)
-        row.feed(parts.table[token])
+        row.feed(step(at).vector if params.mixture.in_answer else parts.table[token])
         opens = token == params.enter_token_id and len(told.lengths) < params.max_blocks
     return told

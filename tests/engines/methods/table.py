@@ -220,6 +220,18 @@ SOFT: dict[str, Method] = {
         soft.moi(thinking_draw, 1.0, 0.8), request={"thinking": DRAWN},
         mixture={"kind": "moi", "top_k": 20, "temperature": 0.8},
     ),
+    "moi-answer": mixed(
+        soft.moi(soft.greedy, 0.5),
+        mixture={"kind": "moi", "top_k": 20, "moi_beta": 0.5, "in_answer": True},
+    ),
+    "moi-answer-drawn": mixed(
+        soft.moi(thinking_draw, 1.0, 0.8), say=thinking_draw, request={"temperature": 1.0},
+        mixture={"kind": "moi", "top_k": 20, "temperature": 0.8, "in_answer": True},
+    ),
+    "moi-answer-alone": mixed(
+        soft.moi(soft.greedy, 1.0), request={"steps": 0, "end": ()},
+        mixture={"kind": "moi", "top_k": 20, "in_answer": True},
+    ),
     "multiplex": mixed(soft.multiplex, mixture=MULTIPLEX),
     "multiplex-seed": mixed(
         latent.until(soft.multiplex, latent.said(*STOPS)), STOP_TOKEN, mixture=MULTIPLEX,
@@ -229,6 +241,10 @@ SOFT: dict[str, Method] = {
         lambda parts: latent.until(soft.hrpo(thinking_draw)(parts), latent.said(*SAID)),
         STOP_TOKEN, needs_parts=True, adapter="gate", request={"thinking": DRAWN},
         mixture={"kind": "gated", "temperature": 0.5}, halt={"stop_token_ids": SAID},
+    ),
+    "hrpo-answer": mixed(
+        soft.hrpo(soft.greedy), needs_parts=True, adapter="gate",
+        mixture={"kind": "gated", "temperature": 0.5, "in_answer": True},
     ),
     "kl": mixed(
         made(lambda: [latent.Kl(0.6)], soft.full), CONVERGED, needs_parts=True,
