@@ -124,6 +124,7 @@ class Metrics:
     ) -> None:
         self.registry = registry
         self._base = {"model_name": model_name, "engine": engine}
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._modes = tuple(modes)
         self._num_restarts = 0
         self._buckets = {**BUCKETS, **buckets}
@@ -216,21 +217,29 @@ class Metrics:
                 metric.labels(*self._base.values(), *combination)
         return metric
 
+    def _child(self, metric: MetricT, labels: tuple[str, ...]) -> MetricT:
+        """One series; looked up in a dictionary, since some hundred a step are written."""
+        child: MetricT | None = self._children.get((metric, labels))
+        if child is None:
+            child = metric.labels(*self._base.values(), *labels)
+            self._children[metric, labels] = child
+        return child
+
     def observe(self, metric: Histogram, value: float, *labels: str) -> None:
         """Add an observation; labels beyond model and engine."""
-        metric.labels(*self._base.values(), *labels).observe(value)
+        self._child(metric, labels).observe(value)
 
     def add(self, metric: Counter, count: float, *labels: str) -> None:
         """Add to a counter."""
-        metric.labels(*self._base.values(), *labels).inc(count)
+        self._child(metric, labels).inc(count)
 
     def set(self, metric: Gauge, value: float, *labels: str) -> None:
         """Set a gauge."""
-        metric.labels(*self._base.values(), *labels).set(value)
+        self._child(metric, labels).set(value)
 
     def shift(self, metric: Gauge, change: float) -> None:
         """Add to a gauge without labels of its own."""
-        metric.labels(*self._base.values()).inc(change)
+        self._child(metric, ()).inc(change)
 
     def total(self, metric: Counter | Gauge) -> float:
         """Sum over all label values."""

@@ -116,7 +116,7 @@ def count_error(request: Request, error: CoconutError) -> None:
         "not_ready": "loading" if is_loading else "draining",
         "context_length_exceeded": "too_long",
     }.get(error.code, "invalid" if error.status == 400 else None)
-    if endpoint != "other" and reason and not hasattr(request.state, "is_accepted"):
-        mode = getattr(request.state, "reasoning_mode", None) or UNKNOWN
+    if endpoint != "other" and reason and not request.state.is_accepted:
+        mode = request.state.reasoning_mode or UNKNOWN
         metrics.add(metrics.rejections, 1, reason)
         metrics.add(metrics.requests, 1, mode, endpoint, "rejected")

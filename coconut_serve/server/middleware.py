@@ -42,6 +42,7 @@ class RequestMiddleware:
         started = time.perf_counter()
         request.state.request_id = request_id(request)
         request.state.arrival = time.monotonic()
+        request.state.is_accepted, request.state.reasoning_mode = False, None
         current.set(request.state)
         status = 500
 
@@ -65,7 +66,9 @@ class RequestMiddleware:
         finally:
             method, seconds = scope["method"], time.perf_counter() - started
             path = scope["raw_path"].decode("ascii", "replace")  # not decoded: no line breaks
-            level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+            # Of an overloaded server the line of every ten seconds says how many it refuses.
+            is_quiet = scope["path"] in _QUIET_PATHS or status == 429
+            level = logging.DEBUG if is_quiet else logging.INFO
             count_http(request, status, seconds)
             logger.log(
                 level,

@@ -1,10 +1,11 @@
 """Server-sent events: frames, keep-alive comments, errors after the first byte."""
 
 import asyncio
-import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -16,10 +17,6 @@ logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
-
-
-class _SlowClientError(Exception):
-    """The client does not read what is sent."""
 
 
 class EventStream(StreamingResponse):
@@ -44,57 +41,96 @@ class EventStream(StreamingResponse):
         headers: dict[str, str],
     ) -> None:
         super().__init__(
-            _frames(events, keep_alive_seconds),
+            _frames(events),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
         self._close = close
         self._on_slow = on_slow
         self._max_send_seconds = max_send_seconds
+        self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream; a client that went away cancels this."""
-
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._max_send_seconds):
-                    await send(message)
-            except TimeoutError:
-                raise _SlowClientError from None
-
+        task = asyncio.current_task()
+        assert task is not None
+        line = _Line(send, self._max_send_seconds, self._keep_alive_seconds)
+        watcher = asyncio.ensure_future(line.watch(task))
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except _SlowClientError:
+            await super().__call__(scope, receive, line.send)
+        except asyncio.CancelledError:
+            if not line.is_stuck:
+                raise
+            task.uncancel()
             logger.warning("dropping a client that reads nothing")
             self._on_slow()
         finally:
+            watcher.cancel()
             # Shielded: a cancelled response must still free its sequences.
             await asyncio.shield(asyncio.ensure_future(self._close()))
 
 
-async def _frames(events: AsyncIterator[str], keep_alive_seconds: float) -> AsyncIterator[bytes]:
-    iterator = aiter(events)
-    pending: asyncio.Future[str] | None = None
+class _Line:
+    """The way to one client, and one timer for it: events are many, and most come in time.
+
+    Args:
+        send: ASGI's.
+        max_send_seconds: A single send may take.
+        keep_alive_seconds: Silence after which a comment is sent.
+    """
+
+    def __init__(self, send: Send, max_send_seconds: float, keep_alive_seconds: float) -> None:
+        self.is_stuck = False  # the client does not read what is sent
+        self._send = send
+        self._max_send_seconds = max_send_seconds
+        self._keep_alive_seconds = keep_alive_seconds
+        self._is_open = False  # between headers and end
+        self._sent = time.monotonic()  # the last time
+        self._began: float | None = None  # the send that goes on
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        self._began = time.monotonic()
+        await self._send(message)
+        self._sent, self._began = time.monotonic(), None
+        self._is_open = message.get("more_body", message["type"] == "http.response.start")
+
+    async def watch(self, task: "asyncio.Task[Any]") -> None:
+        """Bridge silence; cancel the task when the line is stuck."""
+        while not self.is_stuck:
+            is_sending = self._began is not None
+            since = self._sent if self._began is None else self._began
+            due = since + (self._max_send_seconds if is_sending else self._keep_alive_seconds)
+            wait = min(due - time.monotonic(), self._max_send_seconds)
+            if wait > 0:
+                await asyncio.sleep(wait)
+            elif is_sending:
+                self.is_stuck = True
+            elif self._is_open:
+                await self._bridge()
+            else:
+                await asyncio.sleep(self._keep_alive_seconds)
+        task.cancel()
+
+    async def _bridge(self) -> None:
+        """Send a comment; the task's own events do not wait for it."""
+        message = {"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True}
+        try:
+            async with asyncio.timeout(self._max_send_seconds):
+                await self._send(message)
+        except TimeoutError:
+            self.is_stuck = True
+        self._sent = time.monotonic()
+
+
+async def _frames(events: AsyncIterator[str]) -> AsyncIterator[bytes]:
     try:
-        while True:
-            pending = asyncio.ensure_future(anext(iterator))
-            while True:
-                done, _ = await asyncio.wait({pending}, timeout=keep_alive_seconds)
-                if done:
-                    break
-                yield _KEEP_ALIVE
-            yield f"data: {pending.result()}\n\n".encode()
-    except StopAsyncIteration:
-        pass
+        async for event in events:
+            yield f"data: {event}\n\n".encode()
     except CoconutError as error:
         yield f"data: {json.dumps(error_body(error))}\n\n".encode()
     except Exception:
         logger.exception("stream failed")
         failure = CoconutError("internal error; the server's log has the details")
         yield f"data: {json.dumps(error_body(failure))}\n\n".encode()
-    finally:
-        if pending is not None and not pending.done():
-            pending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-                await pending
     yield DONE
