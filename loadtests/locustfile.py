@@ -15,7 +15,15 @@ from locust import LoadTestShape, User, events, task
 
 from coconut_serve.commands.measure import Record, Target
 from loadtests.scenarios.agree import compare, read_page
-from loadtests.scenarios.clients import POLITE, SCENARIOS, Mix, Task, parse_weights, pick
+from loadtests.scenarios.clients import (
+    POLITE,
+    SCENARIOS,
+    Mix,
+    PooledTarget,
+    Task,
+    parse_weights,
+    pick,
+)
 from loadtests.scenarios.judge import judge, read_slo, summary
 
 # name -> [(seconds from the start, users)], each stage up to its time
@@ -55,7 +63,7 @@ class Run:
     """What all users of a run share."""
 
     def __init__(self, options: Any) -> None:
-        self.target = Target(url=options.host, api_key=os.environ.get("COCONUT_API_KEY", ""))
+        self.target = PooledTarget(url=options.host, api_key=os.environ.get("COCONUT_API_KEY", ""))
         self.mix = Mix(
             modes=parse_weights(options.modes),
             scenarios=parse_weights(options.scenarios),

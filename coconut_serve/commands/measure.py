@@ -61,6 +61,18 @@ class Target:
         )
         return kind(parts.hostname or "127.0.0.1", parts.port, timeout=self.timeout_seconds)
 
+    def release(
+        self, connection: http.client.HTTPConnection, rest: http.client.HTTPResponse | None
+    ) -> None:
+        """Take a connection back.
+
+        Args:
+            connection: From `connect`.
+            rest: What is left to read of an answer that is over; None: it was not read to its end.
+        """
+        del rest
+        connection.close()
+
     @property
     def headers(self) -> dict[str, str]:
         """Of every request."""
@@ -105,6 +117,7 @@ def ask(
     )
     start = time.perf_counter()
     connection = target.connect()
+    rest: http.client.HTTPResponse | None = None
     try:
         connection.request("POST", path, body=json.dumps(body), headers=target.headers)
         response = connection.getresponse()
@@ -116,11 +129,12 @@ def ask(
             _follow(record, _events(response), start, on_chunk)
         else:
             _read(record, json.loads(response.read()))
+        rest = response if record.is_ok or record.status != 200 else None
     except (OSError, http.client.HTTPException, ValueError) as error:
         record.error = f"{type(error).__name__}: {error}"
     finally:
         record.e2e = time.perf_counter() - start
-        connection.close()
+        target.release(connection, rest)
     return record
 
 

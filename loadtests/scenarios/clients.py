@@ -1,11 +1,12 @@
 """One simulated client a call: polite, impatient, slow, or wrong."""
 
+import http.client
 import json
 import random
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,38 @@ class Mix:
     min_tokens: int
     steps: int  # 0: the model's own
     task: Task | None = None  # None: QUESTIONS, whatever is answered
+
+
+_IDLE_SECONDS = 2.0  # less than any server waits for the next request of a connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PooledTarget(Target):
+    """A server whose connections are kept for the next request, as clients and proxies do."""
+
+    idle: list[tuple[float, http.client.HTTPConnection]] = field(default_factory=list)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Take the connection that was used last, or open one."""
+        while self.idle:
+            released, connection = self.idle.pop()
+            if time.monotonic() - released < _IDLE_SECONDS:
+                return connection
+            connection.close()
+        return Target.connect(self)
+
+    def release(
+        self, connection: http.client.HTTPConnection, rest: http.client.HTTPResponse | None
+    ) -> None:
+        """Keep it, once the answer is read to its end."""
+        try:
+            if rest is None or rest.will_close:
+                raise OSError("of no more use")
+            rest.read()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+        else:
+            self.idle.append((time.monotonic(), connection))
 
 
 def parse_weights(text: str) -> dict[str, float]:
