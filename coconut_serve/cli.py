@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from coconut_serve.errors import CoconutError, StartupError
 from coconut_serve.evaluation import command as evaluation
 from coconut_serve.metrics import BUCKETS, Metrics, parse_buckets
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.server import observe
+from coconut_serve.server import logs, observe
 from coconut_serve.server.app import create_app
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
@@ -271,8 +272,16 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
         case _:
             from coconut_serve.engines.native.engine import NativeEngine
 
-            config = _engine_config(model, values)
-            return NativeEngine(config, mode_names(), metrics.observe_step)
+            prepare = functools.partial(logs.prepare, values["log_format"])
+            engine = NativeEngine(
+                _engine_config(model, values),
+                mode_names(),
+                metrics.observe_step,
+                has_own_process=True,
+                prepare=prepare,
+            )
+            observe.watch_process(metrics, lambda: engine.pid)
+            return engine
 
 
 def _engine_config(model: Path | None, values: dict[str, Any]) -> EngineConfig:
@@ -426,11 +435,7 @@ def run_models() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors a user can mend are one line, not a traceback."""
-    level = os.environ.get("COCONUT_LOG_LEVEL", "").upper()
-    logging.basicConfig(
-        level=level if level in logging.getLevelNamesMapping() else "INFO",
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.prepare()
     try:
         args = parse_args(argv, os.environ)
         if args.command in _COMMANDS:

@@ -199,13 +199,21 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             title="Memory",
             unit="bytes",
-            queries={"{{instance}}": 'process_resident_memory_bytes{job=~"$job"}'},
+            queries={
+                "{{instance}}": 'process_resident_memory_bytes{job=~"$job"}',
+                "{{instance}} engine": (
+                    'coconut_engine_process_resident_memory_bytes{job=~"$job"}'
+                ),
+            },
         ),
         Panel(
             title="CPU",
             unit="short",
             queries={
-                "{{instance}}": 'rate(process_cpu_seconds_total{job=~"$job"}[$__rate_interval])'
+                "{{instance}}": 'rate(process_cpu_seconds_total{job=~"$job"}[$__rate_interval])',
+                "{{instance}} engine": (
+                    'rate(coconut_engine_process_cpu_seconds_total{job=~"$job"}[$__rate_interval])'
+                ),
             },
         ),
         Panel(

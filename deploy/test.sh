@@ -182,7 +182,9 @@ serve() {  # start a server on this machine, with flags
 }
 stop_server() { kill "$SERVER"; wait "$SERVER"; }
 locust() {
-  "$WORK/venv/bin/python" -m locust -f loadtests/locustfile.py --headless --only-summary --host $URL --task "$TASK" "$@" \
+  # On one core, so that the others are the server's; its default resolver starts threads.
+  local core; core=$("$PYTHON" -c "import os; print(min(os.sched_getaffinity(0)))")
+  GEVENT_RESOLVER=block taskset -c "$core" "$WORK/venv/bin/python" -m locust -f loadtests/locustfile.py --headless --only-summary --host $URL --task "$TASK" "$@" \
     > "$WORK/locust.log" 2>&1 && grep answered "$WORK/locust.log" || { grep -E "SLO|answered|Error" "$WORK/locust.log"; return 1; }
 }
 
@@ -216,9 +218,10 @@ load() {
   echo "report: $WORK/report/load.html"
 }
 
-overload() {  # its SLO wants more than two cores: the generator takes as many as the server
+overload() {
   say "overload: the peak, then ten times as much"
   serve "$MODEL" --dtype float32 --max-num-seqs 16 --max-queue 16
+  locust --shape none -u 16 -t 10 --min-tokens 48 --max-tokens 48  # warm up
   locust --shape none -u 16 -t 30 --min-tokens 48 --max-tokens 48 --report "$WORK/peak.json"
   local rate; rate=$("$PYTHON" -c "import json; print(json.load(open('$WORK/peak.json'))['all']['requests_per_second'] / 4)")
   locust --shape overload --arrivals "$rate" --min-tokens 48 --max-tokens 48 --slo loadtests/slo/overload.yaml \

@@ -97,7 +97,11 @@ async def run_all(engine: Engine, requests: list[Request]) -> list[Result]:
 
 @contextlib.asynccontextmanager
 async def native_engine(
-    model: Path, on_step: Callable[[StepStats], None] = lambda _: None, **config: Any
+    model: Path,
+    on_step: Callable[[StepStats], None] = lambda _: None,
+    *,
+    has_own_process: bool = False,
+    **config: Any,
 ) -> AsyncIterator[Any]:
     """A started native engine in float32 with small blocks."""
     from coconut_serve.engines.native.engine import NativeEngine
@@ -109,7 +113,12 @@ async def native_engine(
         "max_num_seqs": 16,
         "max_model_len": 100,
     }
-    engine = NativeEngine(EngineConfig(model=model, **(settings | config)), mode_names(), on_step)
+    engine = NativeEngine(
+        EngineConfig(model=model, **(settings | config)),
+        mode_names(),
+        on_step,
+        has_own_process=has_own_process,
+    )
     await engine.start()
     try:
         yield engine

@@ -37,6 +37,16 @@ def json_formatter() -> JsonFormatter:
     )
 
 
+def prepare(log_format: LogFormat = "text") -> None:
+    """Set logging up for a process; COCONUT_LOG_LEVEL says how much is logged."""
+    level = os.environ.get("COCONUT_LOG_LEVEL", "").upper()
+    logging.basicConfig(
+        level=level if level in logging.getLevelNamesMapping() else "INFO",
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    set_format(log_format)
+
+
 def set_format(log_format: LogFormat) -> None:
     """Choose how the root logger's handlers write, and vLLM here and in its processes."""
     if log_format == "text":

@@ -1,5 +1,7 @@
 """What watches the server, as its settings ask: the log, traces, vLLM's names, a port."""
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from prometheus_client import ProcessCollector
 
@@ -37,3 +39,8 @@ def attach(app: FastAPI, config: ServeConfig) -> None:
         add_metrics_port(app, host=config.host, port=config.metrics_port)
     if config.otlp_traces_endpoint:
         app.add_middleware(TraceContextMiddleware)
+
+
+def watch_process(metrics: Metrics, pid: Callable[[], int]) -> None:
+    """Show memory and CPU of the engine's own process beside ours."""
+    ProcessCollector(namespace="coconut_engine", pid=pid, registry=metrics.registry)

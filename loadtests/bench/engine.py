@@ -23,12 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from coconut_serve.checkpoint.weights import resolve_model
 from coconut_serve.config import EngineConfig
-from coconut_serve.engines.native.engine import (
-    NativeEngine,
-    default_num_threads,
-    resolve_device,
-    resolve_dtype,
-)
+from coconut_serve.engines.native.device import default_num_threads, resolve_device, resolve_dtype
+from coconut_serve.engines.native.engine import NativeEngine
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.types import (
     MixtureParams,

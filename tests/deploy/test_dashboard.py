@@ -1,8 +1,10 @@
 """The dashboard: ids, units, variables, and only metrics that exist."""
 
 import json
+import os
 import re
 
+from coconut_serve.server.observe import watch_process
 from deploy.generate import CHART, outputs
 from tests.deploy.test_alerts import exposed
 from tests.fakes import make_metrics
@@ -37,7 +39,9 @@ def test_panels_have_own_ids_titles_units_and_room() -> None:
 
 
 def test_every_query_uses_the_variables_and_existing_metrics() -> None:
-    names = exposed(make_metrics())
+    metrics = make_metrics()
+    watch_process(metrics, os.getpid)
+    names = exposed(metrics)
     variables = {each["name"] for each in DASHBOARD["templating"]["list"]}
     for panel in GRAPHS:
         assert panel["targets"], panel["title"]

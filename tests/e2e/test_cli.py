@@ -1,5 +1,6 @@
 """The command line in a process of its own: start, answer, drain, refuse."""
 
+import contextlib
 import os
 import re
 import signal
@@ -38,12 +39,20 @@ class Server:
         self.url = found.group()
 
 
+@contextlib.contextmanager
+def ended(server: Server) -> Iterator[Server]:
+    """Leave no server behind, whatever a test finds."""
+    with server.process:  # closes the pipe and waits
+        try:
+            yield server
+        finally:
+            server.process.kill()
+
+
 @pytest.fixture
 def slow_stub() -> Iterator[Server]:
-    server = Server("--engine", "stub", "--stub-tokens-per-second", "40")
-    yield server
-    with server.process:  # closes the pipe and waits
-        server.process.kill()
+    with ended(Server("--engine", "stub", "--stub-tokens-per-second", "40")) as server:
+        yield server
 
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> None:
@@ -96,6 +105,65 @@ def test_client_that_hangs_up_early_does_not_kill_the_server(slow_stub: Server) 
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert httpx.get(f"{slow_stub.url}/health").status_code == 200
     assert slow_stub.process.poll() is None
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def engine_of(server: Server) -> int:
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert "coconut_engine_process_resident_memory_bytes" in metrics
+    sizes = {
+        int(Path(f"/proc/{pid}/statm").read_text().split()[0]): pid
+        for pid in children(server.process.pid)
+    }
+    return sizes[max(sizes)]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("end", ["killed", "told twice"])
+def test_engine_ends_with_the_server(end: str) -> None:
+    server = Server("demo", "--max-model-len", "256")
+    with ended(server), httpx.Client(base_url=server.url) as client:
+        own = children(server.process.pid)
+        assert own
+        body = {"prompt": [5, 6], "max_tokens": 200, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            if end == "killed":
+                server.process.kill()
+            else:
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+                server.process.send_signal(signal.SIGTERM)
+            server.process.wait(timeout=10)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in own):
+        assert time.monotonic() < deadline, "the engine outlives the server"
+        time.sleep(0.05)
+
+
+@pytest.mark.torch
+def test_server_whose_engine_is_killed_says_so() -> None:
+    server = Server("demo")
+    with ended(server), httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        os.kill(engine_of(server), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while client.get("/health").status_code == 200:
+            assert time.monotonic() < deadline
+        refused = client.post("/v1/completions", json={"prompt": [5, 6]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=10) == 0
 
 
 @pytest.mark.parametrize(

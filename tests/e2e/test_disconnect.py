@@ -40,15 +40,15 @@ class Gate:
         import threading
 
         self._engine = engine
-        self._step = engine._one_step
+        self._step = engine.core._one_step
         self._allowed = threading.Semaphore(0)
         self.steps: list[set[str]] = []
-        engine._one_step = self._gated  # type: ignore[method-assign]
+        engine.core._one_step = self._gated
 
     def _gated(self) -> None:
         self._allowed.acquire()
         self._step()
-        running = self._engine._scheduler.running
+        running = self._engine.core._scheduler.running
         self.steps.append({s.request.request_id for s in running})
 
     def allow(self, count: int) -> None:
@@ -121,15 +121,15 @@ async def test_disconnect_frees_all_blocks_within_one_step(
             assert gate.steps[-1] == before
         else:
             async with asyncio.timeout(10):
-                while engine._scheduler.has_work():
+                while engine.core._scheduler.has_work():
                     await asyncio.sleep(0.002)
-            assert engine._scheduler.pool.num_used == 0
+            assert engine.core._scheduler.pool.num_used == 0
         for blocker_writer in blockers:
             blocker_writer.close()
         gate.allow(1000)
         async with asyncio.timeout(20):
-            while engine._scheduler.has_work():
+            while engine.core._scheduler.has_work():
                 await asyncio.sleep(0.002)
-        assert engine._scheduler.pool.num_used == 0
-        engine._scheduler.check_integrity()
+        assert engine.core._scheduler.pool.num_used == 0
+        engine.core._scheduler.check_integrity()
         assert admission.num_in_flight == 0

@@ -35,7 +35,7 @@ async def test_failed_step_ends_its_requests_and_the_engine_goes_on(
 ) -> None:
     async with native_engine(tiny_llama) as engine:
         expected = await run(engine, make_request())
-        monkeypatch.setattr(engine._runner, "run", lambda _: 1 / 0)
+        monkeypatch.setattr(engine.core._runner, "run", lambda _: 1 / 0)
         with pytest.raises(EngineDeadError, match="division"):
             await run(engine, make_request())
         assert engine.num_restarts == 1  # and with it the broken runner is gone
@@ -48,7 +48,7 @@ async def test_engine_that_keeps_failing_stays_dead(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with native_engine(tiny_llama) as engine:
-        monkeypatch.setattr(engine, "_one_step", lambda: 1 / 0)
+        monkeypatch.setattr(engine.core, "_one_step", lambda: 1 / 0)
         for _ in range(5):
             with pytest.raises(EngineDeadError):
                 await run(engine, make_request())

@@ -123,7 +123,7 @@ async def test_preemption_changes_nothing(
         enable_prefix_caching=has_prefix_cache,
     ) as engine:
         results = await run_all(engine, requests)
-        assert engine._scheduler.pool.num_used == 0
+        assert engine.core._scheduler.pool.num_used == 0
     assert [summary(r) for r in results] == expected
     assert sum(r.counts.num_preemptions for r in results) > 0
 
@@ -161,7 +161,7 @@ async def test_group_shares_prompt_blocks_and_each_member_is_itself(tiny_llama: 
             (await run(engine, make_request("x", ids, temperature=1.0, seed=i, max_tokens=12)))
             for i in range(6)
         ]
-        assert engine._scheduler.pool.num_used == 0
+        assert engine.core._scheduler.pool.num_used == 0
     assert together[:6] == [r.token_ids for r in alone]
     assert len({tuple(t) for t in together[:6]}) > 1
     peak = max(s.num_used_blocks for s in stats)
@@ -234,7 +234,7 @@ async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:
     async with native_engine(tiny_llama) as engine:
         mate = make_request("mate", ids, "latent", 4, (11,), max_tokens=10)
         expected = (await run(engine, mate)).token_ids
-        embedding = engine._model._model.get_input_embeddings()
+        embedding = engine.core._model._model.get_input_embeddings()
         with torch.no_grad():
             embedding.weight[bad_token] = float("nan")
         poisoned = make_request("bad", (*ids[:4], bad_token, *ids[5:]), "latent", 4, (11,))
@@ -246,7 +246,7 @@ async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:
         # Blocks that held NaN are handed out again.
         later = await run_all(engine, [make_request(f"l{i}", ids) for i in range(8)])
         assert len({tuple(r.token_ids) for r in later}) == 1
-        assert engine._scheduler.pool.num_used == 0
+        assert engine.core._scheduler.pool.num_used == 0
 
 
 async def test_one_copy_a_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,240 @@
+"""Where the work of the native engine is done: in a thread, or in a process of its own."""
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Protocol
+
+from coconut_serve.config import EngineConfig
+from coconut_serve.engines.base import EngineInfo
+from coconut_serve.engines.native.messages import Event, Message, Stop
+from coconut_serve.errors import CoconutError, EngineDeadError, StartupError
+
+if TYPE_CHECKING:
+    from coconut_serve.engines.native.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+_STOP_SECONDS = 30.0  # for a step that runs; then the process is killed
+
+Prepare = Callable[[], None]
+
+
+class Host(Protocol):
+    """Runs an EngineCore."""
+
+    @property
+    def pid(self) -> int:
+        """The process that works."""
+
+    @property
+    def core(self) -> "EngineCore":
+        """What works; only where that is in this process."""
+
+    def start(self) -> EngineInfo:
+        """Load the model and begin to work.
+
+        Raises:
+            StartupError: It cannot run as configured.
+        """
+
+    def send(self, message: Message) -> None:
+        """Tell it something; if it is dead, that is told by an event, before or after."""
+
+    def stop(self) -> None:
+        """End it and wait for that."""
+
+
+class ThreadHost:
+    """Works in this process.
+
+    Args:
+        config: Model and limits.
+        modes: Reasoning modes to support.
+        take: Called with each event, from the thread.
+    """
+
+    def __init__(
+        self, config: EngineConfig, modes: tuple[str, ...], take: Callable[[Event], None]
+    ) -> None:
+        self.pid = os.getpid()
+        self._arguments = config, modes
+        self._take = take
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> EngineInfo:
+        """Load the model and start the thread."""
+        from coconut_serve.engines.native.core import EngineCore
+
+        self.core = EngineCore(*self._arguments, self._inbox, self._take)
+        info = self.core.load()
+        self._thread = threading.Thread(target=self.core.run, name="native-engine", daemon=True)
+        self._thread.start()
+        return info
+
+    def send(self, message: Message) -> None:
+        """Put it into the inbox."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """Join the thread."""
+        self.send(Stop())
+        if self._thread is not None:
+            self._thread.join()
+
+
+class ProcessHost:
+    """Works in a child process, which ends with this one, however this one ends.
+
+    Args:
+        config: Model and limits.
+        modes: Reasoning modes to support.
+        take: Called with each event, from a thread.
+        prepare: Called in the child before all else.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        modes: tuple[str, ...],
+        take: Callable[[Event], None],
+        prepare: Prepare | None,
+    ) -> None:
+        self._take = take
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._theirs = theirs
+        self._writing = threading.Lock()
+        self._process = context.Process(
+            target=_work, args=(config, modes, theirs, prepare), name="native-engine", daemon=True
+        )
+        self._reader = threading.Thread(target=self._read, name="native-events", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """The child's."""
+        return self._process.pid or 0
+
+    @property
+    def core(self) -> "EngineCore":
+        """Not to be had."""
+        raise AttributeError("the engine works in another process")
+
+    def start(self) -> EngineInfo:
+        """Start the child and wait until it has loaded."""
+        self._process.start()
+        self._theirs.close()  # so that the pipe ends with the child
+        atexit.register(self.stop)  # and the child with this process
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            raise StartupError(
+                f"the engine's process ended while it loaded{self._fate()}"
+            ) from None
+        if isinstance(answer, BaseException):
+            self._process.join()
+            raise answer
+        self._reader.start()
+        return answer  # type: ignore[no-any-return]
+
+    def _read(self) -> None:
+        """Take events until the last, or until the child dies without one."""
+        is_alive = True
+        num_restarts = 0
+        while is_alive:
+            try:
+                event: Event = self._pipe.recv()
+            except (EOFError, OSError):
+                error = EngineDeadError(f"the engine's process ended{self._fate()}")
+                event = Event([], [], num_restarts, error)
+                logger.error(error.message)
+            num_restarts, is_alive = event.num_restarts, event.death is None
+            self._take(event)
+
+    def _fate(self) -> str:
+        """How the child ended."""
+        self._process.join(timeout=5)
+        code = self._process.exitcode
+        if code is None:
+            return ""
+        return f" (killed by signal {-code})" if code < 0 else f" (exit status {code})"
+
+    def send(self, message: Message) -> None:
+        """Write it to the pipe."""
+        with self._writing, contextlib.suppress(OSError):  # dead: the reader sees it too
+            self._pipe.send(message)
+
+    def stop(self) -> None:
+        """Let the child end; kill it if it does not. Once more does nothing."""
+        if self._reader.ident is None:  # it has not loaded
+            return
+        self.send(Stop())
+        self._reader.join(timeout=_STOP_SECONDS)
+        if self._reader.is_alive():
+            self._process.kill()
+            self._reader.join()
+        self._process.join()
+        self._pipe.close()
+        atexit.unregister(self.stop)
+
+
+def _work(
+    config: EngineConfig, modes: tuple[str, ...], pipe: Connection, prepare: Prepare | None
+) -> None:
+    """Be the child."""
+    # Signals to the whole group are the parent's to answer: it drains, then says stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if prepare is not None:
+        prepare()
+    from coconut_serve.engines.native.core import EngineCore
+
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def send(event: Event) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone; the inbox says so
+            pipe.send(event)
+
+    core = EngineCore(config, modes, inbox, send)
+    try:
+        info = core.load()
+    except Exception as error:
+        if not isinstance(error, CoconutError):
+            logger.exception("the engine could not load")
+        pipe.send(_portable(error))
+        return
+    try:
+        pipe.send(info)
+    except OSError:  # nobody waits for it any more
+        return
+    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    core.run()
+
+
+def _receive(pipe: Connection, inbox: "queue.SimpleQueue[Message]") -> None:
+    """Fill the inbox; the end of the pipe is the end of the parent."""
+    while True:
+        try:
+            inbox.put(pipe.recv())
+        except (EOFError, OSError):
+            inbox.put(Stop())
+            return
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can raise."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return StartupError(f"{type(error).__name__}: {error}")
+    assert isinstance(copy, Exception)
+    return error

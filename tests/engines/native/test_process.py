@@ -1,0 +1,92 @@
+"""The engine in a process of its own: the same contract, and what can befall a process."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coconut_serve.engines.base import Engine
+from coconut_serve.errors import EngineDeadError, StartupError
+from coconut_serve.types import StepStats
+from tests.engines.contract import EngineContract
+from tests.engines.methods.table import requests
+from tests.fakes import make_request, native_engine, run, run_all
+
+pytestmark = pytest.mark.torch
+
+
+class TestProcessContract(EngineContract):
+    @pytest.fixture(autouse=True)
+    def _use_model(self, tiny_llama: Path) -> None:
+        self.model = tiny_llama
+
+    def open(self, on_step: Callable[[StepStats], None] = lambda _: None, **settings: Any) -> Any:
+        @contextlib.asynccontextmanager
+        async def opened() -> AsyncIterator[Engine]:
+            own = {"has_own_process": True, **settings}
+            async with native_engine(self.model, on_step, **own) as engine:
+                yield engine
+
+        return opened()
+
+
+async def test_it_gives_what_a_thread_gives(tiny_llama: Path) -> None:
+    """Tokens, traces and counts, of every method that needs no adapter."""
+    asked = [r for r in requests(rows=1, trace="vectors").values() if r.reasoning.adapter == "none"]
+    assert len(asked) > 30
+    async with native_engine(tiny_llama) as engine:
+        expected = await run_all(engine, asked)
+        assert engine.pid == os.getpid()
+    async with native_engine(tiny_llama, has_own_process=True) as engine:
+        assert engine.pid != os.getpid()
+        found = await run_all(engine, asked)
+    for request, ours, theirs in zip(asked, found, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids, request.request_id
+        assert ours.thinking_ids == theirs.thinking_ids
+        assert ours.counts.num_reasoning_steps == theirs.counts.num_reasoning_steps
+        for ours_fed, theirs_fed in zip(ours.vectors, theirs.vectors, strict=True):
+            assert ours_fed == pytest.approx(theirs_fed, abs=1e-4)
+
+
+async def test_killed_process_ends_what_runs_and_is_told(tiny_llama: Path) -> None:
+    async with native_engine(tiny_llama, has_own_process=True, max_model_len=250) as engine:
+        running = [
+            asyncio.ensure_future(run(engine, make_request(f"{i}", max_tokens=200)))
+            for i in range(16)
+        ]
+        await asyncio.sleep(0.2)
+        os.kill(engine.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            for each in running:
+                with pytest.raises(EngineDeadError, match="killed by signal 9"):
+                    await each
+            with pytest.raises(EngineDeadError):
+                await engine.check_health()
+            with pytest.raises(EngineDeadError):
+                await run(engine, make_request())
+
+
+async def test_signals_to_the_group_are_not_its_own(tiny_llama: Path) -> None:
+    """A terminal's Ctrl-C and a service manager's SIGTERM reach it too, while the server drains."""
+    async with native_engine(tiny_llama, has_own_process=True) as engine:
+        running = asyncio.ensure_future(run(engine, make_request(max_tokens=60)))
+        await asyncio.sleep(0.05)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(engine.pid, number)
+        assert len((await running).token_ids) == 60
+
+
+async def test_what_keeps_it_from_starting_is_raised_here(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="holds no block") as caught:
+        async with native_engine(tiny_llama, has_own_process=True, kv_cache_memory="1"):
+            pass
+    assert caught.value.param == "--kv-cache-memory"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Exception, match="model"):
+        async with native_engine(tmp_path, has_own_process=True):
+            pass
