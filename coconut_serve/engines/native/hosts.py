@@ -148,17 +148,19 @@ class ProcessHost:
 
     def _read(self) -> None:
         """Take events until the last, or until the child dies without one."""
-        is_alive = True
-        num_restarts = 0
-        while is_alive:
-            try:
-                event: Event = self._pipe.recv()
-            except (EOFError, OSError):
-                error = EngineDeadError(f"the engine's process ended{self._fate()}")
-                event = Event([], [], num_restarts, error)
-                logger.error(error.message)
-            num_restarts, is_alive = event.num_restarts, event.death is None
-            self._take(event)
+        event = Event([], [], num_restarts=0)
+        try:
+            while event.death is None:
+                event = self._pipe.recv()
+                self._take(event)
+        except Exception as error:
+            is_over = isinstance(error, EOFError | OSError)
+            if is_over:
+                reason = f"the engine's process ended{self._fate()}"
+            else:
+                reason = f"the engine's events cannot be read: {error}"
+            logger.error(reason, exc_info=not is_over)
+            self._take(Event([], [], event.num_restarts, EngineDeadError(reason)))
 
     def _fate(self) -> str:
         """How the child ended."""
