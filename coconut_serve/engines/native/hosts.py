@@ -5,7 +5,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -209,10 +208,12 @@ def _work(
     core = EngineCore(config, modes, inbox, send)
     try:
         info = core.load()
+    except CoconutError as error:
+        pipe.send(error)
+        return
     except Exception as error:
-        if not isinstance(error, CoconutError):
-            logger.exception("the engine could not load")
-        pipe.send(_portable(error))
+        logger.exception("the engine could not load")
+        pipe.send(StartupError(f"the engine could not load: {type(error).__name__}: {error}"))
         return
     try:
         pipe.send(info)
@@ -230,13 +231,3 @@ def _receive(pipe: Connection, inbox: "queue.SimpleQueue[Message]") -> None:
         except (EOFError, OSError):
             inbox.put(Stop())
             return
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that another process can raise."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        return StartupError(f"{type(error).__name__}: {error}")
-    assert isinstance(copy, Exception)
-    return error

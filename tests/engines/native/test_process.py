@@ -87,6 +87,6 @@ async def test_what_keeps_it_from_starting_is_raised_here(tiny_llama: Path, tmp_
             pass
     assert caught.value.param == "--kv-cache-memory"
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Exception, match="model"):
+    with pytest.raises(StartupError, match="model"):
         async with native_engine(tmp_path, has_own_process=True):
             pass
