@@ -1,38 +1,26 @@
 """The engine in a process of its own: the same contract, and what can befall a process."""
 
 import asyncio
-import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.types import StepStats
-from tests.engines.contract import EngineContract
 from tests.engines.methods.table import requests
+from tests.engines.native import test_engine
 from tests.fakes import make_request, native_engine, run, run_all
 
 pytestmark = pytest.mark.torch
 
 
-class TestProcessContract(EngineContract):
-    @pytest.fixture(autouse=True)
-    def _use_model(self, tiny_llama: Path) -> None:
-        self.model = tiny_llama
-
+class TestProcessContract(test_engine.TestNativeContract):
     def open(self, on_step: Callable[[StepStats], None] = lambda _: None, **settings: Any) -> Any:
-        @contextlib.asynccontextmanager
-        async def opened() -> AsyncIterator[Engine]:
-            own = {"has_own_process": True, **settings}
-            async with native_engine(self.model, on_step, **own) as engine:
-                yield engine
-
-        return opened()
+        return super().open(on_step, has_own_process=True, **settings)
 
 
 async def test_it_gives_what_a_thread_gives(tiny_llama: Path) -> None:
