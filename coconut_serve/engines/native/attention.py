@@ -42,7 +42,10 @@ class Plan(ABC):
 
     @abstractmethod
     def attend(self, layer: int, attend: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend one layer; q, k, v [heads, num_rows, d] -> [num_rows, heads, d]."""
+        """Attend one layer; q, k, v [heads, num_rows, d] -> [num_rows, heads, d].
+
+        Rows beyond those of the plan pad the step: nothing is written for them, and zeros come out.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class AttentionPlan(Plan):
     def attend(self, layer: int, attend: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write keys and values, attend; q, k, v [heads, num_rows, d] -> [num_rows, heads, d]."""
         keys, values = self.caches[layer]
+        num_rows, num_padding = len(self.write_slots), q.shape[1] - len(self.write_slots)
+        k, v = k[:, :num_rows], v[:, :num_rows]
         keys.index_copy_(0, self.write_slots, k.transpose(0, 1).to(keys.dtype))
         values.index_copy_(0, self.write_slots, v.transpose(0, 1).to(values.dtype))
         outputs = []
@@ -89,6 +94,9 @@ class AttentionPlan(Plan):
         for chunk in self.chunks:
             rows = q[:, chunk.first_row : chunk.first_row + chunk.num_rows]
             outputs.append(_prefill(attend, rows, keys, values, chunk))
+        if num_padding:
+            first = outputs[0]
+            outputs.append(first.new_zeros(num_padding, *first.shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

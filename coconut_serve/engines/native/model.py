@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
-from coconut_serve.engines.native.linear import PackedTable, can_pack, pack_linears
+from coconut_serve.engines.native.linear import PackedLinear, PackedTable, pack_linears, pad_rows
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 
@@ -61,8 +61,8 @@ class PagedModel:
         self.dtype = model.dtype
         self.embed_tokens: Callable[[Tensor], Tensor] = model.get_input_embeddings()
         table: Tensor = model.get_input_embeddings().weight
-        is_packed = device.type == "cpu" and can_pack(table.dtype)
-        multiply = PackedTable(table) if is_packed else None
+        self._is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
+        multiply = PackedTable(table) if self._is_packed else None
         self.embedding = Embedding(self.embed_tokens, table, multiply=multiply)
         config = model.config.get_text_config()
         self.config = config
@@ -114,18 +114,22 @@ class PagedModel:
         Returns:
             [num_rows, hidden_size], after the final norm.
         """
+        num_rows = inputs.shape[0]
+        if self._is_packed:
+            inputs, positions = pad_rows(inputs), pad_rows(positions)
         output = self._decoder(
             inputs_embeds=inputs.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             plan=plan,
         )
-        hidden: Tensor = output.last_hidden_state[0]
+        hidden: Tensor = output.last_hidden_state[0, :num_rows]
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:
         """Apply the output head alone; [n, hidden] -> [n, vocab]."""
-        logits: Tensor = self._head(hidden)
+        rows = pad_rows(hidden) if self._is_packed else hidden
+        logits: Tensor = self._head(rows)[: hidden.shape[0]]
         return logits
 
     def vocabulary(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,7 +142,7 @@ class PagedModel:
 
     def project_logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, scaled and capped as the model does; [n, hidden] -> [n, vocab]."""
-        return self._finish_logits(self._head(hidden))
+        return self._finish_logits(self.project(hidden))
 
     def make_caches(self, num_slots: int) -> list[tuple[Tensor, Tensor]]:
         """Create zeroed keys and values [num_slots, kv_heads, dim] for each layer."""
