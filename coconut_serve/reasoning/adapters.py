@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.slots import upload
+from coconut_serve.reasoning.slots import index_of
 from coconut_serve.types import AdapterSpec
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -264,7 +264,7 @@ class AdapterBank:
         result = hidden.clone()
         for name in sorted(wanted):
             members = [i for i, each in enumerate(names) if each == name]
-            rows = upload(members, hidden.device)
+            rows = index_of(members, hidden.device)
             part = Draw(draw.seed[rows], draw.counter[rows], draw.temperature[rows])
             result[rows] = self._adapters[name](hidden[rows].float(), part).to(hidden.dtype)
         return result

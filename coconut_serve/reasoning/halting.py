@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coconut_serve.limits import MAX_STOP_TOKENS
 from coconut_serve.reasoning import mixing, noise
-from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.reasoning.slots import Slots, index_of
 from coconut_serve.types import ConvergeMetric, HaltParams, HaltReason, ReasoningParams
 
 
@@ -393,24 +393,23 @@ class Controller:
             members = [k for k, slot in enumerate(host_slots) if self._asked[slot][i]]
             if not members:
                 continue
-            if len(members) == len(host_slots):
-                holds = rule.holds(view)
-            else:
-                at = upload(members, rows.device)
-                holds = torch.zeros_like(rows, dtype=torch.bool)
-                holds[at] = rule.holds(_take(view, at))
+            at = index_of(members, rows.device)
+            holds = torch.zeros_like(rows, dtype=torch.bool)
+            holds[at] = rule.holds(_take(view, at))
             halt = torch.where((halt == 0) & holds, int(rule.reason), halt)
         is_early = self._min_left[rows] > 0
         self._min_left[rows] -= 1
         return torch.where(is_early, 0, halt)
 
 
-def _take(view: View, at: Tensor) -> View:
+def _take(view: View, at: slice | Tensor) -> View:
+    logits = view.logits[at] if view.logits is not None else None
+    raw = view.raw_logits
     return View(
         slots=view.slots,
         row_slots=view.row_slots[at],
-        logits=view.logits[at] if view.logits is not None else None,
-        raw_logits=view.raw_logits[at] if view.raw_logits is not None else None,
+        logits=logits,
+        raw_logits=logits if raw is None or raw is view.logits else raw[at],
         token=view.token[at],
         has_text=view.has_text,
         vector=view.vector[at] if view.vector is not None else None,

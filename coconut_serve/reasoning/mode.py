@@ -11,7 +11,7 @@ from torch import Tensor
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.reasoning.slots import Slots, index_of
 from coconut_serve.types import ReasoningParams
 
 
@@ -28,22 +28,25 @@ class StepContext:
     hidden: Tensor  # [num_rows, hidden_size], after the final norm
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
     # neither the mode nor a halting rule looks at them
-    raw_logits: Tensor | None  # the same without bias, penalties and banned tokens
+    raw_logits: Tensor | None  # without bias, penalties and banned tokens; where no row has any,
+    # `logits` itself
     sampled: Tensor  # [num_rows] int64, drawn as the row's thinking tokens are, -1 for none
     embedding: Embedding
     adapters: AdapterBank
     has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
 
-    def select(self, members: list[int]) -> tuple["StepContext", Tensor]:
-        """Take some rows; also where they are, [len(members)] int64."""
-        at = upload(members, self.row_slots.device)
+    def select(self, members: list[int]) -> tuple["StepContext", slice | Tensor]:
+        """Take some rows; also their index in a tensor of all."""
+        at = index_of(members, self.row_slots.device)
+        logits = self.logits[at] if self.logits is not None else None
+        is_raw = self.raw_logits is self.logits
         part = replace(
             self,
             row_slots=self.row_slots[at],
             host_slots=tuple(self.host_slots[i] for i in members),
             hidden=self.hidden[at],
-            logits=self.logits[at] if self.logits is not None else None,
-            raw_logits=self.raw_logits[at] if self.raw_logits is not None else None,
+            logits=logits,
+            raw_logits=logits if is_raw or self.raw_logits is None else self.raw_logits[at],
             sampled=self.sampled[at],
         )
         return part, at

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning.sampling import Drawer
-from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.reasoning.slots import Slots, index_of, upload
 from coconut_serve.types import HaltReason, Phase, ReasoningTrace, Request, TokenLogprobs
 
 
@@ -105,21 +105,13 @@ class StepRows:
         )
         self.retained_mass = torch.ones(num_rows, device=device)
 
-    def _is_all(self, members: list[int], num_rows: int) -> bool:
-        return len(members) == num_rows
-
     def select(self, tensor: Tensor, members: list[int]) -> Tensor:
-        """Take rows; `members` is sorted, so taking all of them copies nothing."""
-        if self._is_all(members, tensor.shape[0]):
-            return tensor
-        return tensor[upload(members, tensor.device)]
+        """Take rows, to read them."""
+        return tensor[index_of(members, tensor.device)]
 
     def assign(self, tensor: Tensor, members: list[int], values: Tensor) -> None:
         """Write rows in place."""
-        if self._is_all(members, tensor.shape[0]):
-            tensor.copy_(values)
-        else:
-            tensor[upload(members, tensor.device)] = values
+        tensor[index_of(members, tensor.device)] = values
 
     def assign_vectors(
         self, members: list[int], vectors: Tensor, is_vector: Tensor | None = None
@@ -135,7 +127,7 @@ class StepRows:
 
     def spread(self, values: Tensor, members: list[int]) -> Tensor:
         """Give every row of the step its columns; zeros where a row is no member."""
-        if self._is_all(members, len(self.rows)):
+        if len(members) == len(self.rows):
             return values
         whole = values.new_zeros(len(self.rows), values.shape[1])
         self.assign(whole, members, values)

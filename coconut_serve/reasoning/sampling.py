@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.reasoning.slots import Slots, index_of, upload
 from coconut_serve.types import SamplingParams
 
 _NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
@@ -100,7 +100,7 @@ class Drawer:
         filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
         for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
             if indices:
-                rows = upload(indices, logits.device)
+                rows = index_of(indices, logits.device)
                 drawn[rows] = draw(logits[rows], row_slots[rows])
         return drawn
 

@@ -25,6 +25,18 @@ def upload(
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def index_of(members: Sequence[int], device: torch.device) -> slice | Tensor:
+    """How to index a tensor's rows to take or write `members`.
+
+    A run of neighbours is a slice: taking it copies nothing, so a taken row is not to be written.
+    """
+    if not members:
+        return slice(0)
+    start, stop = members[0], members[0] + len(members)
+    is_run = members[-1] == stop - 1 and all(m == i for i, m in enumerate(members, start))
+    return slice(start, stop) if is_run else upload(members, device)
+
+
 @dataclass(frozen=True, slots=True)
 class SlotSnapshot:
     """Everything a sequence needs to go on in another slot after preemption."""

@@ -22,7 +22,7 @@ from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, StepRows
 from coconut_serve.reasoning.sampling import Drawer
-from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
+from coconut_serve.reasoning.slots import Slots, SlotSnapshot, index_of, upload
 from coconut_serve.types import HaltReason
 
 
@@ -291,7 +291,7 @@ class WorkerReasoning:
             return
         step = decided.step
         is_vector = step.is_vector.unsqueeze(1).to(step.vector.dtype)
-        log = step.select(torch.cat([step.vector, is_vector], dim=1), kept)
+        log = torch.cat([step.select(step.vector, kept), step.select(is_vector, kept)], dim=1)
         if log.device.type != "cpu":
             log = torch.empty(log.shape, dtype=log.dtype, pin_memory=True).copy_(
                 log, non_blocking=True
@@ -427,7 +427,5 @@ class WorkerReasoning:
 
 
 def _take(logits: Tensor, rows: list[int]) -> Tensor:
-    """Rows of the logits in float32; all of them are not copied."""
-    if len(rows) < logits.shape[0]:
-        logits = logits[upload(rows, logits.device)]
-    return logits.float()
+    """Rows of the logits in float32."""
+    return logits[index_of(rows, logits.device)].float()
