@@ -22,6 +22,7 @@ from coconut_serve.types import HaltParams, ReasoningParams, Request, SamplingPa
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
 _TEMPLATE_TAIL = 4
 _MAX_CHARACTERS_PER_TOKEN = 64
+_SEED_BITS = 53  # of a seed drawn here: every JSON reader gives it back as it was
 _DEFAULT_ANSWER_TOKENS = 16  # completions; chat answers until the model ends or the context does
 
 
@@ -151,12 +152,15 @@ class PromptBuilder:
         )
         resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
+        asked = ask.sampling.seed
+        seed = random.getrandbits(_SEED_BITS) if asked is None else asked
+        resolved = resolved.seeded(seed, "server" if asked is None else "request")
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
         prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
         return Prepared(
-            requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens)),
+            requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens, seed)),
             prompt_token_ids=tuple(prompts),
             mode=mode,
             resolved=resolved,
@@ -170,9 +174,9 @@ class PromptBuilder:
         resolved: Resolved,
         prompts: Sequence[tuple[int, ...]],
         max_tokens: int | None,
+        seed: int,
     ) -> Iterator[Request]:
         """Build what the engine is given, prompt by prompt."""
-        seed = random.getrandbits(62) if ask.sampling.seed is None else ask.sampling.seed
         thinking_seed = seed if resolved.seed is None else resolved.seed
         # Engine ids are ours: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex

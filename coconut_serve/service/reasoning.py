@@ -57,6 +57,13 @@ class Resolved:
     branches: int = 1  # sequences of each choice
     select: Select = "first"
 
+    def seeded(self, seed: int, source: str) -> "Resolved":
+        """Let the request's seed serve thinking that has none of its own, and tell it."""
+        if self.seed is not None:
+            return self
+        told = {"seed": {"value": seed, "source": source}} if "seed" in self.parameters else {}
+        return replace(self, seed=seed, parameters=self.parameters | told)
+
 
 def check_mode(mode: str, model: ModelReasoning, asked: Mapping[str, Any]) -> None:
     """Refuse a mode that the model does not have.

@@ -207,11 +207,8 @@ def test_thinking_may_have_a_seed_of_its_own() -> None:
             sampling=SamplingAsk(seed=5), reasoning=asked,
         )  # fmt: skip
         prepared = make_builder().prepare(ask)
-        source = "request" if asked else "default"
-        assert prepared.resolved.parameters["seed"] == {
-            "value": asked.get("seed"),
-            "source": source,
-        }
+        expected = {"value": asked.get("seed", 5), "source": "request"}
+        assert prepared.resolved.parameters["seed"] == expected
         return [(r.sampling.seed, r.thinking_seed) for r in prepared.requests]
 
     plain, own = seeds(), seeds(seed=9)
@@ -220,6 +217,23 @@ def test_thinking_may_have_a_seed_of_its_own() -> None:
     assert own[0] == (5, 9)
     assert len({thinking for _, thinking in own}) == 3
     assert seeds(seed=5) == plain
+
+
+def test_a_seed_that_the_server_drew_is_told_and_repeats_the_request() -> None:
+    def prepare(seed: int | None) -> tuple[Any, list[tuple[int, int]]]:
+        ask = GenerationAsk(
+            request_id="r", endpoint="c", mode="distribution", prompts=["a"], n=2,
+            sampling=SamplingAsk(seed=seed),
+        )  # fmt: skip
+        prepared = make_builder().prepare(ask)
+        told = prepared.resolved.parameters["seed"]
+        return told, [(r.sampling.seed, r.thinking_seed) for r in prepared.requests]
+
+    told, drawn = prepare(None)
+    assert told["source"] == "server"
+    assert 0 <= told["value"] < 2**53
+    assert prepare(told["value"]) == ({**told, "source": "request"}, drawn)
+    assert prepare(None)[0] != told
 
 
 @pytest.mark.parametrize("thinks", [True, False])
