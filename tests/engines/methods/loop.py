@@ -109,14 +109,15 @@ class Row:
         return At(step, decision, seed, hidden, logits, self.parts.table)
 
 
-def think(row: Row, step: Step, told: Told) -> None:
-    """One phase: its steps, then the end tokens."""
-    params, number = row.request.reasoning, 0
+def think(row: Row, step: Step, told: Told) -> bool:
+    """One phase: its steps, then the end tokens; or, where a step ends it, the final words."""
+    params, number, has_final = row.request.reasoning, 0, False
     last = torch.zeros(row.inputs.shape[1])
     while number < params.steps or params.end_adds_vector:
         fed = step(row.look(number, row.request.thinking_seed))
         last = fed.vector
         if number == params.steps or (fed.ends and not params.keeps_last):
+            has_final = fed.ends and bool(params.switch.final_token_ids)
             break
         told.texts.append(fed.text)
         told.fed.append(last)
@@ -128,9 +129,11 @@ def think(row: Row, step: Step, told: Told) -> None:
     if params.pad_positions:
         at = len(row.inputs)
         del row.positions[at : at + params.steps - number]
-    for place, token in enumerate(params.end_token_ids):
+    words = params.switch.final_token_ids if has_final else params.end_token_ids
+    for place, token in enumerate(words):
         embedding = row.parts.table[token]
         row.feed(embedding + last if params.end_adds_vector and place == 0 else embedding)
+    return has_final
 
 
 @torch.inference_mode()
@@ -138,9 +141,10 @@ def loop(parts: Parts, request: Request, step: Step, say: Say) -> Told:
     """Think, answer, and think again where the answer opens a block."""
     params, told, row = request.reasoning, Told(), Row(parts, request)
     opens = params.enter_token_id is None
-    while len(told.answer) < request.sampling.max_tokens:
-        if opens and params.steps:
-            think(row, step, told)
+    limit = request.sampling.max_tokens
+    while len(told.answer) < limit:
+        if opens and params.steps and think(row, step, told):
+            limit = params.switch.answer_tokens
         at = row.look(0, request.sampling.seed)
         token = say(at)
         told.answer.append(token)

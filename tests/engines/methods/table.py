@@ -282,6 +282,11 @@ AUTO: dict[str, Method] = {
         "auto", swi(window=0, budget=1), HaltReason.SWITCHES, needs_parts=True,
         switch=SWI | {"window": 0, "max_switches": 1},
     ),
+    "swi-final": row(
+        "auto", swi(window=0, budget=1), HaltReason.SWITCHES, needs_parts=True,
+        switch=SWI | {"window": 0, "max_switches": 1, "final_token_ids": (MARKS[1], 30, 9),
+                      "answer_tokens": 2},
+    ),
     "swi-hard": row("auto", swi(*HARD), needs_parts=True, switch=SWI | {"hard_token_ids": HARD}),
 }  # fmt: skip
 
