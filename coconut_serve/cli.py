@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import socket
@@ -17,11 +16,11 @@ from types import FrameType
 from typing import Any, get_args
 
 import uvicorn
-import yaml
 from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
+from coconut_serve import sources
 from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
@@ -43,6 +42,7 @@ from coconut_serve.metrics import BUCKETS, Metrics, parse_buckets
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import logs, observe
 from coconut_serve.server.app import create_app
+from coconut_serve.server.listen import listen
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training import command as train
@@ -59,7 +59,6 @@ _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "train": train,
 }
 _NOT_FLAGS = frozenset({"command", "model", "config"})
-_NOT_VARIABLES = frozenset({"COCONUT_CACHE", "COCONUT_COMMIT", "COCONUT_LOG_LEVEL", "COCONUT_VLLM"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,65 +148,20 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     if args.command != "serve":
         return args
     keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
-    layers = _read_config(args.config, set(keys)) if args.config else {}
-    layers |= _read_environment(environ, set(keys))
-    if layers.get("api_key") == "":
-        raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
+    layers = sources.read(args.config, environ, set(keys))
+    api_keys = sources.split_keys(layers.pop("api_key", None))
     # What comes from elsewhere is put in front as flags, so it is checked as they are.
     given: list[str] = []
     for key, text in sorted(layers.items()):
         flag = f"--{key.replace('_', '-')}"
         if isinstance(keys[key], bool):
-            given += [flag] if _is_true(key, text) else []
-        elif text and key != "api_key":
+            given += [flag] if sources.is_true(key, text) else []
+        elif text:
             given.append(f"{flag}={text}")
     args = parser.parse_args([words[0], *given, *words[1:]])
-    args.api_key = args.api_key or [k for k in layers.get("api_key", "").split(",") if k]
+    args.api_key = args.api_key or api_keys
     args.more_flags = more_flags
     return args
-
-
-def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
-    """Find flags in COCONUT_*; names that are none are logged, since they may be misspelt.
-
-    Kubernetes sets variables of that prefix for a Service called coconut, COCONUT_PORT among them.
-    """
-    read = {}
-    for name, value in environ.items():
-        if not name.startswith("COCONUT_") or name in _NOT_VARIABLES:
-            continue
-        key = name.removeprefix("COCONUT_").lower()
-        if key in known and not value.startswith("tcp://"):
-            read[key] = value
-        else:
-            logger.warning("ignoring %s=%s: it is no flag's variable or value", name, value)
-    return read
-
-
-def _is_true(key: str, text: str) -> bool:
-    """Read a boolean of the environment or a config file."""
-    words = dict.fromkeys(("1", "true", "yes", "on"), True)
-    words |= dict.fromkeys(("0", "false", "no", "off", ""), False)
-    if text.lower() not in words:
-        raise StartupError(f"{key}: {text!r} is not true or false", param=key)
-    return words[text.lower()]
-
-
-def _read_config(path: str, known: set[str]) -> dict[str, str]:
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise StartupError(f"cannot read --config {path}: {error}", param="--config") from error
-    if not isinstance(data, dict):
-        raise StartupError(f"--config {path} must hold a mapping", param="--config")
-    read = {}
-    for key, value in data.items():
-        if key not in known:
-            raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
-        if value is not None:  # as if the key were not there
-            joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            read[key] = json.dumps(value) if isinstance(value, dict) else joined
-    return read
 
 
 def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
@@ -423,8 +377,9 @@ def run_serve(args: argparse.Namespace) -> int:
     app = create_app(config, load=load, metrics=metrics)
     observe.attach(app, config)
     server = DrainingServer(config, app)
+    listener = listen(config.host, config.port, "--port")
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets=[listener])
     tracer.stop()
     if server.failure is not None:
         raise server.failure

@@ -24,7 +24,9 @@ def add_parser(commands: Any) -> None:
     about = "server to ask, or a model, which is served meanwhile"
     parser.add_argument("target", metavar="URL|MODEL", help=about)
     parser.add_argument("--modes", metavar="A,B", help="default: all the model has")
-    parser.add_argument("--concurrency", default="1,4", metavar="N,N", help="requests at once")
+    parser.add_argument(
+        "--concurrency", type=_counts, default=[1, 4], metavar="N,N", help="requests at once"
+    )
     parser.add_argument(
         "--requests", type=int, default=16, metavar="N", help="of each mode and concurrency"
     )
@@ -32,6 +34,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="of thinking; default: the model's")
     parser.add_argument("--prompt", default=_QUESTION, help="{number} is put in, so prompts differ")
     parser.add_argument("--engine", help="of a MODEL; flags of serve come from COCONUT_*")
+
+
+def _counts(text: str) -> list[int]:
+    """Read numbers from 1, comma-separated."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 1, comma-separated")
+    return [int(word) for word in words]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     with _server(args.target, args.engine) as url:
         target = Target(
             url=url.rstrip("/").removesuffix("/v1"),
-            api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0],
+            api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0].strip(),
         )
         model = _model(target)
         modes = args.modes.split(",") if args.modes else model["reasoning_modes"]
         results = []
-        for concurrency in map(int, args.concurrency.split(",")):
+        for concurrency in args.concurrency:
             _run(target, args, modes[0], 1, min(2, args.requests))  # warm-up, not counted
             for mode in modes:
                 records = _run(target, args, mode, concurrency, args.requests)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
+from coconut_serve.server.errors import count_error
 from coconut_serve.server.parse import read_reasoning, sampling_ask
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import EventStream
@@ -202,6 +203,7 @@ async def respond(request: Request, answer: Answer, ignored: list[str]) -> Respo
             answer.stream(),
             close=generation.close,
             on_slow=lambda: service.metrics.add(service.metrics.slow_drops, 1),
+            on_error=lambda error: count_error(request, error),
             max_send_seconds=service.config.max_send_seconds,
             keep_alive_seconds=service.config.keep_alive_seconds,
             headers=headers,

@@ -14,6 +14,7 @@ from coconut_serve.server.answer import Answer, Reply, read_ask, respond
 from coconut_serve.server.parse import read_body
 from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest, openapi_body
 from coconut_serve.server.state import Service, get_service
+from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.generation import Delta, Generation
 from coconut_serve.service.tokenizer import require_tokenizer
 
@@ -67,7 +68,11 @@ class _TextAnswer(Answer):
     def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
         super().__init__(service, generation, body)
         self._is_echoing = body.echo
-        self._offsets = [0] * len(generation.choices)
+        self._lengths = [0] * len(generation.choices)  # characters so far, of `_texts`
+        skips = body.skip_special_tokens
+        self._texts = [
+            Detokenizer(service.tokenizer, skip_special_tokens=skips) for _ in generation.choices
+        ]
 
     def openings(self) -> list[Any]:
         """The prompts, if they are to be repeated as text or ids."""
@@ -115,9 +120,9 @@ class _TextAnswer(Answer):
         tokenizer = self.service.tokenizer
         texts = [costs.token_text(token.token_id, tokenizer) for token in delta.tokens]
         offsets = []
-        for text in texts:
-            offsets.append(self._offsets[delta.index])
-            self._offsets[delta.index] += len(text)
+        for token in delta.tokens:  # a token may be a part of a character, with a longer name
+            offsets.append(self._lengths[delta.index])
+            self._lengths[delta.index] += len(self._texts[delta.index].push(token.token_id))
         known = [token.logprobs for token in delta.tokens if token.logprobs is not None]
         return Logprobs(
             tokens=texts,

@@ -55,6 +55,9 @@ def from_validation(error: ValidationError) -> InvalidRequestError:
     return InvalidRequestError(f"{param or 'body'}: {message}", param=param, code=code)
 
 
+_REFUSALS = (400, 404, 413, 415)  # of a request that will never be served as it is
+
+
 async def handle_coconut(request: Request, error: Exception) -> Response:
     """Handler of our own errors."""
     assert isinstance(error, CoconutError)
@@ -115,7 +118,7 @@ def count_error(request: Request, error: CoconutError) -> None:
         "queue_full": "queue_full",
         "not_ready": "loading" if is_loading else "draining",
         "context_length_exceeded": "too_long",
-    }.get(error.code, "invalid" if error.status == 400 else None)
+    }.get(error.code, "invalid" if error.status in _REFUSALS else None)
     if endpoint != "other" and reason and not request.state.is_accepted:
         mode = request.state.reasoning_mode or UNKNOWN
         metrics.add(metrics.rejections, 1, reason)

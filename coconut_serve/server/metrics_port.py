@@ -11,8 +11,9 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from coconut_serve.errors import CoconutError, StartupError
+from coconut_serve.errors import CoconutError
 from coconut_serve.server.errors import handle_coconut
+from coconut_serve.server.listen import listen
 from coconut_serve.server.ops import metrics
 
 logger = logging.getLogger(__name__)
@@ -24,11 +25,7 @@ def add_metrics_port(app: FastAPI, *, host: str, port: int) -> None:
     Raises:
         StartupError: The port cannot be had.
     """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise StartupError(f"--metrics-port {port}: {error}", param="--metrics-port") from error
+    listener = listen(host, port, "--metrics-port")
     logger.info("metrics on http://%s:%d/metrics", host, listener.getsockname()[1])
     lifespan = app.router.lifespan_context
 

@@ -144,15 +144,16 @@ async def tokenize(request: Request) -> Response:
     service = get_service(request)
     body, ignored = await read_body(request, TokenizeRequest, service.config)
     tokenizer = require_tokenizer(service.tokenizer)
+    # Off the event loop: a long text must not hold up everybody's streams.
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", param="prompt")
     if body.messages is not None:
         messages = [clean_message(m, i) for i, m in enumerate(body.messages)]
-        text, add_special_tokens = tokenizer.render_chat(messages), False
+        ids = list(await asyncio.to_thread(service.prompts.tokenise_chat, messages))
     else:
-        text, add_special_tokens = body.prompt or "", body.add_special_tokens
-    # Off the event loop: a long text must not hold up everybody's streams.
-    ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        ids = await asyncio.to_thread(
+            tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens
+        )
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": service.engine.info.max_model_len,

@@ -60,7 +60,7 @@ async def read_body(
         NotFoundError: The model is not served here.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if not media_type.endswith("json"):
+    if not media_type.lower().endswith("json"):
         error = InvalidRequestError(
             f"Content-Type {media_type!r}: send application/json", code="unsupported_media_type"
         )
@@ -72,8 +72,10 @@ async def read_body(
         if len(raw) > config.max_body_bytes:
             raise PayloadTooLargeError(f"the body is larger than {config.max_body_bytes} bytes")
     try:
-        data = json.loads(raw, parse_constant=_refuse_constant)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
+        text = raw.decode("utf-8-sig")
+        data = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:  # a lone surrogate is no text
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):

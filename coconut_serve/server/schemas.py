@@ -6,7 +6,7 @@ openai's own request types drop unknown keys and know no ranges.
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -18,6 +18,7 @@ from coconut_serve.service.presets import EFFORTS, PRESETS
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_PROMPTS = 128
 MAX_MESSAGES = 1024
 
@@ -41,6 +42,18 @@ def _strict_number(value: object) -> object:
     return value
 
 
+def _bounded(value: object) -> object:
+    """Refuse a huge object before each of its values is complained of."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"takes at most {MAX_LOGIT_BIAS}")
+    return value
+
+
+T = TypeVar("T")
+V = TypeVar("V")
+# The first wrong item is enough: a million complaints take seconds, and a gigabyte.
+Items = Annotated[list[T], Field(fail_fast=True)]
+Values = Annotated[dict[str, V], BeforeValidator(_bounded)]
 Number = Annotated[float, BeforeValidator(_strict_number)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[Number, Field(ge=0, le=2)]
@@ -77,7 +90,7 @@ class MixtureBody(_Body):
     min_p: Number | None = None
     noise: Literal["none", "gumbel", "dirichlet"] | None = None
     noise_temperature: Number | None = None
-    noise_clamp: list[Number] | None = None
+    noise_clamp: Items[Number] | None = None
     dirichlet_alpha: Number | None = None
     weights: Literal["prob", "equal"] | None = None
     replacement: bool | None = None
@@ -87,14 +100,14 @@ class MixtureBody(_Body):
 
 
 HaltRule = Literal["learned", "stop_token", "cold_stop", "uncertain", "converged"]
-HaltRules = Annotated[list[HaltRule], Field(min_length=1)]
+HaltRules = Annotated[Items[HaltRule], Field(min_length=1)]
 
 
 class HaltBody(_Body):
     """reasoning.halt."""
 
     rule: Literal["auto", "fixed", HaltRule] | HaltRules | None = None
-    stop_tokens: list[int | str] | None = None
+    stop_tokens: Items[int | str] | None = None
     stop_test: Literal["argmax", "sampled", "prob"] | None = None
     stop_temperature: Number | None = None
     stop_prob: Number | None = None
@@ -119,7 +132,7 @@ class SwitchBody(_Body):
     beta: Number | None = None
     max_switches: int | None = None
     answer_tokens: int | None = None
-    hard_tokens: Literal["math", "none"] | list[int | str] | None = None
+    hard_tokens: Literal["math", "none"] | Items[int | str] | None = None
 
 
 class AfterBody(_Body):
@@ -142,7 +155,7 @@ class ReplayBody(_Body):
     """reasoning.replay."""
 
     fingerprint: str
-    steps: Annotated[list[ReplayStep], Field(min_length=1, max_length=MAX_STEPS)]
+    steps: Annotated[Items[ReplayStep], Field(min_length=1, max_length=MAX_STEPS)]
 
 
 class ReasoningBody(_Body):
@@ -157,8 +170,8 @@ class ReasoningBody(_Body):
     max_blocks: Annotated[int, Field(ge=1)] | None = None
     pad_positions: bool | None = None
     max_total_steps: Annotated[int, Field(ge=1)] | None = None
-    start: str | int | list[int | str] | None = None
-    end: str | int | list[int | str] | None = None
+    start: str | int | Items[int | str] | None = None
+    end: str | int | Items[int | str] | None = None
     source: Literal["hidden", "distribution", "constant"] | None = None
     adapter: str | None = None
     latent_noise_std: Number | None = None
@@ -206,10 +219,10 @@ class GenerationBody(NamedBody):
     repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Values[Number] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Annotated[Items[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -239,18 +252,17 @@ class GenerationBody(NamedBody):
         """logit_bias by token id, checked.
 
         Raises:
-            InvalidRequestError: Keys are no ids, values out of range, or too many.
+            InvalidRequestError: Keys are no ids, or values out of range.
         """
         given = self.logit_bias or {}
-        if len(given) > MAX_LOGIT_BIAS:
-            raise InvalidRequestError(
-                f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens", param="logit_bias"
-            )
         if any(not key.isdecimal() or len(key) > 10 for key in given):
             raise InvalidRequestError("logit_bias: keys must be token ids", param="logit_bias")
         if any(not -100 <= value <= 100 for value in given.values()):
             raise InvalidRequestError("logit_bias: values must be in -100..100", param="logit_bias")
         return {int(key): value for key, value in given.items()}
+
+
+Messages = Annotated[Items[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ResponseFormat(_Body):
@@ -262,18 +274,18 @@ class ResponseFormat(_Body):
 class ChatRequest(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, bool | int | str] | None = None
+    chat_template_kwargs: Values[bool | int | str] | None = None
 
 
 class CompletionRequest(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -282,7 +294,7 @@ class TokenizeRequest(NamedBody):
     """POST /tokenize: a prompt or messages."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -290,7 +302,7 @@ class TokenizeRequest(NamedBody):
 class DetokenizeRequest(NamedBody):
     """POST /detokenize."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Items[Annotated[int, Field(ge=0)]]
 
 
 def unknown_fields(body: BaseModel) -> list[str]:

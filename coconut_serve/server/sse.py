@@ -26,6 +26,7 @@ class EventStream(StreamingResponse):
         events: JSON texts; an error in it becomes an event, then [DONE].
         close: Called once when the response is over, however it ended.
         on_slow: Called when the client has read nothing for `max_send_seconds` and is dropped.
+        on_error: Called with an error that became an event.
         keep_alive_seconds: Silence after which a comment is sent, so that proxies do not cut a
             long latent phase.
     """
@@ -36,12 +37,13 @@ class EventStream(StreamingResponse):
         *,
         close: Callable[[], Awaitable[None]],
         on_slow: Callable[[], None],
+        on_error: Callable[[CoconutError], None],
         max_send_seconds: float,
         keep_alive_seconds: float,
         headers: dict[str, str],
     ) -> None:
         super().__init__(
-            _frames(events),
+            _frames(events, on_error),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
@@ -123,14 +125,19 @@ class _Line:
         self._sent = time.monotonic()
 
 
-async def _frames(events: AsyncIterator[str]) -> AsyncIterator[bytes]:
+async def _frames(
+    events: AsyncIterator[str], on_error: Callable[[CoconutError], None]
+) -> AsyncIterator[bytes]:
+    failure: CoconutError | None = None
     try:
         async for event in events:
             yield f"data: {event}\n\n".encode()
     except CoconutError as error:
-        yield f"data: {json.dumps(error_body(error))}\n\n".encode()
+        failure = error
     except Exception:
         logger.exception("stream failed")
         failure = CoconutError("internal error; the server's log has the details")
+    if failure is not None:
+        on_error(failure)
         yield f"data: {json.dumps(error_body(failure))}\n\n".encode()
     yield DONE

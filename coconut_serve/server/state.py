@@ -67,12 +67,14 @@ class Service:
             adapters=engine.info.adapters,
             eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
+        admission = Admission(max_running=config.max_num_seqs, max_queue=config.max_queue)
         prompts = PromptBuilder(
             tokenizer=tokenizer,
             model=model,
             info=engine.info,
             max_n=config.max_n,
             trace_bounds=(config.min_trace, config.max_trace),
+            check_size=admission.check_size,
         )
         return cls(
             config=config,
@@ -81,7 +83,7 @@ class Service:
             manifest=manifest,
             model=model,
             prompts=prompts,
-            admission=Admission(max_running=config.max_num_seqs, max_queue=config.max_queue),
+            admission=admission,
             metrics=metrics,
         )
 

@@ -24,7 +24,7 @@ class Admission:
         self.num_in_flight = 0
         self.is_draining = False
         self.is_overdue = False  # draining, and what still runs is being ended
-        self._ended: deque[float] = deque(maxlen=_DRAIN_SAMPLES)  # times
+        self._ended: deque[float] = deque(maxlen=_DRAIN_SAMPLES)  # a start, then times of ends
 
     @property
     def has_room(self) -> bool:
@@ -34,6 +34,9 @@ class Admission:
     def acquire(self, count: int) -> None:
         """Take places for `count` sequences, all or none; raises as `check` does."""
         self.check(count)
+        if self.num_in_flight == 0:
+            self._ended.clear()  # what ended before an idle time says nothing of the pace
+            self._ended.append(time.monotonic())
         self.num_in_flight += count
 
     def check(self, count: int) -> None:
@@ -46,27 +49,35 @@ class Admission:
         """
         if self.is_draining:
             raise NotReadyError("the server is shutting down", retry_after_seconds=5)
-        if count > self._limit:
-            raise InvalidRequestError(
-                f"the request makes {count} sequences, but the server takes {self._limit} at most",
-                param="n",
-            )
+        self.check_size(count)
         if self.num_in_flight + count > self._limit:
             raise QueueFullError(
                 f"the queue of {self._max_queue} sequences is full",
                 retry_after_seconds=self.retry_after_seconds(),
             )
 
+    def check_size(self, count: int) -> None:
+        """Return if there can ever be places for `count` sequences.
+
+        Raises:
+            InvalidRequestError: There will never be room for so many.
+        """
+        if count > self._limit:
+            raise InvalidRequestError(
+                f"the request makes {count} sequences, but the server takes {self._limit} at most",
+                param="n",
+            )
+
     def release(self, count: int) -> None:
         """Give places back."""
         self.num_in_flight -= count
         assert self.num_in_flight >= 0, "more places released than taken"
-        self._ended.append(time.monotonic())
+        self._ended.extend([time.monotonic()] * count)
 
     def retry_after_seconds(self) -> int:
         """Estimate when a place is free, from how fast sequences ended lately; 1 to 60."""
         if len(self._ended) < 2:
             return 1
         seconds = time.monotonic() - self._ended[0]
-        per_sequence = seconds / len(self._ended)
+        per_sequence = seconds / (len(self._ended) - 1)
         return max(1, min(_MAX_RETRY_AFTER_SECONDS, math.ceil(per_sequence)))

@@ -191,8 +191,9 @@ class Generation:
                 async for output in outputs:
                     clock.note(output)
                     self._note(index, output)
-                    if self._emit(index, output, text):
-                        clock.end(output)
+                    ended = self._emit(index, output, text)
+                    if ended is not None:
+                        clock.end(output.counts, ended)
                         return
         except CoconutError as error:
             clock.fail("deadline" if self._admission.is_overdue else "error")
@@ -218,8 +219,8 @@ class Generation:
         if output.halt_reason is not HaltReason.NONE:
             state.halt_reason = output.halt_reason
 
-    def _emit(self, index: int, output: RequestOutput, text: "_ChoiceText") -> bool:
-        """Send what the output adds; True when the choice has ended."""
+    def _emit(self, index: int, output: RequestOutput, text: "_ChoiceText") -> FinishReason | None:
+        """Send what the output adds; why the choice has ended, if it has."""
         content, reasoning = text.push(output)
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if finish_reason is not None:
@@ -241,7 +242,7 @@ class Generation:
         )
         if delta != Delta(index=index):
             self._put(delta)
-        return finish_reason is not None
+        return finish_reason
 
 
 class _ChoiceText:
@@ -336,9 +337,9 @@ class _Clock:
         self._last_answer = now
         m.add(m.generation_tokens, 1, mode)
 
-    def end(self, output: RequestOutput) -> None:
+    def end(self, counts: SequenceCounts, reason: FinishReason) -> None:
         """Record a sequence that reached its end."""
-        now, m, mode, counts = time.monotonic(), self._metrics, self._mode, output.counts
+        now, m, mode = time.monotonic(), self._metrics, self._mode
         m.observe(m.duration, now - self._arrival, mode)
         m.observe(m.request_output_tokens, counts.num_output_tokens, mode)
         m.observe(m.latent_steps_per_request, counts.num_vector_steps, mode)
@@ -349,9 +350,8 @@ class _Clock:
                 gap = (now - self._first_answer) / (counts.num_output_tokens - 1)
                 m.observe(m.tpot, gap, mode)
         self._count_thinking(counts)
-        outcome = output.finish_reason.value if output.finish_reason else "stop"  # stop string
-        self._event("end", finish_reason=outcome, output_tokens=counts.num_output_tokens)
-        m.add(m.requests, 1, mode, self._endpoint, outcome)
+        self._event("end", finish_reason=reason.value, output_tokens=counts.num_output_tokens)
+        m.add(m.requests, 1, mode, self._endpoint, reason.value)
 
     def _count_thinking(self, counts: SequenceCounts) -> None:
         m, mode = self._metrics, self._mode

@@ -4,8 +4,9 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
@@ -103,6 +104,7 @@ class PromptBuilder:
         info: The engine's limits.
         max_n: Choices a request may ask for.
         trace_bounds: The least detailed trace that is given, and the most.
+        check_size: Raises where a call of so many sequences can never be served.
     """
 
     def __init__(
@@ -113,12 +115,14 @@ class PromptBuilder:
         info: EngineInfo,
         max_n: int,
         trace_bounds: tuple[TraceLevel, TraceLevel],
+        check_size: Callable[[int], None],
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._info = info
         self._max_n = max_n
         self._trace_bounds = trace_bounds
+        self._check_size = check_size
 
     def prepare(self, ask: GenerationAsk) -> Prepared:
         """Build the requests of a call.
@@ -150,6 +154,7 @@ class PromptBuilder:
             has_speed=self._model.takes_speed and ask.messages is not None,
             is_open=may_think,
         )
+        self._check_size(len(prompts) * ask.n * resolved.branches)
         resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
         asked = ask.sampling.seed
@@ -210,8 +215,17 @@ class PromptBuilder:
                 param=ask.text_field,
                 code="context_length_exceeded",
             )
+        room = self._info.max_model_len
+        longest = max((len(p) for p in ask.prompts if not isinstance(p, str)), default=0)
+        if longest > room:
+            raise InvalidRequestError(
+                f"the prompt has {longest} tokens, but the context holds {room}",
+                param=ask.text_field,
+                code="context_length_exceeded",
+            )
         if ask.messages is not None:
-            ids = self._chat(ask, ask.messages, mode)
+            speed, options = ask.reasoning.get("speed"), ask.chat_template_options
+            ids = self.tokenise_chat(ask.messages, mode=mode, speed=speed, options=options)
             return [self._bound_thinking(ids, mode, _TEMPLATE_TAIL)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
         is_implied = self._model.is_thinker and self._model.think_start_id is None
@@ -231,16 +245,31 @@ class PromptBuilder:
         add_special = manifest.prompt.add_bos if manifest else True
         return tuple(tokenizer.encode(text, add_special_tokens=add_special))
 
-    def _chat(
-        self, ask: GenerationAsk, messages: Sequence[ChatMessage], mode: str
+    def tokenise_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        mode: str | None = None,
+        speed: int | str | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[int, ...]:
-        """Render a chat: the model's chat template, or the manifest's question template."""
+        """Render a chat: the model's chat template, or the manifest's question template.
+
+        Args:
+            messages: Cleaned.
+            mode: None: the model's default.
+            speed: reasoning.speed; None: the model's default.
+            options: Of the chat template.
+
+        Raises:
+            InvalidRequestError: The model has no template, or refuses these messages.
+        """
         template = self._model.question_template
         if template is not None:
             question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
             if question is None:
                 raise InvalidRequestError("messages must have a user message", param="messages")
-            speed = ask.reasoning.get("speed", self._model.default_speed)
+            speed = self._model.default_speed if speed is None else speed
             text = template.replace("{speed}", str(speed)).replace("{question}", str(question))
             return self._ids(text, "messages")
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
@@ -249,7 +278,8 @@ class PromptBuilder:
                 param="messages",
                 code="no_chat_template",
             )
-        options = {"enable_thinking": mode != "none", **ask.chat_template_options}
+        is_thinking = (mode or self._model.default_mode) != "none"
+        options = {"enable_thinking": is_thinking, **options}
         text = self._tokenizer.render_chat(messages, **options)
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 

@@ -214,10 +214,13 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     assert args.model == "m"
     args = parse_args(["serve", "m", "--api-key", "c"], {"COCONUT_API_KEY": "a,b"})
     assert args.api_key == ["c"]
+    file.write_text("max_n: 4\n")
+    args = parse_args(["serve", "m"], {"COCONUT_CONFIG": str(file), "COCONUT_API_KEY": "a, b\n,"})
+    assert (args.max_n, args.api_key) == (4, ["a", "b"])
 
 
 def test_unknown_or_bad_settings_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("max_quue: 1\n")
@@ -228,14 +231,34 @@ def test_unknown_or_bad_settings_are_refused(
     assert "--max-queue" in capsys.readouterr().err
     with pytest.raises(StartupError, match="not true or false"):
         parse_args(["serve"], {"COCONUT_STRICT_PARAMS": "perhaps"})
+    for empty in ("", ",", " , "):  # what "${KEY_A},${KEY_B}" may come to
+        with pytest.raises(StartupError, match="COCONUT_API_KEY is empty"):
+            parse_args(["serve"], {"COCONUT_API_KEY": empty})
+    file.write_text("api_key: ['', '']\n")
     with pytest.raises(StartupError, match="COCONUT_API_KEY is empty"):
-        parse_args(["serve"], {"COCONUT_API_KEY": ""})
+        parse_args(["serve", "--config", str(file)], {})
+    with pytest.raises(StartupError, match="did you mean COCONUT_API_KEY") as caught:
+        parse_args(["serve"], {"COCONUT_API_KEYS": "sk-secret"})
+    assert "sk-secret" not in caught.value.message
+    parse_args(["serve"], {"COCONUT_MAX_QUUE": "sk-secret"})
+    assert "COCONUT_MAX_QUUE" in caplog.text
+    assert "sk-secret" not in caplog.text
     assert parse_args(["serve"], {"COCONUT_MAX_MODEL_LEN": ""}).max_model_len is None
     assert parse_args(["serve"], {"COCONUT_STRICT_PARAMS": "on"}).strict_params is True
     kubernetes = {"COCONUT_PORT": "tcp://10.0.0.1:80", "COCONUT_SERVICE_HOST": "10.0.0.1"}
     assert parse_args(["serve"], kubernetes).port == 8000
     args = parse_args(["serve", "--strict-params", "m"], {})
     assert (args.model, args.strict_params) == ("m", True)
+
+
+def test_a_port_in_use_is_one_line_and_status_2(slow_stub: Server) -> None:
+    port = slow_stub.url.rpartition(":")[2]
+    done = subprocess.run(
+        [*COMMAND, "serve", "--engine", "stub", "--port", port],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(rf"coconut-serve: --port {port}: .*in use.*\n", done.stderr)
 
 
 def test_help_names_every_flag_of_the_contract() -> None:

@@ -69,6 +69,14 @@ async def test_legacy_logprobs(client: openai.AsyncOpenAI) -> None:
     assert logprobs.top_logprobs == [{"a": 0.0}, {"b": 0.0}, {"c": 0.0}]
 
 
+async def test_offsets_count_characters_not_their_parts(client: openai.AsyncOpenAI) -> None:
+    answer = await client.completions.create(model="m", prompt="é€x", max_tokens=6, logprobs=0)
+    logprobs = answer.choices[0].logprobs
+    assert answer.choices[0].text == "é€x"
+    assert logprobs is not None
+    assert logprobs.text_offset == [0, 0, 1, 1, 1, 2]
+
+
 async def test_last_chunk_has_the_usage(client: openai.AsyncOpenAI) -> None:
     stream = await client.completions.create(
         model="m", prompt="abc", max_tokens=3, stream=True, stream_options={"include_usage": True}

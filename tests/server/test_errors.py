@@ -8,9 +8,11 @@ from typing import Annotated, Any, get_args, get_origin
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from coconut_serve.config import StubConfig
+from coconut_serve.metrics import Metrics
+from coconut_serve.server import schemas
 from coconut_serve.server.schemas import ReasoningBody
 from tests.fakes import listening, stub_app
 
@@ -338,7 +340,9 @@ def test_every_number_of_reasoning_has_values_out_of_range() -> None:
             for part in get_args(declared.annotation):
                 if isinstance(part, type) and issubclass(part, BaseModel):
                     yield from numbers(part, f"{prefix}{name}.")
-                elif part in (int, float) or get_origin(part) is Annotated:
+                    continue
+                inner = get_args(part)[0] if get_origin(part) is Annotated else part
+                if inner in (int, float):
                     yield prefix + name
 
     others = {"start", "end", "speed", "halt.rule", "replay.steps", "replay.steps.token_id"}
@@ -454,6 +458,8 @@ async def test_error_after_the_first_byte_is_an_event_then_done() -> None:
             assert events[-1] == "data: [DONE]"
             error = json.loads(events[-2].removeprefix("data: "))["error"]
             assert error["code"] == "generation_failed"
+            metrics: Metrics = app.state.metrics
+            assert metrics.total(metrics.errors) == 1
             response = await c.post("/v1/completions", json=TEXT)
             assert response.status_code == 500
             assert response.headers["x-should-retry"] == "false"
@@ -571,6 +577,40 @@ async def test_token_ids_that_the_model_lacks_are_refused_at_start() -> None:
                 await asyncio.sleep(0.01)
     assert "99999" not in str(failures[0])
     assert "258 and above" in str(failures[0])
+
+
+BODIES = (
+    schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeRequest,
+    schemas.DetokenizeRequest, schemas.ReasoningBody, schemas.MixtureBody, schemas.HaltBody,
+    schemas.SwitchBody, schemas.AfterBody, schemas.ReplayBody,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_a_list_of_wrong_items_is_one_complaint(body: type[BaseModel]) -> None:
+    """One for each of a million took twenty seconds and a gigabyte, on everybody's event loop."""
+    many = 2000
+    lists: list[Any] = [[object()] * many, [[object()] * many] * many]
+    for name in body.model_fields:
+        for wrong in (*lists, {str(i): object() for i in range(many)}):
+            try:
+                body.model_validate({name: wrong})
+            except ValidationError as error:
+                complaints = [e for e in error.errors() if e["loc"][0] == name]
+                assert len(complaints) < 10, name
+
+
+async def test_long_ids_are_refused_before_they_are_looked_at(http: httpx.AsyncClient) -> None:
+    for prompt in ([5] * 100_000, [[5], [-7] * 100_000]):
+        response = await http.post("/v1/completions", json={**TEXT, "prompt": prompt})
+        assert response.status_code == 400
+        assert check_shape(response)["code"] == "context_length_exceeded"
+
+
+async def test_media_types_have_no_case(http: httpx.AsyncClient) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    response = await http.post("/v1/completions", content=json.dumps(TEXT), headers=headers)
+    assert response.status_code == 200
 
 
 async def test_long_text_is_refused_before_it_is_tokenised(http: httpx.AsyncClient) -> None:

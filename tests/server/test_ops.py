@@ -9,6 +9,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.config import ServeConfig, StubConfig
 from coconut_serve.errors import StartupError
 from coconut_serve.metrics import Metrics
@@ -73,6 +74,20 @@ async def test_tokenize_and_back(http: httpx.AsyncClient) -> None:
     assert (await http.post("/detokenize", json={"tokens": [999]})).status_code == 400
 
 
+async def test_tokenize_gives_what_chat_feeds() -> None:
+    """With a manifest's question template too, which needs no chat template."""
+    manifest = Manifest.model_validate(
+        {"modes": ["none"], "prompt": {"template": "Q: {question}\n", "chat_template": False}}
+    )
+    messages = [{"role": "user", "content": "why?"}]
+    async with listening(stub_app(manifest=manifest)) as url, httpx.AsyncClient(base_url=url) as c:
+        told = (await c.post("/tokenize", json={"messages": messages})).json()["tokens"]
+        body = {"messages": messages, "max_tokens": 1, "return_token_ids": True}
+        answer = (await c.post("/v1/chat/completions", json=body)).json()
+    assert bytes(told).decode() == "Q: why?\n"
+    assert told == answer["prompt_token_ids"]
+
+
 async def test_metrics_count_by_mode(http: httpx.AsyncClient) -> None:
     for mode in ("latent", "distribution"):
         body = {"prompt": "abc", "max_tokens": 4, "reasoning_mode": mode, "reasoning": {"steps": 3}}
@@ -113,6 +128,12 @@ async def test_rejected_requests_are_counted_under_the_mode_they_name() -> None:
             {"prompt": 5, "reasoning_mode": "latent"},  # not read as far as the mode
         ):
             assert (await c.post("/v1/completions", json=body)).status_code == 400
+        refused = [
+            await c.post("/v1/completions", json={"prompt": "a", "model": "another"}),
+            await c.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}),
+            await c.post("/v1/completions", content=b"[" * 5_000_000),
+        ]
+        assert [r.status_code for r in refused] == [404, 415, 413]
         app.state.service.admission.is_draining = True
         assert (await c.post("/v1/chat/completions", json={})).status_code == 503
     metrics: Metrics = app.state.metrics
@@ -123,10 +144,22 @@ async def test_rejected_requests_are_counted_under_the_mode_they_name() -> None:
     }
     assert counts == {
         ("latent", "completions"): 1,
-        ("unknown", "completions"): 2,
+        ("unknown", "completions"): 5,
         ("unknown", "chat"): 1,
     }
-    assert metrics.total(metrics.rejections) == 4 == metrics.total(metrics.requests)
+    assert metrics.total(metrics.rejections) == 7 == metrics.total(metrics.requests)
+
+
+async def test_outcome_is_what_the_client_was_told() -> None:
+    """A stop string that the last allowed token completes ends the answer by "stop"."""
+    app = stub_app()
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as c:
+        body = {"prompt": "abc", "max_tokens": 3, "stop": ["bc"]}
+        answer = (await c.post("/v1/completions", json=body)).json()
+        text = (await c.get("/metrics")).text
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("a", "stop")
+    assert 'outcome="stop",reasoning_mode="cot"} 1.0' in text
+    assert 'outcome="length",reasoning_mode="cot"} 0.0' in text
 
 
 async def test_sequence_that_outlasts_the_drain_ends_by_deadline() -> None:

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from coconut_serve.errors import NotReadyError, QueueFullError
@@ -23,3 +25,24 @@ def test_draining_takes_nothing_new() -> None:
     admission.is_draining = True
     with pytest.raises(NotReadyError):
         admission.acquire(1)
+
+
+def test_retry_after_follows_the_pace_and_forgets_idle_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    admission = Admission(max_running=4, max_queue=0)
+    admission.acquire(4)
+    assert admission.retry_after_seconds() == 1
+    for _ in range(2):
+        now += 12
+        admission.release(1)
+    assert admission.retry_after_seconds() == 12
+    admission.release(2)  # four in 24 seconds
+    assert admission.retry_after_seconds() == 6
+    now += 600  # nobody asks
+    admission.acquire(4)
+    now += 3
+    admission.release(1)
+    assert admission.retry_after_seconds() == 3

@@ -9,6 +9,7 @@ from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.admission import Admission
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import GenerationAsk, Prepared, PromptBuilder, SamplingAsk
 from coconut_serve.service.tokenizer import ByteTokenizer
@@ -48,7 +49,12 @@ def make_builder(
         eos_token_ids=(256,),
     )
     return PromptBuilder(
-        tokenizer=tokenizer, model=model, info=INFO, max_n=8, trace_bounds=("none", "topk")
+        tokenizer=tokenizer,
+        model=model,
+        info=INFO,
+        max_n=8,
+        trace_bounds=("none", "topk"),
+        check_size=Admission(max_running=64, max_queue=64).check_size,
     )
 
 
@@ -198,6 +204,19 @@ def test_padded_positions_are_counted_before_they_are_known() -> None:
         [request] = prepared.requests
         assert builder._room(request.prompt_token_ids, request.reasoning, None, ask) == expected
         assert request.reasoning.pad_positions is bool(asked)
+
+
+def test_too_many_sequences_are_refused_before_they_are_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """128 prompts of 8 choices of 32 branches once took a second of everybody's streams."""
+    ask = GenerationAsk(
+        request_id="r", endpoint="c", mode="distribution", prompts=["a"] * 128, n=8,
+        reasoning={"branches": 32, "select": "all", "mixture.kind": "multiplex"},
+    )  # fmt: skip
+    monkeypatch.setattr(PromptBuilder, "_requests", None)
+    with pytest.raises(InvalidRequestError, match="makes 32768 sequences"):
+        make_builder().prepare(ask)
 
 
 def test_thinking_may_have_a_seed_of_its_own() -> None:

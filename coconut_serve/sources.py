@@ -1,0 +1,92 @@
+"""Where settings come from beside the command line: a file and the environment."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from coconut_serve.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+# No flags, and looked at elsewhere; COCONUT_CONFIG is looked at here.
+_NOT_FLAGS = frozenset({"cache", "commit", "config", "log_level", "vllm"})
+
+
+def read(path: str | None, environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """Read the file that --config or COCONUT_CONFIG names, and the environment over it.
+
+    Args:
+        path: --config, if it is given.
+        environ: Of the process.
+        known: Names of settings, with underscores.
+
+    Raises:
+        StartupError: The file is unreadable or names an unknown setting; a key is misspelt.
+    """
+    path = path or environ.get("COCONUT_CONFIG")
+    return (_read_file(path, known) if path else {}) | _read_environment(environ, known)
+
+
+def split_keys(text: str | None) -> list[str]:
+    """Read API keys, comma-separated; none where none are given.
+
+    Raises:
+        StartupError: They are given and empty: the server would let everybody in.
+    """
+    keys = [key.strip() for key in (text or "").split(",")]
+    keys = [key for key in keys if key]
+    if text is not None and not keys:
+        raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
+    return keys
+
+
+def is_true(name: str, text: str) -> bool:
+    """Read a boolean.
+
+    Raises:
+        StartupError: It is none.
+    """
+    words = dict.fromkeys(("1", "true", "yes", "on"), True)
+    words |= dict.fromkeys(("0", "false", "no", "off", ""), False)
+    if text.lower() not in words:
+        raise StartupError(f"{name}: {text!r} is not true or false", param=name)
+    return words[text.lower()]
+
+
+def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """Find settings in COCONUT_*; names that are none are logged, since they may be misspelt.
+
+    Kubernetes sets variables of that prefix for a Service called coconut, COCONUT_PORT among them.
+    """
+    read = {}
+    for name, value in environ.items():
+        if not name.startswith("COCONUT_"):
+            continue
+        key = name.removeprefix("COCONUT_").lower()
+        if key in known and not value.startswith("tcp://"):
+            read[key] = value
+        elif "key" in key:
+            raise StartupError(f"{name} is no setting; did you mean COCONUT_API_KEY?", param=name)
+        elif key not in _NOT_FLAGS:  # the value may be a secret
+            logger.warning("ignoring %s: it is no flag's variable or value", name)
+    return read
+
+
+def _read_file(path: str, known: set[str]) -> dict[str, str]:
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StartupError(f"cannot read --config {path}: {error}", param="--config") from error
+    if not isinstance(data, dict):
+        raise StartupError(f"--config {path} must hold a mapping", param="--config")
+    read = {}
+    for key, value in data.items():
+        if key not in known:
+            raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
+        if value is not None:  # as if the key were not there
+            joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            read[key] = json.dumps(value) if isinstance(value, dict) else joined
+    return read
