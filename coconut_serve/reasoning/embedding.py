@@ -8,6 +8,7 @@ from torch import Tensor
 from coconut_serve.reasoning.slots import EmbedTokens
 
 ROWS_AT_ONCE = 8192  # of a table that is worked through in parts
+_ROWS_COMPARED = 64
 
 
 class Embedding:
@@ -36,23 +37,25 @@ class Embedding:
         self._first_id = first_id
         self._reduce = reduce
         self._multiply = multiply
-        self._scale: Tensor | None = None  # [1], what the call multiplies rows by
+        self._scale: Tensor | None = None  # [] float32, what the call multiplies rows by
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Look rows up; [...] int64 -> [..., hidden_size]."""
         return self._call(ids)
 
-    @property
-    def scale(self) -> Tensor:
-        """What the call multiplies the table's rows by; [1] float32."""
-        if self._scale is None:
-            assert self._weight is not None
-            ids = torch.arange(self._first_id, self._first_id + 1, device=self._weight.device)
-            shown, stored = self._call(ids).float(), self._weight[:1].float()
-            self._scale = (shown.norm() / stored.norm().clamp_min(1e-12)).reshape(1)
-            if self._reduce is not None:  # each rank has rows of its own, and all scale alike
-                self._scale = self._reduce(self._scale) / self._reduce(torch.ones_like(self._scale))
-        return self._scale
+    def _find_scale(self, table: Tensor, num_ids: int) -> Tensor:
+        """Compare the first rows as the call shows them with the table's; [] float32.
+
+        A single row may be zeros, as that of a padding token is.
+        """
+        num_ids = min(num_ids, _ROWS_COMPARED)
+        shown = self._call(torch.arange(num_ids, device=table.device))
+        stored = table[: max(0, num_ids - self._first_id)]  # those of them that this rank has
+        squares = stored.float().square().sum().reshape(1)
+        if self._reduce is not None:
+            squares = self._reduce(squares)
+        scale: Tensor = shown.float().norm() / squares[0].sqrt().clamp_min(1e-12)
+        return scale
 
     def mean(self, weights: Tensor) -> Tensor:
         """Average all embeddings by weight, as one matrix product.
@@ -66,6 +69,8 @@ class Embedding:
         table, first = self._weight, self._first_id
         if table is None:
             return self._mean_by_rows(weights)
+        if self._scale is None:
+            self._scale = self._find_scale(table, weights.shape[1])
         part = weights[:, first : first + table.shape[0]]
         part = part.to(table.dtype)
         if self._multiply is not None:
@@ -73,7 +78,7 @@ class Embedding:
         else:
             product = part @ table[: part.shape[1]]
         whole = self._reduce(product) if self._reduce is not None else product
-        return (whole.float() * self.scale).to(table.dtype)
+        return (whole.float() * self._scale).to(table.dtype)
 
     def mean_norm(self, ids: Tensor) -> Tensor:
         """The mean length of embeddings; [num_ids] int64 -> [] float32."""

@@ -34,7 +34,7 @@ class Mixed:
 
     token: Tensor  # [num_rows] int64, the text of the step
     vector: Tensor  # [num_rows, hidden_size]
-    square_mass: Tensor  # [num_rows] float32, the sum of the squared weights
+    square_mass: Tensor | None  # [num_rows] float32, the sum of the squared weights, if asked for
     retained_mass: Tensor | None = None  # [num_rows] float32, probability covered; None: 1
 
 
@@ -107,6 +107,23 @@ class Mixer(ABC):
     def _of(self, name: str, ctx: StepContext) -> Tensor:
         return self._mixtures.of(name, ctx.row_slots)
 
+    def _square_mass(
+        self, ctx: StepContext, weights: Tensor, ids: Tensor | None = None
+    ) -> Tensor | None:
+        """Sum the squares of the weights, for rows that are divided by their root.
+
+        Args:
+            ctx: The rows.
+            weights: [num_rows, width].
+            ids: [num_rows, width], where a token may occur twice: its weights add up.
+        """
+        if all(m.norm != "l2" for m in self._mixtures.each(ctx)):
+            return None
+        if ids is None:
+            return weights.square().sum(-1)
+        is_same = ids.unsqueeze(2) == ids.unsqueeze(1)  # [num_rows, width, width]
+        return (is_same * weights.unsqueeze(2) * weights.unsqueeze(1)).sum((1, 2))
+
     def _tempered(self, ctx: StepContext) -> Tensor:
         """Logits divided by the mixture's temperature."""
         assert ctx.logits is not None
@@ -153,7 +170,7 @@ class TopK(Mixer):
         return Mixed(
             token=ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1),
             vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
-            square_mass=weights.square().sum(-1),
+            square_mass=self._square_mass(ctx, weights),
             retained_mass=retained,
         )
 
@@ -189,7 +206,8 @@ class Full(Mixer):
         """Average all embeddings."""
         probs = self._tempered(ctx).softmax(-1)
         vector = yield probs
-        return Mixed(token=probs.argmax(-1), vector=vector, square_mass=probs.square().sum(-1))
+        mass = self._square_mass(ctx, probs)
+        return Mixed(token=probs.argmax(-1), vector=vector, square_mass=mass)
 
 
 class Multiplex(Mixer):
@@ -222,14 +240,15 @@ class Multiplex(Mixer):
             ids = torch.where(has.unsqueeze(1), ids, distinct)
         shares = weights.gather(1, ids)
         is_equal = upload([float(m.weights == "equal") for m in asked], ids.device) > 0
-        shares = torch.where(is_equal.unsqueeze(1), 1.0, shares)
+        # Where fewer are left than are drawn, some that the filters dropped fill up.
+        shares = torch.where(is_equal.unsqueeze(1) & (shares > 0), 1.0, shares)
         rank = torch.arange(width, device=ids.device)
         shares = torch.where(rank < self._of("top_k", ctx).unsqueeze(1), shares, 0.0)
         shares = shares / shares.sum(-1, keepdim=True)
         return Mixed(
             token=ids[:, 0],
             vector=mixing.mix_embeddings(shares, ids, ctx.embedding),
-            square_mass=shares.square().sum(-1),
+            square_mass=self._square_mass(ctx, shares, ids),
         )
 
     def _draw(self, ctx: StepContext, weights: Tensor, width: int) -> Tensor:
@@ -282,7 +301,7 @@ class MixtureOfInputs(Mixer):
         return Mixed(
             token=ctx.sampled,
             vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
-            square_mass=weights.square().sum(-1),
+            square_mass=self._square_mass(ctx, weights, ids),
         )
 
 
@@ -303,8 +322,7 @@ class Gated(Mixer):
             assert isinstance(gate, Gate), "the service lets no other adapter through"
             rows = upload([i for i, each in enumerate(names) if each == name], vector.device)
             vector = vector.index_copy(0, rows, gate.mix(vector[rows], soft[rows]))
-        ones = torch.ones(len(names), device=vector.device)
-        return Mixed(token=ctx.sampled, vector=vector.to(token.dtype), square_mass=ones)
+        return Mixed(token=ctx.sampled, vector=vector.to(token.dtype), square_mass=None)
 
 
 KINDS: dict[str, type[Mixer]] = {
@@ -356,7 +374,9 @@ class Mixers:
         for kind in sorted(set(kinds)):
             part, at = ctx.select([i for i, each in enumerate(kinds) if each == kind])
             mixed = yield from self._mix(part, kind[0])
-            token[at], mass[at] = mixed.token, mixed.square_mass
+            token[at] = mixed.token
+            if mixed.square_mass is not None:
+                mass[at] = mixed.square_mass
             vector[at] = mixed.vector.to(vector.dtype)
             if mixed.retained_mass is not None:
                 retained[at] = mixed.retained_mass
@@ -372,9 +392,10 @@ class Mixers:
             assert ctx.logits is not None
             ids = torch.arange(ctx.logits.shape[1], device=vector.device)
             self._mean_norm = ctx.embedding.mean_norm(ids)
+        ones = torch.ones(len(norms), device=vector.device)
         scales = {
-            "none": torch.ones_like(mixed.square_mass),
-            "l2": mixed.square_mass.rsqrt(),
+            "none": ones,
+            "l2": ones if mixed.square_mass is None else mixed.square_mass.rsqrt(),
             "embed_mean": self._mean_norm / vector.norm(dim=-1).clamp_min(1e-12),
         }
         scale = torch.stack([scales[norm][i] for i, norm in enumerate(norms)])

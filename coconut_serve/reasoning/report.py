@@ -60,7 +60,8 @@ def _scores(step: StepRows, scored: list[int], inputs: Tensor, num_top: int) -> 
     """Five scalars and `num_top` pairs for each of `scored`."""
     log_probs = step.logits_of(scored, is_raw=True).log_softmax(-1)
     token = step.select(step.token, scored).clamp_min(0).unsqueeze(1)
-    fed = step.select(step.vector, scored).float()
+    is_vector = step.select(step.is_vector, scored).unsqueeze(1)
+    fed = torch.where(is_vector, step.select(step.vector, scored).float(), 0.0)
     scalars = [
         log_probs.gather(1, token).squeeze(1),
         mixing.entropy(log_probs),

@@ -152,7 +152,8 @@ class StepRows:
         self.answer = self.sampled.clone()
         host_slots = tuple(self.rows[i].slot for i in members)
         rows = self.select(self.row_slots, members)
-        self.assign(self.sampled, members, drawer.sample(self.logits_of(members), rows, host_slots))
+        drawn, _ = drawer.sample(self.logits_of(members), rows, host_slots)
+        self.assign(self.sampled, members, drawn)
 
     @property
     def emitted(self) -> Tensor:

@@ -83,7 +83,9 @@ class Drawer:
         self._min_p[slot] = params.min_p
         self._seed[slot] = params.seed
 
-    def sample(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
+    def sample(
+        self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Draw one token a row.
 
         Args:
@@ -92,31 +94,34 @@ class Drawer:
             host_slots: The same on the host.
 
         Returns:
-            [num_rows] int64.
+            [num_rows] int64; [num_rows] bool, whether NaN or Inf among the logits made the draw
+            mean nothing, or no token was fit.
         """
         params = [self._params[slot] for slot in host_slots]
-        drawn = logits.argmax(-1)
+        drawn = logits.argmax(-1)  # of NaN, if there is one
+        is_bad = ~logits.gather(1, drawn.unsqueeze(1)).squeeze(1).isfinite()
         random = [i for i, p in enumerate(params) if not p.is_greedy and not p.has_filters]
         filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
         for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
             if indices:
                 rows = index_of(indices, logits.device)
                 drawn[rows] = draw(logits[rows], row_slots[rows])
-        return drawn
+        return drawn, is_bad
 
     def _probs(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         return (logits / self._temperature[row_slots].unsqueeze(1)).softmax(-1)
 
-    def _uniform(self, row_slots: Tensor) -> Tensor:
-        """One number in (0, 1) a row; [num_rows, 1]."""
+    def _uniform(self, row_slots: Tensor, columns: Tensor) -> Tensor:
+        """Numbers in (0, 1) of this decision; [num_rows, width]."""
         counter = self._slots.num_decisions[row_slots]
-        column = torch.zeros(1, 1, dtype=torch.int64, device=counter.device)
-        return noise.uniform(self._seed[row_slots], counter, noise.SAMPLE_STREAM, column)
+        return noise.uniform(self._seed[row_slots], counter, noise.SAMPLE_STREAM, columns)
 
     def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         """Invert the cumulative distribution over the whole vocabulary."""
         cumulative = self._probs(logits, row_slots).double().cumsum(-1)
-        return _invert(cumulative, self._uniform(row_slots))
+        column = torch.zeros(1, 1, dtype=torch.int64, device=logits.device)
+        target = self._uniform(row_slots, column).double() * cumulative[:, -1:]
+        return (cumulative <= target).sum(-1).clamp_max(cumulative.shape[1] - 1)
 
     def _draw_filtered(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         """The same over the tokens that top-k, then top-p, then min-p leave."""
@@ -139,7 +144,11 @@ class Drawer:
         return drawn
 
     def _draw_sorted(self, p: Tensor, ids: Tensor, row_slots: Tensor) -> Tensor:
-        """Filter and draw from probabilities [num_rows, width] in falling order."""
+        """Filter and draw from probabilities [num_rows, width] in falling order.
+
+        The largest of ln p + Gumbel noise, which belongs to the token: rounding that swaps ranks
+        or moves a token across a bound changes the draw only where that token would win.
+        """
         top_k, top_p = self._top_k[row_slots].unsqueeze(1), self._top_p[row_slots].unsqueeze(1)
         rank = torch.arange(p.shape[1], device=p.device)
         p = torch.where((top_k > 0) & (rank >= top_k), 0.0, p)
@@ -147,10 +156,9 @@ class Drawer:
         is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
         is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
         is_kept[:, 0] = True  # however small top_p is
-        # Back to the order of ids: rounding may swap ranks, and must not change the draw.
-        weights = p.new_zeros(p.shape[0], self._vocab_size)
-        weights.scatter_(1, ids, torch.where(is_kept, p, 0.0))
-        return _invert(weights.double().cumsum(-1), self._uniform(row_slots))
+        noise_of_ids = noise.gumbel(self._uniform(row_slots, ids))
+        scores = torch.where(is_kept, p.log() + noise_of_ids, -torch.inf)
+        return ids.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
 
 
 class Sampler(Drawer):
@@ -162,7 +170,7 @@ class Sampler(Drawer):
         self._presence = slots.register("presence_penalty", torch.float32)
         self._frequency = slots.register("frequency_penalty", torch.float32)
         # Made when the first request with penalties comes: they are as large as the logits.
-        self._counts: Tensor | None = None  # [num_slots, vocab_size] int16, emitted tokens
+        self._counts: Tensor | None = None  # [num_slots, vocab_size] int32, emitted tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
 
     def admit(
@@ -181,7 +189,7 @@ class Sampler(Drawer):
         self._frequency[slot] = params.frequency_penalty
         if self._counts is None or self._is_in_prompt is None:
             size = self._vocab_size
-            self._counts = self._slots.register("token_counts", torch.int16, size)
+            self._counts = self._slots.register("token_counts", torch.int32, size)
             self._is_in_prompt = self._slots.register("is_in_prompt", torch.bool, size)
         self._counts[slot] = 0
         self._is_in_prompt[slot] = False
@@ -233,11 +241,5 @@ class Sampler(Drawer):
         """
         if self._counts is None or not any(self._params[s].has_penalties for s in host_slots):
             return
-        one = (tokens >= 0).to(torch.int16)
+        one = (tokens >= 0).to(torch.int32)
         self._counts.index_put_((row_slots, tokens.clamp_min(0)), one, accumulate=True)
-
-
-def _invert(cumulative: Tensor, u: Tensor) -> Tensor:
-    """Find the first column whose cumulative weight exceeds u of the total; -> [num_rows]."""
-    target = u.double() * cumulative[:, -1:]
-    return (cumulative <= target).sum(-1).clamp_max(cumulative.shape[1] - 1)

@@ -177,11 +177,9 @@ class ReasoningStep:
             return
         members = [wanted[k] for k in draws]
         logits = step.logits_of(members)
-        drawn = self._sampler.sample(
+        drawn, is_bad = self._sampler.sample(
             logits, step.select(row_slots, draws), tuple(host_slots[k] for k in draws)
         )
         step.assign(step.sampled, members, drawn)
-        # With NaN among the logits the drawn token's own is NaN, or none was fit to draw.
-        is_bad = ~logits.gather(1, drawn.unsqueeze(1)).squeeze(1).isfinite()
         step.assign(step.is_bad_sample, members, is_bad)
         step.draw_apart(self._thinking)

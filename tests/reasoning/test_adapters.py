@@ -1,11 +1,13 @@
 """Adapters compute what torch's own modules compute, and refuse files that do not fit."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.adapters import AdapterBank, Draw, Gate, build_realign
@@ -141,23 +143,43 @@ def test_realign_solves_the_ridge_problem_of_untied_ones() -> None:
 
 @pytest.mark.parametrize("has_table", [True, False])
 def test_mean_of_embeddings_is_the_weighted_sum(has_table: bool) -> None:
+    """With a first row of zeros, as a padding token has, and a call that scales."""
     table = torch.randn(50, D)
+    table[0] = 0.0
     embedding = Embedding(lambda ids: 2.0 * table[ids], table if has_table else None)
     weights = torch.rand(3, 50).softmax(-1)
     torch.testing.assert_close(embedding.mean(weights), weights @ (2.0 * table))
 
 
-def test_parts_of_a_sharded_table_add_up() -> None:
-    """Two ranks, each with half of the rows; the sum stands for their all-reduce."""
-    table = torch.randn(50, D)
-    weights = torch.rand(3, 50).softmax(-1)
-    parts = [
-        Embedding(
-            lambda ids: table[ids], table[low : low + 25], first_id=low, reduce=lambda x: x
-        ).mean(weights)
-        for low in (0, 25)
-    ]
-    torch.testing.assert_close(parts[0] + parts[1], weights @ table)
+def test_ranks_with_parts_of_a_table_find_the_mean_of_the_whole() -> None:
+    """Two threads that add up what each gives to a call, as ranks do; rows of unequal length."""
+    table = torch.randn(90, D) * torch.linspace(0.1, 3.0, 90).unsqueeze(1)
+    table[45] = 0.0
+    weights = torch.rand(3, 90).softmax(-1)
+    given: list[Tensor] = [torch.empty(0)] * 2
+    barrier = threading.Barrier(2, timeout=30)
+
+    def mean(rank: int) -> Tensor:
+        low = 45 * rank
+
+        def reduce(part: Tensor) -> Tensor:
+            given[rank] = part
+            barrier.wait()
+            whole = given[0] + given[1]
+            barrier.wait()
+            return whole
+
+        def call(ids: Tensor) -> Tensor:
+            is_here = (ids >= low) & (ids < low + 45)
+            rows = table[torch.where(is_here, ids, 0)] * is_here.unsqueeze(1)
+            return 2.0 * reduce(rows)
+
+        rows = table[low : low + 45]
+        return Embedding(call, rows, first_id=low, reduce=reduce).mean(weights)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(mean, range(2)):
+            torch.testing.assert_close(found, 2.0 * weights @ table)
 
 
 def test_files_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:

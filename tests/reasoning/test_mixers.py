@@ -93,6 +93,19 @@ def test_draws_without_replacement_are_distinct() -> None:
     assert int((distinct[:, 0] > 0).sum()) > int((distinct[:, 6] > 0).sum())
 
 
+def test_what_filters_dropped_fills_no_gap_among_distinct_draws() -> None:
+    """Four draws of two tokens that are left: once two others had a quarter each."""
+    halves = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]).expand(100, -1)
+    asked = {"kind": "multiplex", "top_k": 4, "weights": "equal", "replacement": False}
+    torch.testing.assert_close(weights(100, filter_top_k=2, **asked), halves)
+
+
+def test_l2_adds_up_the_weights_of_a_token_that_comes_twice() -> None:
+    for mixture in ({"kind": "multiplex", "top_k": 3}, {"kind": "moi", "top_k": 4}):
+        several = weights(200, norm="l2", **mixture)
+        torch.testing.assert_close(several.norm(dim=1), torch.ones(200))
+
+
 def test_direct_mixture_feeds_the_distribution_alone() -> None:
     top = LOGITS.softmax(-1)[:4]
     direct = weights(kind="moi", top_k=4, moi_beta=-1.0)[0]

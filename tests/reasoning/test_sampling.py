@@ -29,7 +29,7 @@ def draw_many(params: SamplingParams, count: int = 4000) -> torch.Tensor:
 
     many = [replace(params, seed=i) for i in range(count)]
     sampler, _ = make_sampler(count, many)
-    drawn = sampler.sample(LOGITS.expand(count, -1), torch.arange(count), tuple(range(count)))
+    drawn, _ = sampler.sample(LOGITS.expand(count, -1), torch.arange(count), tuple(range(count)))
     return torch.bincount(drawn, minlength=VOCAB).float() / count
 
 
@@ -81,9 +81,9 @@ def test_row_does_not_depend_on_its_mates() -> None:
     ]
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(2))
     sampler, _ = make_sampler(5, params)
-    together = sampler.sample(logits, torch.arange(5), tuple(range(5)))
+    together, _ = sampler.sample(logits, torch.arange(5), tuple(range(5)))
     for i in range(5):
-        alone = sampler.sample(logits[i : i + 1], torch.tensor([i]), (i,))
+        alone, _ = sampler.sample(logits[i : i + 1], torch.tensor([i]), (i,))
         assert int(alone) == int(together[i])
 
 
@@ -96,7 +96,7 @@ def test_extreme_settings_take_the_likeliest_token() -> None:
         SamplingParams(top_p=1e-46, temperature=2.0),
     ]
     sampler, _ = make_sampler(4, params)
-    drawn = sampler.sample(LOGITS.expand(4, -1), torch.arange(4), tuple(range(4)))
+    drawn, _ = sampler.sample(LOGITS.expand(4, -1), torch.arange(4), tuple(range(4)))
     assert drawn.tolist() == [int(LOGITS.argmax())] * 4
 
 
@@ -109,7 +109,30 @@ def test_draw_does_not_change_when_two_tokens_swap_ranks() -> None:
     for seed in range(50):
         sampler, _ = make_sampler(1, [SamplingParams(seed=seed, top_k=2)])
         rows = (torch.tensor([0]), (0,))
-        assert int(sampler.sample(logits, *rows)) == int(sampler.sample(swapped, *rows))
+        assert int(sampler.sample(logits, *rows)[0]) == int(sampler.sample(swapped, *rows)[0])
+
+
+def test_rounding_at_a_bound_hardly_ever_changes_a_draw() -> None:
+    """A token that crosses top_p or min_p shifted every draw from a flat distribution."""
+    count = 400
+    params = [SamplingParams(seed=i, top_p=0.8, min_p=0.1, temperature=1.5) for i in range(count)]
+    generator = torch.Generator().manual_seed(4)
+    flat = torch.randn(count, VOCAB, generator=generator) * 0.3
+    rounded = flat + 1e-4 * torch.randn(flat.shape, generator=generator)
+    rows = (torch.arange(count), tuple(range(count)))
+    sampler, _ = make_sampler(count, params)
+    assert int((sampler.sample(flat, *rows)[0] != sampler.sample(rounded, *rows)[0]).sum()) <= 2
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_draws_from_logits_that_are_no_numbers_are_told(value: float) -> None:
+    """One bad column, and for -inf all of them; drawn rows once gave token 0."""
+    params = [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=5)]
+    sampler, _ = make_sampler(6, params * 2)
+    logits = LOGITS.repeat(6, 1)
+    logits[:3, slice(None) if value < 0 else 77] = value
+    _, is_bad = sampler.sample(logits, torch.arange(6), tuple(range(6)))
+    assert is_bad.tolist() == [True] * 3 + [False] * 3
 
 
 def test_large_vocabulary_partial_sort_equals_full_sort() -> None:
@@ -118,7 +141,7 @@ def test_large_vocabulary_partial_sort_equals_full_sort() -> None:
     params = [SamplingParams(seed=i, top_p=0.9) for i in range(4)]
     sampler, slots = make_sampler(4, params)
     rows = torch.arange(4)
-    drawn = sampler.sample(flat, rows, tuple(range(4)))
+    drawn, _ = sampler.sample(flat, rows, tuple(range(4)))
     p, ids = flat.softmax(-1).sort(dim=-1, descending=True, stable=True)
     assert drawn.tolist() == sampler._draw_sorted(p, ids, rows).tolist()
     assert slots.num_decisions.sum() == 0
@@ -140,6 +163,18 @@ def test_penalties_are_those_of_the_papers() -> None:
     assert out[0, 2] == pytest.approx(-1.5), "negative logits are multiplied"
     assert out[0, 500] == 1.0
     assert torch.equal(out[1], logits[1]), "a row without penalties is untouched"
+
+
+def test_penalties_count_beyond_32767() -> None:
+    params = SamplingParams(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.001)
+    sampler, _ = make_sampler(1, [params])
+    rows = torch.tensor([0])
+    sampler.count(rows, (0,), torch.tensor([10]))
+    assert sampler._counts is not None
+    sampler._counts[0, 10] = 32_767
+    sampler.count(rows, (0,), torch.tensor([10]))
+    out = sampler.adjust(torch.zeros(1, VOCAB), rows, (0,))
+    assert out[0, 10] == pytest.approx(-1.0 - 32.768, rel=1e-5)
 
 
 def test_bias_bans_and_min_tokens() -> None:

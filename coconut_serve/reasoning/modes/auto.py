@@ -87,7 +87,7 @@ class AutoMode(ReasoningMode):
         vector = torch.zeros_like(ctx.hidden)
         flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
         switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
-        token = ctx.sampled.clone()
+        token, retained = ctx.sampled.clone(), torch.ones(len(is_swi), device=vector.device)
         for wanted in (True, False):
             part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
             decision = yield from self._swi(part) if wanted else self._confidence(part)
@@ -96,12 +96,19 @@ class AutoMode(ReasoningMode):
             token[at] = decision.token
             vector[at] = decision.vector.to(vector.dtype)
             flags[at] = decision.is_vector
+            if decision.retained_mass is not None:
+                retained[at] = decision.retained_mass
             if decision.is_switch is not None:
                 switches[at] = decision.is_switch
             if decision.halt is not None:
                 halt[at] = decision.halt
         return StepDecision(
-            token=token, vector=vector, is_vector=flags, is_switch=switches, halt=halt
+            token=token,
+            vector=vector,
+            is_vector=flags,
+            retained_mass=retained,
+            is_switch=switches,
+            halt=halt,
         )
 
     def _of(self, name: str, ctx: StepContext) -> Tensor:

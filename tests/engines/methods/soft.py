@@ -100,10 +100,16 @@ def top_k_by_length(at: At) -> Fed:
 
 
 def draw(at: At, temperature: float, top_k: int = 0) -> int:
-    """Invert the cumulative distribution, of the `top_k` likeliest if given."""
+    """Invert the cumulative distribution; of `top_k` tokens the largest of ln p + Gumbel noise."""
     p = (at.logits / temperature).softmax(-1)
     if top_k:
-        p[p < p.topk(top_k).values[-1]] = 0.0
+        ids = p.topk(top_k).indices.tolist()
+        scores = {
+            i: math.log(p[i]) - math.log(-math.log(u))
+            for i, u in zip(ids, at.uniform(noise.SAMPLE_STREAM, ids), strict=True)
+        }
+        best: int = max(scores, key=lambda i: scores[i])
+        return best
     cumulative = p.double().cumsum(-1)
     [u] = at.uniform(noise.SAMPLE_STREAM, [0])
     return int((cumulative <= u * cumulative[-1]).sum())

@@ -135,9 +135,8 @@ TOKENS: dict[str, Method] = {
     "apart": row("cot", soft.tokens(drawn_thought), say=drawn_answer, request=APART),
     # No end token: the step that ends the phase says the first token of the answer.
     "apart-kl": row(
-        "cot", made(lambda: [latent.Kl(0.45)], soft.tokens(drawn_thought)), CONVERGED,
-        needs_parts=True, say=drawn_answer, request={"end": (), **APART},
-        halt=KL | {"converge_below": 0.45},
+        "cot", made(lambda: [latent.Kl(0.6)], soft.tokens(drawn_thought)), CONVERGED,
+        needs_parts=True, say=drawn_answer, request={"end": (), **APART}, halt=KL,
     ),
 }  # fmt: skip
 

@@ -249,6 +249,35 @@ async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:
         assert engine.core._scheduler.pool.num_used == 0
 
 
+async def test_a_draw_from_logits_with_nan_ends_the_row(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad column is enough, however the token is drawn; greedy rows alone saw it once."""
+    async with native_engine(tiny_llama) as engine:
+        model = engine.core._model
+        project = model.project
+
+        def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = project(hidden)
+            logits[:, 77] = torch.nan
+            return logits
+
+        monkeypatch.setattr(model, "project", poisoned)
+        requests = [
+            make_request(f"{i}", prompt(6, 10), **settings)  # type: ignore[arg-type]
+            for i, settings in enumerate(
+                (
+                    {},
+                    {"temperature": 1.0},
+                    {"temperature": 1.0, "top_k": 5},
+                    {"temperature": 1.0, "mode": "cot", "steps": 3},
+                )
+            )
+        ]
+        results = await run_all(engine, requests)
+    assert [r.stop_reason for r in results] == ["numerical"] * 4
+
+
 async def test_one_copy_a_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 6: a step reads the device once, whatever is in it."""
     from coconut_serve.reasoning import step as step_module

@@ -38,7 +38,7 @@ async def test_it_gives_what_a_thread_gives(tiny_llama: Path) -> None:
         assert ours.thinking_ids == theirs.thinking_ids
         assert ours.counts.num_reasoning_steps == theirs.counts.num_reasoning_steps
         for ours_fed, theirs_fed in zip(ours.vectors, theirs.vectors, strict=True):
-            assert ours_fed == pytest.approx(theirs_fed, abs=1e-4)
+            assert ours_fed == pytest.approx(theirs_fed, abs=3e-4)  # as `check` has it
 
 
 async def test_killed_process_ends_what_runs_and_is_told(tiny_llama: Path) -> None:
