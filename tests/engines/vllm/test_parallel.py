@@ -71,11 +71,17 @@ async def test_golden_cases_with_a_lora_adapter(
             await ask_all(url, "llama", together=True)
 
 
-async def test_golden_cases_with_two_tensor_parallel_workers(
+async def test_golden_cases_and_whole_vocabularies_with_two_tensor_parallel_workers(
     wide_llama: Path, engines: Engines
 ) -> None:
-    from tests.fakes import make_request, native_engine, run
+    """The ranks share the table of embeddings, which averages over the vocabulary read."""
+    from tests.engines.methods.loop import Parts
+    from tests.engines.methods.table import check, references, requests
+    from tests.fakes import make_request, native_engine, run, run_all
 
+    parts = Parts.load(wide_llama)
+    names = ("full", "soft-tokens", "thinkrouter-full", "swi", "latentmas")
+    asked = requests(names, rows=1, trace="vectors")
     soft = make_request(mode="distribution", steps=5, max_tokens=8)
     async with native_engine(wide_llama) as native:
         expected = await run(native, soft)
@@ -83,5 +89,7 @@ async def test_golden_cases_with_two_tensor_parallel_workers(
         statuses = await engine._life.llm.collective_rpc("coconut_status")
         assert [status["is_live"] for status in statuses] == [True, True]
         assert (await run(engine, soft)).token_ids == expected.token_ids
+        results = await run_all(engine, list(asked.values()))
+        check(asked, results, references(parts, asked), parts.table)
         async with listening(vllm_app(engine, wide_llama)) as url:
             await ask_all(url, "llama", together=True)
