@@ -158,15 +158,14 @@ class Decider:
 
     def _context(self, step: StepRows, members: list[int], *, has_logits: bool) -> StepContext:
         """What a mode is to see of its rows."""
-        logits = step.logits_of(members) if has_logits else None
-        is_raw = logits is None or step.raw_logits is step.logits
+        logits, raw_logits = step.both_logits_of(members) if has_logits else (None, None)
         return StepContext(
             slots=self._slots,
             row_slots=step.select(step.row_slots, members),
             host_slots=tuple(step.rows[i].slot for i in members),
             hidden=step.select(step.hidden, members),
             logits=logits,
-            raw_logits=logits if is_raw else step.logits_of(members, is_raw=True),
+            raw_logits=raw_logits,
             sampled=step.select(step.sampled, members),
             embedding=self._embedding,
             adapters=self._adapters,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coconut_serve.limits import MAX_STOP_TOKENS
 from coconut_serve.reasoning import mixing, noise
-from coconut_serve.reasoning.slots import Slots, index_of
+from coconut_serve.reasoning.slots import Slots, index_of, take_both
 from coconut_serve.types import ConvergeMetric, HaltParams, HaltReason, ReasoningParams
 
 
@@ -403,13 +403,12 @@ class Controller:
 
 
 def _take(view: View, at: slice | Tensor) -> View:
-    logits = view.logits[at] if view.logits is not None else None
-    raw = view.raw_logits
+    logits, raw_logits = take_both(view.logits, view.raw_logits, at)
     return View(
         slots=view.slots,
         row_slots=view.row_slots[at],
         logits=logits,
-        raw_logits=logits if raw is None or raw is view.logits else raw[at],
+        raw_logits=raw_logits,
         token=view.token[at],
         has_text=view.has_text,
         vector=view.vector[at] if view.vector is not None else None,

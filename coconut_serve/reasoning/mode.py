@@ -11,7 +11,7 @@ from torch import Tensor
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.slots import Slots, index_of
+from coconut_serve.reasoning.slots import Slots, index_of, take_both
 from coconut_serve.types import ReasoningParams
 
 
@@ -38,15 +38,14 @@ class StepContext:
     def select(self, members: list[int]) -> tuple["StepContext", slice | Tensor]:
         """Take some rows; also their index in a tensor of all."""
         at = index_of(members, self.row_slots.device)
-        logits = self.logits[at] if self.logits is not None else None
-        is_raw = self.raw_logits is self.logits
+        logits, raw_logits = take_both(self.logits, self.raw_logits, at)
         part = replace(
             self,
             row_slots=self.row_slots[at],
             host_slots=tuple(self.host_slots[i] for i in members),
             hidden=self.hidden[at],
             logits=logits,
-            raw_logits=logits if is_raw or self.raw_logits is None else self.raw_logits[at],
+            raw_logits=raw_logits,
             sampled=self.sampled[at],
         )
         return part, at

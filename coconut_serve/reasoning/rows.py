@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coconut_serve.reasoning.sampling import Drawer
-from coconut_serve.reasoning.slots import Slots, index_of, upload
+from coconut_serve.reasoning.slots import Slots, index_of, take_both, upload
 from coconut_serve.types import HaltReason, Phase, ReasoningTrace, Request, TokenLogprobs
 
 
@@ -143,6 +143,11 @@ class StepRows:
         logits = self.raw_logits if is_raw else self.logits
         assert logits is not None
         return self.select(logits, [self._logit_row[i] for i in members])
+
+    def both_logits_of(self, members: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        """Adjusted and raw logits of rows that have them; [len(members), vocab_size] each."""
+        index = index_of([self._logit_row[i] for i in members], self.hidden.device)
+        return take_both(self.logits, self.raw_logits, index)
 
     def draw_apart(self, drawer: Drawer) -> None:
         """Draw thinking tokens anew where they have settings of their own."""

@@ -60,13 +60,11 @@ class Drawer:
 
     Args:
         slots: The engine's slots.
-        vocab_size: Columns of the logits.
         name: What its buffers are called after.
     """
 
-    def __init__(self, slots: Slots, vocab_size: int, name: str) -> None:
+    def __init__(self, slots: Slots, name: str) -> None:
         self._slots = slots
-        self._vocab_size = vocab_size
         self._params: list[SamplingParams] = [SamplingParams()] * slots.num_slots
         self._temperature = slots.register(f"{name}_temperature", torch.float32)  # [num_slots]
         self._top_p = slots.register(f"{name}_top_p", torch.float32)
@@ -165,7 +163,8 @@ class Sampler(Drawer):
     """Draws answers: adds penalties, with the token counts they need, and changes of logits."""
 
     def __init__(self, slots: Slots, vocab_size: int) -> None:
-        super().__init__(slots, vocab_size, "answer")
+        super().__init__(slots, "answer")
+        self._vocab_size = vocab_size
         self._repetition = slots.register("repetition_penalty", torch.float32)
         self._presence = slots.register("presence_penalty", torch.float32)
         self._frequency = slots.register("frequency_penalty", torch.float32)

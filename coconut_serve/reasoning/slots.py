@@ -37,6 +37,14 @@ def index_of(members: Sequence[int], device: torch.device) -> slice | Tensor:
     return slice(start, stop) if is_run else upload(members, device)
 
 
+def take_both(
+    logits: Tensor | None, raw: Tensor | None, index: slice | Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Take rows of adjusted and of raw logits; once, where both are one tensor, as they stay."""
+    taken = logits[index] if logits is not None else None
+    return taken, taken if raw is None or raw is logits else raw[index]
+
+
 @dataclass(frozen=True, slots=True)
 class SlotSnapshot:
     """Everything a sequence needs to go on in another slot after preemption."""

@@ -128,7 +128,7 @@ class ReasoningStep:
         self._slots = slots
         self._decider = Decider(slots, mode_names, embedding=embedding, adapters=adapters)
         self._sampler = Sampler(slots, vocab_size)
-        self._thinking = Drawer(slots, vocab_size, "thinking")
+        self._thinking = Drawer(slots, "thinking")
         self._project_logits = project_logits
 
     def admit(self, slot: int, request: Request, snapshot: SlotSnapshot | None = None) -> None:

@@ -68,11 +68,11 @@ class _TextAnswer(Answer):
     def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
         super().__init__(service, generation, body)
         self._is_echoing = body.echo
-        self._lengths = [0] * len(generation.choices)  # characters so far, of `_texts`
+        # Text and characters of each choice so far, for the offsets of log-probabilities.
+        choices = generation.choices if body.logprobs is not None else []
         skips = body.skip_special_tokens
-        self._texts = [
-            Detokenizer(service.tokenizer, skip_special_tokens=skips) for _ in generation.choices
-        ]
+        self._texts = [Detokenizer(service.tokenizer, skip_special_tokens=skips) for _ in choices]
+        self._lengths = [0] * len(choices)
 
     def openings(self) -> list[Any]:
         """The prompts, if they are to be repeated as text or ids."""

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = 5  # of a 503 that knows no better
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}  # path -> label
+_REFUSALS = (400, 404, 413, 415)  # of a request that will never be served as it is
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 
 
@@ -53,9 +54,6 @@ def from_validation(error: ValidationError) -> InvalidRequestError:
     message = first["msg"].removeprefix("Value error, ")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return InvalidRequestError(f"{param or 'body'}: {message}", param=param, code=code)
-
-
-_REFUSALS = (400, 404, 413, 415)  # of a request that will never be served as it is
 
 
 async def handle_coconut(request: Request, error: Exception) -> Response:

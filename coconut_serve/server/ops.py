@@ -144,9 +144,9 @@ async def tokenize(request: Request) -> Response:
     service = get_service(request)
     body, ignored = await read_body(request, TokenizeRequest, service.config)
     tokenizer = require_tokenizer(service.tokenizer)
-    # Off the event loop: a long text must not hold up everybody's streams.
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", param="prompt")
+    # Off the event loop: a long text must not hold up everybody's streams.
     if body.messages is not None:
         messages = [clean_message(m, i) for i, m in enumerate(body.messages)]
         ids = list(await asyncio.to_thread(service.prompts.tokenise_chat, messages))

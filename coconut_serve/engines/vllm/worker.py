@@ -136,7 +136,7 @@ class WorkerReasoning:
     ) -> None:
         self.slots = Slots(num_slots, hidden_size, dtype=dtype, device=device)
         self.decider = Decider(self.slots, modes, embedding=embedding, adapters=adapters)
-        self._thinking = Drawer(self.slots, vocab_size, "thinking")
+        self._thinking = Drawer(self.slots, "thinking")
         self._vocab_size = vocab_size
         self._hidden_token = self.slots.register("hidden_token", torch.int64)
         self._failure_token = self.slots.register("failure_token", torch.int64)  # -1: none
