@@ -5,50 +5,34 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import logging
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
-from coconut_serve import sources
+from coconut_serve import flags, sources
 from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
 from coconut_serve.commands import bench, healthcheck, models
-from coconut_serve.config import (
-    Device,
-    DType,
-    EngineConfig,
-    EngineName,
-    LogFormat,
-    ReasoningField,
-    ServeConfig,
-    StubConfig,
-)
+from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, StartupError
 from coconut_serve.evaluation import command as evaluation
-from coconut_serve.metrics import BUCKETS, Metrics, parse_buckets
+from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import logs, observe
 from coconut_serve.server.app import create_app
+from coconut_serve.server.draining import DrainingServer
 from coconut_serve.server.listen import listen
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training import command as train
-from coconut_serve.types import TraceLevel
-
-logger = logging.getLogger("coconut_serve")
 
 _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "bench": bench,
@@ -77,60 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     about = f"directory, hub name or built-in ({names}); default: {DEFAULT_MODEL}"
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=about)
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
-    _add_serve_flags(serve)
+    flags.add_serve_flags(serve)
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser
-
-
-def _add_serve_flags(serve: argparse.ArgumentParser) -> None:
-    def add(flag: str, default: object, text: str, kind: Any = str, **options: Any) -> None:
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            metavar = {int: "N", float: "X"}.get(kind, "VALUE")
-            options = {"type": kind, "metavar": metavar, **options}
-        if options.get("choices"):
-            del options["metavar"]
-        serve.add_argument(f"--{flag}", default=default, help=text, **options)
-
-    def choose(flag: str, default: object, text: str, choices: Sequence[str]) -> None:
-        add(flag, default, text, choices=choices)
-
-    # fmt: off
-    choose("engine", "native", "what runs the model", get_args(EngineName))
-    add("host", "127.0.0.1", "address to listen on")
-    add("port", 8000, "port to listen on; 0 picks a free one", int)
-    add("metrics-port", None, "also serve /metrics on this port, without a key; 0 picks one", int)
-    choose("log-format", "text", "of the log: lines of text or of JSON", get_args(LogFormat))
-    add("otlp-traces-endpoint", None, "send a span a request to this address (OTLP over HTTP)")
-    add("vllm-metric-aliases", False, "show metrics under vLLM's names too", bool)
-    about = 'bounds of histograms, such as {"latent_steps": [1, 10]}; families: '
-    add("custom-histogram-buckets", {}, about + ", ".join(BUCKETS), parse_buckets, metavar="JSON")
-    add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
-    add("api-key", [], "key that clients must send; may be repeated", action="append")
-    choose("dtype", "auto", "of weights and cache", get_args(DType))
-    choose("device", "auto", "where to run", get_args(Device))
-    add("max-model-len", None, "positions a sequence may have; default: the model's", int)
-    add("max-num-seqs", 64, "sequences that run at once", int)
-    add("kv-cache-memory", "auto", "size of the KV cache: bytes, 2GiB, or 40%% of free memory")
-    add("block-size", None, "positions of a KV block; default: 16, or what vLLM picks", int)
-    add("max-num-batched-tokens", None, "positions a step computes at most", int)
-    add("no-prefix-caching", False, "recompute prompts that were seen before", bool)
-    add("max-queue", 256, "sequences that may wait; more are answered 429", int)
-    add("max-n", 8, "choices a request may ask for", int)
-    choose("default-reasoning-mode", None, "mode of requests that name none", mode_names())
-    add("allowed-reasoning-modes", None, "comma-separated; default: all the model supports")
-    choose("max-trace", "topk", "most detailed trace; vectors adds replay", get_args(TraceLevel))
-    choose("min-trace", "none", "least reasoning.trace of each answer", get_args(TraceLevel))
-    choose("reasoning-field", "both", "name of thinking text in answers", get_args(ReasoningField))
-    add("strict-params", False, "answer 400 to unknown request fields", bool)
-    add("drain-seconds", 30.0, "how long SIGTERM waits for running requests", float)
-    add("stub-ttft-seconds", 0.0, "stub engine: time to first token", float)
-    add("stub-tokens-per-second", 0.0, "stub engine: speed; 0 = at once", float)
-    add("stub-fail-after-requests", None, "stub engine: die at the request after these", int)
-    add("stub-fail-at-token", None, "stub engine: fail each request at this position", int)
-    # fmt: on
 
 
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
@@ -220,8 +154,9 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
             from coconut_serve.engines.vllm.engine import VllmEngine
 
             metrics.include(REGISTRY, prefix="vllm:")
-            config, flags = _engine_config(model, values), tuple(values["more_flags"])
-            return VllmEngine(config, mode_names(), metrics.observe_step, flags)
+            config = _engine_config(model, values)
+            more = tuple(values["more_flags"])
+            return VllmEngine(config, mode_names(), metrics.observe_step, more)
         case _:
             from coconut_serve.engines.native.engine import NativeEngine
 
@@ -284,77 +219,6 @@ async def load_service(
         eos_token_ids=eos,
         metrics=metrics,
     )
-
-
-class DrainingServer(uvicorn.Server):
-    """Finishes running requests on SIGTERM or SIGINT; a second signal ends them."""
-
-    def __init__(self, config: ServeConfig, app: FastAPI) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=config.host,
-                port=config.port,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                h11_max_incomplete_event_size=64 * 1024,
-                timeout_graceful_shutdown=5,
-            )
-        )
-        app.state.on_loaded = self.note_loaded
-        self._drain_seconds = config.drain_seconds
-        self._draining: asyncio.Task[None] | None = None
-        self.service: Service | None = None
-        self.failure: Exception | None = None
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; on a second signal stop at once."""
-        if self._draining is not None or self.service is None:
-            super().handle_exit(sig, frame)
-            self.force_exit = self._draining is not None
-            return
-        logger.info("draining: no new requests, waiting for running ones")
-        self.service.admission.is_draining = True
-        self._draining = asyncio.get_running_loop().create_task(self._drain(self.service))
-
-    async def _drain(self, service: Service) -> None:
-        try:
-            async with asyncio.timeout(self._drain_seconds):
-                while service.admission.num_in_flight:
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            service.admission.is_overdue = True
-            await service.engine.stop()  # what still runs ends with an error, not a cut
-        self.should_exit = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; the model may be loaded before or after."""
-        await super().startup(sockets)
-        self._announce()
-
-    def note_loaded(self, outcome: Service | Exception) -> None:
-        """Follow the model: serve it, or stop because it did not load."""
-        if isinstance(outcome, Exception):
-            self.failure = outcome
-            self.should_exit = True
-            return
-        self.service = outcome
-        self._announce()
-
-    def _announce(self) -> None:
-        """Say where the server listens, once it does and the model is there."""
-        if self.service is None or not self.started:
-            return
-        info, config = self.service.engine.info, self.service.config
-        port = self.servers[0].sockets[0].getsockname()[1]
-        print(
-            f"coconut-serve listens on http://{config.host}:{port}/v1 - "
-            f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
-            f"modes {', '.join(self.service.model.modes)}; the KV cache holds "
-            f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",
-            flush=True,
-        )
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -55,6 +55,7 @@ class Prompt(_Strict):
     suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
     end_ids: list[int] | None = None  # forced after it; None: the end token
     speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
+    example: str | None = None  # a question that the model can answer
 
 
 class Hidden(_Strict):

@@ -1,0 +1,85 @@
+"""The HTTP server: says where it listens, follows the model, finishes its work before it ends."""
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from coconut_serve.config import ServeConfig
+from coconut_serve.server.state import Service
+
+logger = logging.getLogger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """Finishes running requests on SIGTERM or SIGINT; a second signal ends them."""
+
+    def __init__(self, config: ServeConfig, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=config.host,
+                port=config.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=64 * 1024,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        app.state.on_loaded = self.note_loaded
+        self._drain_seconds = config.drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+        self.service: Service | None = None
+        self.failure: Exception | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; on a second signal stop at once."""
+        if self._draining is not None or self.service is None:
+            super().handle_exit(sig, frame)
+            self.force_exit = self._draining is not None
+            return
+        logger.info("draining: no new requests, waiting for running ones")
+        self.service.admission.is_draining = True
+        self._draining = asyncio.get_running_loop().create_task(self._drain(self.service))
+
+    async def _drain(self, service: Service) -> None:
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                while service.admission.num_in_flight:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            service.admission.is_overdue = True
+            await service.engine.stop()  # what still runs ends with an error, not a cut
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; the model may be loaded before or after."""
+        await super().startup(sockets)
+        self._announce()
+
+    def note_loaded(self, outcome: Service | Exception) -> None:
+        """Follow the model: serve it, or stop because it did not load."""
+        if isinstance(outcome, Exception):
+            self.failure = outcome
+            self.should_exit = True
+            return
+        self.service = outcome
+        self._announce()
+
+    def _announce(self) -> None:
+        """Say where the server listens, once it does and the model is there."""
+        if self.service is None or not self.started:
+            return
+        info, config = self.service.engine.info, self.service.config
+        port = self.servers[0].sockets[0].getsockname()[1]
+        print(
+            f"coconut-serve listens on http://{config.host}:{port}/v1 - "
+            f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
+            f"modes {', '.join(self.service.model.modes)}; the KV cache holds "
+            f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",
+            flush=True,
+        )
