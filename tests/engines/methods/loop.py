@@ -2,9 +2,14 @@
 
 It knows phases, end tokens and blocks; what a step feeds is a `Step`. It shares no code with the
 engines but the numbers that their random generator gives.
+
+It runs free, or follows an engine: each step is decided anew, but what goes in is what the engine
+fed. A random model doubles a rounding error about every step, so that after twelve of them two
+right programs differ by what the CPU and its kernels happen to be; a step from the same inputs
+differs by the rounding of one step alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +90,9 @@ class Told:
 class Row:
     """Inputs so far and where they stand."""
 
-    def __init__(self, parts: Parts, request: Request) -> None:
+    def __init__(self, parts: Parts, request: Request, heard: Sequence[Tensor] | None) -> None:
         self.parts, self.request = parts, request
+        self.heard = heard  # what an engine fed while it thought
         self.inputs = parts.table[list(request.prompt_token_ids)]
         self.num_prompt = len(self.inputs)
         self.positions = list(range(self.num_prompt + request.max_new_positions))
@@ -121,7 +127,9 @@ def think(row: Row, step: Step, told: Told) -> bool:
             break
         told.texts.append(fed.text)
         told.fed.append(last)
-        row.feed(last)
+        if row.heard is not None:
+            assert len(told.fed) <= len(row.heard), "the engine's phase ended before"
+        row.feed(last if row.heard is None else row.heard[len(told.fed) - 1])
         number += 1
         if fed.ends:
             break
@@ -137,9 +145,19 @@ def think(row: Row, step: Step, told: Told) -> bool:
 
 
 @torch.inference_mode()
-def loop(parts: Parts, request: Request, step: Step, say: Say) -> Told:
-    """Think, answer, and think again where the answer opens a block."""
-    params, told, row = request.reasoning, Told(), Row(parts, request)
+def loop(
+    parts: Parts, request: Request, step: Step, say: Say, heard: Sequence[Tensor] | None = None
+) -> Told:
+    """Think, answer, and think again where the answer opens a block.
+
+    Args:
+        parts: The model.
+        request: What is asked.
+        step: Decides what a thinking step feeds.
+        say: Draws a token of the answer.
+        heard: What an engine fed at each thinking step, to follow it; None: run free.
+    """
+    params, told, row = request.reasoning, Told(), Row(parts, request, heard)
     opens = params.enter_token_id is None
     limit = request.sampling.max_tokens
     while len(told.answer) < limit:

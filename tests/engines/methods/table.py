@@ -1,8 +1,9 @@
 """Every method that an engine must serve: its request and its slow, obvious reference."""
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from coconut_serve.types import (
 )
 from tests.engines.methods import latent, soft
 from tests.engines.methods.loop import At, Parts, Say, Step, Told, loop
-from tests.fakes import Result, make_request
+from tests.fakes import ROUNDING, Result, make_request
 
 STEPS, END, ANSWER, SEED = 12, (7,), 6, 5
 FREE: dict[str, Any] = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "temperature": 1.0}
@@ -45,9 +46,9 @@ class Method:
     say: Say = soft.greedy
     halts: frozenset[HaltReason] = frozenset()  # rules that end the phase of some row early
 
-    def told(self, parts: Parts, request: Request) -> Told:
+    def told(self, parts: Parts, request: Request, heard: list[Tensor] | None = None) -> Told:
         say = soft.greedy if request.sampling.is_greedy else self.say
-        return loop(parts, request, self.step(parts), say)
+        return loop(parts, request, self.step(parts), say, heard)
 
 
 def row(
@@ -300,7 +301,7 @@ def prompt(number: int, length: int = 7) -> tuple[int, ...]:
 
 
 def requests(
-    names: Iterable[str] = METHODS, rows: int = 3, *, trace: TraceLevel = "none", length: int = 7
+    names: Iterable[str] = METHODS, rows: int = 3, *, trace: TraceLevel = "vectors", length: int = 7
 ) -> dict[Key, Request]:
     """Some rows of each method."""
     common: dict[str, Any] = {"steps": STEPS, "end": END, "max_tokens": ANSWER, "seed": SEED}
@@ -315,32 +316,42 @@ def requests(
     return asked
 
 
-def references(parts: Parts, asked: dict[Key, Request]) -> dict[Key, Told]:
-    """What each row must give; on one thread, since many small products are slower on more."""
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Many small products are slower on more."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {key: METHODS[key[0]].told(parts, request) for key, request in asked.items()}
+        yield
     finally:
         torch.set_num_threads(num_threads)
 
 
-def check(
-    asked: dict[Key, Request], results: list[Result], expected: dict[Key, Told], table: Tensor
-) -> None:
-    """Tokens, where phases ended and by which rule; where traced, what was fed."""
-    for (key, request), result in zip(asked.items(), results, strict=True):
-        told, steps = expected[key], request.reasoning.steps
-        assert (result.thinking_ids, result.token_ids) == (told.texts, told.answer), key
-        ended = [o.halt_reason for o in result.outputs if o.halt_reason]
-        for halt, length in zip(ended, told.lengths, strict=True):
-            caps = {HaltReason.FIXED if request.reasoning.is_fixed else HaltReason.CAP}
-            assert halt in (METHODS[key[0]].halts if length < steps else caps), key
-        if request.reasoning.trace != "vectors":
-            continue
-        thoughts = [o for o in result.outputs if o.phase is Phase.THINK]
-        for output, fed in zip(thoughts, told.fed, strict=True):
+def references(parts: Parts, asked: dict[Key, Request]) -> dict[Key, Told]:
+    """What each row gives by itself."""
+    with one_thread():
+        return {key: METHODS[key[0]].told(parts, request) for key, request in asked.items()}
+
+
+def check(asked: dict[Key, Request], results: list[Result], parts: Parts) -> None:
+    """Each step from what was fed before it: tokens, vectors, where phases ended, by which rule."""
+    with one_thread():
+        for (key, request), result in zip(asked.items(), results, strict=True):
+            _check_row(key, request, result, parts)
+
+
+def _check_row(key: Key, request: Request, result: Result, parts: Parts) -> None:
+    heard = []
+    for output in result.outputs:
+        if output.phase is Phase.THINK:
             assert output.trace is not None
-            ours = torch.tensor(output.trace.vector) if output.is_vector else table[output.token_id]
-            # Twelve steps of a random model make rounding errors a hundred times larger.
-            torch.testing.assert_close(ours, fed, atol=3e-4, rtol=1e-4, msg=str(key))
+            vector = output.trace.vector if output.is_vector else parts.table[output.token_id]
+            heard.append(torch.as_tensor(vector))
+    told, steps = METHODS[key[0]].told(parts, request, heard), request.reasoning.steps
+    assert (result.thinking_ids, result.token_ids) == (told.texts, told.answer), key
+    ended = [o.halt_reason for o in result.outputs if o.halt_reason]
+    for halt, length in zip(ended, told.lengths, strict=True):
+        caps = {HaltReason.FIXED if request.reasoning.is_fixed else HaltReason.CAP}
+        assert halt in (METHODS[key[0]].halts if length < steps else caps), key
+    for ours, theirs in zip(heard, told.fed, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=ROUNDING, rtol=0, msg=str(key))

@@ -13,7 +13,7 @@ from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.types import StepStats
 from tests.engines.methods.table import requests
 from tests.engines.native import test_engine
-from tests.fakes import make_request, native_engine, run, run_all
+from tests.fakes import drift, make_request, native_engine, run, run_all
 
 pytestmark = pytest.mark.torch
 
@@ -25,7 +25,7 @@ class TestProcessContract(test_engine.TestNativeContract):
 
 async def test_it_gives_what_a_thread_gives(tiny_llama: Path) -> None:
     """Tokens, traces and counts, of every method that needs no adapter."""
-    asked = [r for r in requests(rows=1, trace="vectors").values() if r.reasoning.adapter == "none"]
+    asked = [r for r in requests(rows=1).values() if r.reasoning.adapter == "none"]
     assert len(asked) > 30
     async with native_engine(tiny_llama) as engine:
         expected = await run_all(engine, asked)
@@ -37,8 +37,8 @@ async def test_it_gives_what_a_thread_gives(tiny_llama: Path) -> None:
         assert ours.token_ids == theirs.token_ids, request.request_id
         assert ours.thinking_ids == theirs.thinking_ids
         assert ours.counts.num_reasoning_steps == theirs.counts.num_reasoning_steps
-        for ours_fed, theirs_fed in zip(ours.vectors, theirs.vectors, strict=True):
-            assert ours_fed == pytest.approx(theirs_fed, abs=3e-4)  # as `check` has it
+        for step, fed in enumerate(zip(ours.vectors, theirs.vectors, strict=True)):
+            assert fed[0] == pytest.approx(fed[1], abs=drift(step))
 
 
 async def test_killed_process_ends_what_runs_and_is_told(tiny_llama: Path) -> None:
