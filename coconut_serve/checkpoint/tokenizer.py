@@ -1,18 +1,31 @@
-"""A model directory's tokenizer, through transformers."""
+"""A model directory's tokenizer, through transformers and tokenizers."""
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from coconut_serve.errors import InvalidRequestError, StartupError
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_FILE = "tokenizer.json"
+_FILES = (_FILE, "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
+_NUM_CONTEXT = 4  # visible ids before a token that its text may depend on
+# What tokenizers are known to read differently: leading and double spaces, line breaks, code,
+# digits, capitals, contractions, accents, other scripts.
+_SAMPLES = (
+    "hello world",
+    " The  quick brown fox.\n",
+    "def fib(n):\n    return n",
+    "It's 12,345 o'clock!\t\u00c9t\u00e9 \u4f60\u597d \U0001f999",
+)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -35,6 +48,15 @@ class HFTokenizer:
     def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        kinds = _decoder_kinds(tokenizer.backend_tokenizer)
+        self._is_byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
+        self._has_byte_tokens = "ByteFallback" in kinds
+        self._added: dict[int, str] = {}
+        self._special_ids: set[int] = set()
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            self._added[token_id] = token.content
+            if token.special:
+                self._special_ids.add(token_id)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -62,16 +84,43 @@ class HFTokenizer:
         return found
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, also where they are part of a character."""
-        text = self.decode([token_id], skip_special_tokens=False)
-        if "\ufffd" not in text:
-            return text.encode()
-        token: str = self._tokenizer.convert_ids_to_tokens(token_id)
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece's byte tokens
-            return bytes([int(token[3:5], 16)])
-        if all(c in _BYTE_OF for c in token):  # byte-level BPE
-            return bytes(_BYTE_OF[c] for c in token)
-        return text.encode()
+        """The bytes a token adds to a text; they may be part of a character."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        data = self.raw_bytes(token_id)
+        if data is not None:
+            return data
+        return self.text_after(self._anchor, token_id, skip_special_tokens=False).encode()
+
+    def raw_bytes(self, token_id: int) -> bytes | None:
+        """The bytes of a token that stands for bytes; None if it stands for text."""
+        if not self._is_byte_level and not self._has_byte_tokens:
+            return None
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if self._is_byte_level:
+            is_mapped = token_id not in self._added and all(c in _BYTE_OF for c in piece)
+            return bytes(_BYTE_OF[c] for c in piece) if is_mapped else piece.encode()
+        match = _BYTE_TOKEN.fullmatch(piece)
+        return bytes([int(match[1], 16)]) if match else None
+
+    def text_after(
+        self, context: Sequence[int], token_id: int, *, skip_special_tokens: bool
+    ) -> str:
+        """What a token adds to the text of ids before it; alone it may lose its first space."""
+        before = self.decode(context, skip_special_tokens=skip_special_tokens)
+        whole = self.decode([*context, token_id], skip_special_tokens=skip_special_tokens)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return self.decode([token_id], skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """A word, after which a token's text is what it adds; none if the vocabulary has none."""
+        vocabulary = self._tokenizer.get_vocab()
+        words = [i for token, i in vocabulary.items() if re.fullmatch("\u2581?[A-Za-z]+", token)]
+        return [min(words)] if words else []
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: object) -> str:
         """Render with the model's template, in transformers' sandbox."""
@@ -85,60 +134,137 @@ class HFTokenizer:
             ) from error
         return text
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "_HFStream":
+    def stream(
+        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> "_ByteLevelStream | _PieceStream":
         """Start an incremental decoder."""
-        return _HFStream(self, skip_special_tokens)
+        skipped = self._special_ids if skip_special_tokens else set()
+        visible = [i for i in context if i not in skipped][-_NUM_CONTEXT:]
+        if self._is_byte_level:
+            return _ByteLevelStream(self, skipped, visible)
+        return _PieceStream(self, skipped, visible)
 
 
-class _HFStream:
-    """tokenizers' own incremental decoder, which fails on some odd sequences: then decode anew."""
+class _ByteLevelStream:
+    """Each token is bytes; characters are what UTF-8 makes of all of them."""
 
-    def __init__(self, tokenizer: HFTokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._backend = tokenizer._tokenizer.backend_tokenizer
-        self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._sent = ""
+    def __init__(self, tokenizer: HFTokenizer, skipped: set[int], context: list[int]) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in context:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """Add an id and return the text that is now certain."""
-        self._ids.append(token_id)
-        try:
-            text = self._stream.step(self._backend, token_id) or ""
-        except Exception:  # DecodeStream raises plain Exception ("Invalid prefix encountered")
-            self._stream = DecodeStream(skip_special_tokens=self._skip)
-            text = self._unsent().removesuffix("\ufffd")
-        self._sent += text
+        if token_id in self._skipped:
+            return ""
+        return self._decoder.decode(self._tokenizer.raw_bytes(token_id) or b"")
+
+    def flush(self) -> str:
+        """Nothing: what is held back is an unfinished character."""
+        return ""
+
+
+class _PieceStream:
+    """Tokens are pieces of text, but for the bytes of characters that are no tokens.
+
+    A byte that is no part of a character becomes U+FFFD by itself. Decoding all ids at once makes
+    U+FFFD of every byte beside such a one too, but a stream cannot take back what it has sent.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, skipped: set[int], context: list[int]) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
+        self._context: list[int] = []
+        self._bytes = b""  # the beginning of a character
+        for token_id in context:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """Add an id and return the text that is now certain."""
+        if token_id in self._skipped:
+            return ""
+        data = self._tokenizer.raw_bytes(token_id)
+        if data is not None:
+            text, self._bytes = _take_characters(self._bytes + data)
+        else:
+            text = "\ufffd" * len(self._bytes) + self._tokenizer.text_after(
+                self._context, token_id, skip_special_tokens=False
+            )
+            self._bytes = b""
+        self._context = [*self._context[1 - _NUM_CONTEXT :], token_id]
         return text
 
     def flush(self) -> str:
-        """Return what is still held back."""
-        text = self._unsent()
-        self._sent += text
-        return text
+        """Nothing: what is held back is an unfinished character."""
+        return ""
 
-    def _unsent(self) -> str:
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        return whole[len(self._sent) :] if whole.startswith(self._sent) else ""
+
+def _take_characters(data: bytes) -> tuple[str, bytes]:
+    """Decode what is complete; return it and the beginning of a character that may follow."""
+    text = ""
+    while True:
+        try:
+            return text + data.decode(), b""
+        except UnicodeDecodeError as error:
+            text += data[: error.start].decode()
+            if error.reason == "unexpected end of data":
+                return text, data[error.start :]
+            text, data = text + "\ufffd", data[error.start + 1 :]
+
+
+def _decoder_kinds(backend: Tokenizer) -> set[str]:
+    """The types of a tokenizer's decoders."""
+    if backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    return {each["type"] for each in state.get("decoders", [state])}
 
 
 def load_tokenizer(directory: Path) -> HFTokenizer | None:
     """Load a directory's tokenizer; None if it has none.
+
+    tokenizer.json says how text is read, whatever class tokenizer_config.json names: some classes
+    of transformers put their own rules in place of the file's.
 
     Raises:
         StartupError: It has one that cannot be read.
     """
     if not any((directory / name).is_file() for name in _FILES):
         return None
+    file = directory / _FILE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if file.is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+            _obey(tokenizer, file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StartupError(f"cannot load the tokenizer of {directory}: {error}") from error
     eos = list(read_eos_token_ids(directory))
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
         eos.append(tokenizer.eos_token_id)
     return HFTokenizer(tokenizer, tuple(eos))
+
+
+def _obey(tokenizer: Any, file: Path) -> None:
+    """Let the file's own rules stand, and see that samples are read as the file alone reads them.
+
+    Raises:
+        StartupError: They are not.
+    """
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    tokenizer.clean_up_tokenization_spaces = False
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        setattr(tokenizer.backend_tokenizer, part, getattr(own, part))
+    for sample in _SAMPLES:
+        ids = own.encode(sample, add_special_tokens=False).ids
+        found = tokenizer.encode(sample, add_special_tokens=False)
+        if found != ids or tokenizer.decode(ids) != own.decode(ids, skip_special_tokens=False):
+            raise StartupError(
+                f"{file}: tokenizer_config.json changes how {sample!r} is read: {found}, not {ids}"
+            )
 
 
 def read_eos_token_ids(directory: Path) -> tuple[int, ...]:

@@ -69,10 +69,16 @@ class _TextAnswer(Answer):
         super().__init__(service, generation, body)
         self._is_echoing = body.echo
         # Text and characters of each choice so far, for the offsets of log-probabilities.
-        choices = generation.choices if body.logprobs is not None else []
-        skips = body.skip_special_tokens
-        self._texts = [Detokenizer(service.tokenizer, skip_special_tokens=skips) for _ in choices]
-        self._lengths = [0] * len(choices)
+        requests = generation.prepared.requests if body.logprobs is not None else ()
+        self._texts = [
+            Detokenizer(
+                service.tokenizer,
+                skip_special_tokens=body.skip_special_tokens,
+                context=generation.prepared.ask.text_context(request),
+            )
+            for request in requests
+        ]
+        self._lengths = [0] * len(requests)
 
     def openings(self) -> list[Any]:
         """The prompts, if they are to be repeated as text or ids."""
@@ -127,8 +133,6 @@ class _TextAnswer(Answer):
         return Logprobs(
             tokens=texts,
             token_logprobs=[p.logprob for p in known],
-            top_logprobs=[
-                {costs.token_text(i, tokenizer): value for i, value in p.top} for p in known
-            ],
+            top_logprobs=[costs.named_logprobs(p.top, tokenizer) for p in known],
             text_offset=offsets,
         )

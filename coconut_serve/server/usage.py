@@ -2,6 +2,7 @@
 
 import base64
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -99,6 +100,17 @@ def token_text(token_id: int, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
         return f"token_id:{token_id}"
     return _text_of(tokenizer.token_bytes(token_id))
+
+
+def named_logprobs(
+    top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None
+) -> dict[str, float]:
+    """Log-probabilities by text, or by id where another token has the same text."""
+    named: dict[str, float] = {}
+    for token_id, value in top:
+        name = token_text(token_id, tokenizer)
+        named[token_text(token_id, None) if name in named else name] = value
+    return named
 
 
 def _text_of(data: bytes) -> str:

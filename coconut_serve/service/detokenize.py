@@ -14,6 +14,7 @@ class Detokenizer:
         include_stop: Whether the answer keeps the stop string that ended it.
         skip_special_tokens: Whether special tokens have no text.
         min_tokens: Stop strings count only once this many ids have come.
+        context: Ids of the text that is continued; (): a new text, which begins without a space.
     """
 
     def __init__(
@@ -24,9 +25,12 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        context: Sequence[int] = (),
     ) -> None:
         self._stream = (
-            tokenizer.stream(skip_special_tokens=skip_special_tokens) if tokenizer else None
+            tokenizer.stream(skip_special_tokens=skip_special_tokens, context=context)
+            if tokenizer
+            else None
         )
         self._stop = stop
         self._include_stop = include_stop

@@ -185,7 +185,7 @@ class Generation:
         """Follow one sequence from arrival to end."""
         ask = self.prepared.ask
         clock = _Clock(self._metrics, request, ask, self._span, index)
-        text = _ChoiceText(self._tokenizer, self.prepared)
+        text = _ChoiceText(self._tokenizer, self.prepared, request)
         try:
             async with contextlib.aclosing(self._engine.generate(request)) as outputs:
                 async for output in outputs:
@@ -248,14 +248,15 @@ class Generation:
 class _ChoiceText:
     """Text of one choice: thinking and answer apart."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prepared: Prepared) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prepared: Prepared, request: Request) -> None:
         sampling = prepared.ask.sampling
         self._answer = Detokenizer(
             tokenizer,
             stop=sampling.stop,
             include_stop=sampling.include_stop,
             skip_special_tokens=sampling.skip_special_tokens,
-            min_tokens=prepared.requests[0].sampling.min_tokens,
+            min_tokens=request.sampling.min_tokens,
+            context=prepared.ask.text_context(request),
         )
         self._thinking = Detokenizer(tokenizer)
         self._is_thinking = True

@@ -67,6 +67,10 @@ class GenerationAsk:
         """The field that holds the text."""
         return "prompt" if self.messages is None else "messages"
 
+    def text_context(self, request: Request) -> tuple[int, ...]:
+        """Ids of the text that an answer continues: a raw prompt; a chat's answer is a new text."""
+        return () if self.messages is not None else request.prompt_token_ids
+
     @property
     def num_characters(self) -> int:
         """About how much text there is to tokenise."""

@@ -16,7 +16,7 @@ class TextStream(Protocol):
         """Add an id and return the text that is now certain."""
 
     def flush(self) -> str:
-        """Return what is still held back, with replacement characters for broken bytes."""
+        """Return what is still held back, without the beginning of an unfinished character."""
 
 
 class Tokenizer(Protocol):
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         """The id of a token of the vocabulary, None if it is not one."""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; they may be part of a character."""
+        """The bytes a token adds to a text; they may be part of a character."""
 
     def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
         """Render messages with the model's chat template, up to the answer.
@@ -49,8 +49,10 @@ class Tokenizer(Protocol):
             InvalidRequestError: The template refuses them.
         """
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        """Start an incremental decoder."""
+    def stream(
+        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> TextStream:
+        """Start an incremental decoder of what follows `context`, a prompt's ids."""
 
 
 def require_tokenizer(
@@ -108,9 +110,11 @@ class ByteTokenizer:
         del options
         return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
 
-    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+    def stream(
+        self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
+    ) -> TextStream:
         """Hold back incomplete characters."""
-        del skip_special_tokens
+        del skip_special_tokens, context
         return _ByteStream()
 
 
@@ -122,4 +126,4 @@ class _ByteStream:
         return self._decoder.decode(bytes([token_id] if token_id < 256 else []))
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return ""

@@ -1,0 +1,123 @@
+"""Ids and text are those of tokenizer.json, and text continues what came before it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from coconut_serve.checkpoint.tokenizer import HFTokenizer, load_tokenizer
+from coconut_serve.errors import StartupError
+from tests import tokenizer_files
+
+pytestmark = pytest.mark.torch  # transformers imports it
+TEXTS = ("hello world", " lead", "def fib(n):\n    return n", "a  b \U0001f999\u00e9 12")
+
+
+def load(directory: Path) -> HFTokenizer:
+    loaded = load_tokenizer(directory)
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[HFTokenizer, Tokenizer]:
+    directory = tmp_path_factory.mktemp("llama2")
+    own = tokenizer_files.llama2(directory)
+    return load(directory), own
+
+
+@pytest.fixture(scope="module")
+def bytelevel(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
+    directory = tmp_path_factory.mktemp("bytes")
+    tokenizer_files.byte_level(directory)
+    return load(directory)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "llama2"])
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_the_file_says_how_text_is_read(tmp_path: Path, name: str, kind: str) -> None:
+    """Classes put their own rules in its place: spaces vanished (DeepSeek's distilled models)."""
+    build = getattr(tokenizer_files, name)
+    own = build(tmp_path, tokenizer_class=kind, legacy=True, clean_up_tokenization_spaces=True)
+    tokenizer = load(tmp_path)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == own.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == own.decode(ids)
+        assert tokenizer.encode(text, add_special_tokens=True) == own.encode(text).ids
+
+
+def test_tokens_of_the_config_that_change_plain_text_are_refused(tmp_path: Path) -> None:
+    added = {"7": {"content": "hello", "special": False}}
+    tokenizer_files.byte_level(tmp_path, added_tokens_decoder=added)
+    with pytest.raises(StartupError, match=r"tokenizer\.json: tokenizer_config\.json changes"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_limit_of_the_file_cuts_no_prompt(tmp_path: Path) -> None:
+    tokenizer_files.byte_level(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert len(load(tmp_path).encode("x y z" * 9, add_special_tokens=False)) > 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_text_continues_its_prompt(
+    sentencepiece: tuple[HFTokenizer, Tokenizer], before: str, after: str
+) -> None:
+    """The first space of an answer was lost where a tokenizer strips one."""
+    tokenizer, _ = sentencepiece
+    ids = tokenizer.encode(before + " x" + after, add_special_tokens=True)
+    for cut in range(1, len(ids) + 1):
+        known = tokenizer.stream()
+        shown = "".join(known.push(i) for i in ids[:cut])
+        stream = tokenizer.stream(context=ids[:cut])
+        rest = "".join(stream.push(i) for i in ids[cut:])
+        assert shown + rest == tokenizer.decode(ids)
+
+
+def test_names_of_tokens_are_what_they_add(sentencepiece: tuple[HFTokenizer, Tokenizer]) -> None:
+    """Two tokens had one name, so that 20 log-probabilities came as 19."""
+    tokenizer, own = sentencepiece
+    names = {i: tokenizer.token_bytes(i) for i in range(own.get_vocab_size())}
+    assert names[own.token_to_id("\u2581capital")] == b" capital"
+    assert names[own.token_to_id("<0xF0>")] == b"\xf0"
+    assert names[own.token_to_id("<|im_end|>")] == b"<|im_end|>"
+    text = [i for i in names if tokenizer.raw_bytes(i) is None]
+    assert len({names[i] for i in text}) == len(text)
+    ids = tokenizer.encode("caf\u00e9 \U0001f999!", add_special_tokens=False)
+    assert b"".join(names[i] for i in ids).decode() == " caf\u00e9 \U0001f999!"
+
+
+def test_nothing_is_lost_after_broken_bytes(sentencepiece: tuple[HFTokenizer, Tokenizer]) -> None:
+    """All that followed an unfinished character was lost; one at the end was shown as U+FFFD."""
+    tokenizer, own = sentencepiece
+    llama, cut = "\U0001f999".encode(), b"\xe4\xbb"
+    ids = [
+        *tokenizer_files.byte_ids(own, llama + cut),
+        own.token_to_id("\u2581The"),
+        *tokenizer_files.byte_ids(own, cut + llama + llama[:3]),
+    ]
+    stream = tokenizer.stream(context=[own.token_to_id("\u2581is")])
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.flush() == "\U0001f999\ufffd\ufffd The\ufffd\ufffd\U0001f999"
+    assert pieces[:4] == ["", "", "", "\U0001f999"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(min_value=6, max_value=399), max_size=30))
+def test_byte_level_text_is_what_its_bytes_are(bytelevel: HFTokenizer, ids: list[int]) -> None:
+    """Broken bytes too; but for an unfinished character at the end."""
+    tokenizer = bytelevel
+    stream = tokenizer.stream()
+    shown = "".join(stream.push(i) for i in ids) + stream.flush()
+    whole = tokenizer.decode(ids)
+    assert whole in (shown, shown + "\ufffd")
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace") == whole
