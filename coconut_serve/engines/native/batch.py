@@ -24,6 +24,7 @@ class StepBatch:
     pending_rows: Tensor  # [num_deciding] int64, rows whose input is in a slot
     pending_slots: Tensor  # [num_deciding] int64
     deciding: list[Sequence]
+    is_long: Tensor | None  # [num_rows] bool, rows of long sequences; None: there are none
 
     @property
     def is_pure_decode(self) -> bool:
@@ -95,6 +96,10 @@ class BatchBuilder:
                 chunks.append(Chunk(first_row, row.end - row.start, row.end, chunk_slots))
         deciding = [row.sequence for row in schedule.rows if row.is_deciding]
         slots, lengths = self._decode_slots(decode)
+        is_long = np.repeat(
+            [row.sequence.is_long for row in schedule.rows],
+            [row.end - row.start for row in schedule.rows],
+        )
         return StepBatch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
             positions=self._tensor(np.concatenate(positions)),
@@ -111,6 +116,7 @@ class BatchBuilder:
             pending_rows=self._tensor(np.array(pending, dtype=np.int64)),
             pending_slots=self._tensor(np.array([s.slot for s in deciding], dtype=np.int64)),
             deciding=deciding,
+            is_long=self._tensor(is_long) if is_long.any() else None,
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:

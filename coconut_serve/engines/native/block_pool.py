@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 NULL_BLOCK = 0  # never written by a sequence: padding reads it, so stale values reach no one
-_ROOT = b"\0" * 16
+_ROOTS = (b"\0" * 16, b"\1" * 16)  # of prompts, and of those computed with factors for long ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +100,17 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def match(self, token_ids: SequenceOf[int]) -> list[int]:
+    def match(self, token_ids: SequenceOf[int], is_long: bool = False) -> list[int]:
         """Find the cached blocks that hold the longest known prefix, without taking them.
+
+        Keys of long sequences are others than those of the same ids in a short one.
 
         The last token is never covered: its hidden state is needed to go on.
         """
         if not self._has_prefix_cache:
             return []
         found: list[int] = []
-        parent = _ROOT
+        parent = _ROOTS[is_long]
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
             ids = tuple(token_ids[start : start + self.block_size])
             key = _chain_hash(parent, ids)
@@ -119,17 +121,20 @@ class BlockPool:
             parent = key
         return found
 
-    def publish(self, blocks: SequenceOf[int], token_ids: SequenceOf[int]) -> None:
+    def publish(
+        self, blocks: SequenceOf[int], token_ids: SequenceOf[int], is_long: bool = False
+    ) -> None:
         """Make full blocks of computed prompt ids findable.
 
         Args:
             blocks: The sequence's blocks from position 0.
             token_ids: The prompt ids computed so far, from position 0; a partial block at the end
                 is ignored.
+            is_long: Whether they were computed as parts of a long sequence.
         """
         if not self._has_prefix_cache:
             return
-        parent = _ROOT
+        parent = _ROOTS[is_long]
         for index in range(len(token_ids) // self.block_size):
             ids = tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
             key = _chain_hash(parent, ids)

@@ -148,6 +148,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or (512 if is_cpu else 2048),
             max_model_len=self._max_model_len,
+            long_after=self._model.long_after,
         )
         self._runner = Runner(
             self._model,

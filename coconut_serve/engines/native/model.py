@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
+from coconut_serve.engines.native.lengths import LongRotary, narrowed
 from coconut_serve.engines.native.linear import PackedLinear, PackedTable, pack_linears, pad_rows
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 
 _TEST_LENGTH = 24  # positions of the self-test's prompt
+# What modelling code that does not fit ours raises.
+_REFUSALS = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class PagedModel:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.max_model_len: int | None = _max_positions(config)
+        self._rotary = LongRotary.replace(model)
         self.layers = self._probe_layers()
 
     @classmethod
@@ -90,26 +94,36 @@ class PagedModel:
         attention.register()
         model = _load_plain(directory, dtype)
         token_ids = torch.arange(_TEST_LENGTH) * 7 % model.config.get_text_config().vocab_size
-        with torch.inference_mode():
+        token_ids = token_ids.to(device)
+        with torch.inference_mode(), narrowed(model):
             model = model.to(device)
-            expected = model(token_ids.unsqueeze(0).to(device), use_cache=False).logits[0]
+            expected = [(at, _plain_logits(model, token_ids, at)) for at in _test_positions(model)]
             if device.type == "cpu" and is_packed:
                 pack_linears(model, dtype)
             try:
                 model.set_attn_implementation(attention.IMPLEMENTATION)
                 paged = cls(model, device)
-                paged._check(token_ids.to(device), expected.float())
-            except (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError) as error:
+                for first, logits in expected:
+                    paged._check(token_ids, first, logits)
+            except _REFUSALS as error:
                 raise _unsupported(directory, str(error)) from error
         return paged
 
-    def forward(self, inputs: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
+    @property
+    def long_after(self) -> int | None:
+        """Length above which a sequence is computed as a long one; None: there is no such thing."""
+        return self._rotary.original_length if self._rotary else None
+
+    def forward(
+        self, inputs: Tensor, positions: Tensor, plan: AttentionPlan, is_long: Tensor | None = None
+    ) -> Tensor:
         """Run the decoder.
 
         Args:
             inputs: [num_rows, hidden_size] embeddings.
             positions: [num_rows] int64.
             plan: Where the rows read and write.
+            is_long: [num_rows] bool, whose sequence is longer than `long_after`; None: none is.
 
         Returns:
             [num_rows, hidden_size], after the final norm.
@@ -117,6 +131,9 @@ class PagedModel:
         num_rows = inputs.shape[0]
         if self._is_packed:
             inputs, positions = pad_rows(inputs), pad_rows(positions)
+            is_long = is_long if is_long is None else pad_rows(is_long)
+        if self._rotary:
+            self._rotary.is_long = is_long
         output = self._decoder(
             inputs_embeds=inputs.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -174,14 +191,18 @@ class PagedModel:
             raise ValueError("its layers do not all go through the attention interface")
         return [probe.shapes[layer] for layer in sorted(probe.shapes)]
 
-    def _check(self, token_ids: Tensor, expected: Tensor) -> None:
-        """Compare prefill in two chunks plus decode rows with the plain logits."""
+    def _check(self, token_ids: Tensor, first: int, expected: Tensor) -> None:
+        """Compare prefill in two chunks plus decode rows with the plain logits.
+
+        The prompt's first position id is `first`.
+        """
         caches = self.make_caches(2 * _TEST_LENGTH)
         slots = torch.arange(_TEST_LENGTH, 2 * _TEST_LENGTH, device=self.device)
         cuts = [0, _TEST_LENGTH // 3, _TEST_LENGTH - 2, _TEST_LENGTH - 1, _TEST_LENGTH]
+        is_long = self.long_after is not None and first + _TEST_LENGTH > self.long_after
         hidden = []
         for start, end in itertools.pairwise(cuts):
-            positions = torch.arange(start, end, device=self.device)
+            positions = torch.arange(first + start, first + end, device=self.device)
             is_decode = end - start == 1
             plan = AttentionPlan(
                 write_slots=slots[start:end],
@@ -191,7 +212,8 @@ class PagedModel:
                 chunks=[] if is_decode else [Chunk(0, end - start, end, slots[:end])],
                 caches=caches,
             )
-            hidden.append(self.forward(self.embed_tokens(token_ids[start:end]), positions, plan))
+            inputs, long = self.embed_tokens(token_ids[start:end]), torch.ones_like(positions) > 0
+            hidden.append(self.forward(inputs, positions, plan, long if is_long else None))
         logits = self.project_logits(torch.cat(hidden)).float()
         scale = expected.abs().max().clamp_min(1e-6)
         error = float((logits - expected).abs().max() / scale)
@@ -201,6 +223,24 @@ class PagedModel:
                 f"paged logits differ from the plain model's by {error:.2g} of their range "
                 f"(allowed {limit:g})"
             )
+
+
+def _test_positions(model: PreTrainedModel) -> list[int]:
+    """First position ids of the self-test's prompts, one for each way a model has to compute."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    is_long = rope.get("rope_type") == "longrope" and original is not None
+    return [0, original - _TEST_LENGTH // 2] if is_long else [0]
+
+
+def _plain_logits(model: PreTrainedModel, token_ids: Tensor, first: int) -> Tensor:
+    """What transformers gives; [num_ids, vocab_size] float32."""
+    places: dict[str, Tensor] = {}
+    if first:
+        positions = torch.arange(first, first + len(token_ids), device=token_ids.device)
+        places["position_ids"] = positions[None]
+    logits: Tensor = model(token_ids[None], use_cache=False, **places).logits[0]
+    return logits.float()
 
 
 def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -79,7 +79,7 @@ class Runner:
         batch = self._builder.build(schedule)
         inputs = self._embed(batch)
         self._inputs.index_copy_(0, batch.plan.write_slots, inputs)
-        hidden = self._model.forward(inputs, batch.positions, batch.plan)
+        hidden = self._model.forward(inputs, batch.positions, batch.plan, batch.is_long)
         return self._decide(batch, inputs, hidden)
 
     def _embed(self, batch: StepBatch) -> Tensor:

@@ -65,14 +65,22 @@ class Scheduler:
         max_num_seqs: Slots.
         max_num_batched_tokens: Positions a step computes at most.
         max_model_len: Positions a sequence may have.
+        long_after: Longer sequences are computed with other factors; None: none are.
     """
 
     def __init__(
-        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        long_after: int | None = None,
     ) -> None:
         self.pool = pool
         self._budget = max(max_num_batched_tokens, max_num_seqs)
         self._max_model_len = max_model_len
+        self._long_after = long_after
         self._free_slots = deque(range(max_num_seqs))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -84,7 +92,11 @@ class Scheduler:
         """Queue a new sequence; ids of live sequences differ."""
         assert sequence.request.request_id not in self._by_id, "a request id is live twice"
         self._by_id[sequence.request.request_id] = sequence
+        sequence.is_long = self._is_long(sequence)
         self.waiting.append(sequence)
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self._long_after is not None and sequence.num_ids > self._long_after
 
     def abort(self, request_id: str) -> bool:
         """Drop a sequence, wherever it is; False if it has ended already."""
@@ -103,6 +115,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Plan the next step."""
         plan = Schedule()
+        self._lengthen(plan)
         rows: dict[Sequence, ScheduledRow] = {}
         budget = self._budget
         decoding = [s for s in self.running if s.is_decoding]
@@ -117,6 +130,13 @@ class Scheduler:
         self.wait_reason = "kv" if plan.preemptions else self._admit_waiting(plan, rows, budget)
         plan.rows = sorted(rows.values(), key=lambda row: not row.is_decode)
         return plan
+
+    def _lengthen(self, plan: Schedule) -> None:
+        """Let sequences that have become long be computed anew: their keys are of short ones."""
+        for sequence in reversed(self.running[:]):
+            if not sequence.is_long and self._is_long(sequence):
+                self._preempt(sequence, plan)
+                sequence.is_long = True
 
     def _grow(
         self, sequence: Sequence, end: int, plan: Schedule, rows: dict[Sequence, ScheduledRow]
@@ -175,7 +195,10 @@ class Scheduler:
         group = sequence.request.group_id
         if group is None or sequence.saved is not None:
             return None
-        return next((s for s in self.running if s.request.group_id == group), None)
+        is_long = sequence.is_long
+        return next(
+            (s for s in self.running if s.request.group_id == group and s.is_long == is_long), None
+        )
 
     def _take_prefix(self, sequence: Sequence, leader: Sequence | None, plan: Schedule) -> bool:
         """Share computed blocks of the prompt; False if the rest does not fit now.
@@ -188,7 +211,7 @@ class Scheduler:
         if leader is not None:
             shared = leader.blocks[: num_shared // size]
         else:
-            shared = self.pool.match(sequence.request.prompt_token_ids)
+            shared = self.pool.match(sequence.request.prompt_token_ids, sequence.is_long)
             num_shared = len(shared) * size
         self.pool.share(shared)
         num_missing = -(-sequence.num_known // size) - len(shared)
@@ -248,7 +271,7 @@ class Scheduler:
         before, after = min(row.start, num_prompt) // size, min(row.end, num_prompt) // size
         if after > before:
             token_ids = sequence.request.prompt_token_ids[: after * size]
-            self.pool.publish(sequence.blocks, token_ids)
+            self.pool.publish(sequence.blocks, token_ids, sequence.is_long)
 
     def _follow(self, sequence: Sequence, result: RowResult) -> RequestOutput:
         """Note one decision and end the sequence if it is the last."""

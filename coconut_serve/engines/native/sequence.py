@@ -49,6 +49,7 @@ class Sequence:
     replay: Tensor | None = None  # [num_vector_positions, hidden_size] while rebuilding
     gaps: list[tuple[int, int]] = field(default_factory=list)  # from a position on, ids skipped
     progress: Progress = field(init=False)
+    is_long: bool = False  # computed with the model's factors for long sequences
     num_vector_steps: int = 0
     num_forced_tokens: int = 0
     num_switches: int = 0
