@@ -309,6 +309,14 @@ class ReasoningParams:
         """How many end tokens are fed after the thinking phase, however short it is."""
         return len(self.end_token_ids) if self.mode != "none" else 0
 
+    def may_end_in(self, phase: Phase) -> bool:
+        """Whether a stop token said at a position of that phase ends the sequence.
+
+        The tokens of a thinking phase of an exact number of steps are readouts and end nothing;
+        end tokens are forced.
+        """
+        return phase is Phase.ANSWER or (phase is Phase.THINK and not self.is_fixed)
+
     @property
     def max_thinking(self) -> int:
         """Positions that thinking and its end tokens take at most."""

@@ -61,9 +61,8 @@ def make_request(
         reasoning=ReasoningParams(
             mode=mode,
             steps=steps,
-            is_fixed=mode == "latent",
             end_token_ids=end,
-            **(reasoning or {}),
+            **({"is_fixed": mode == "latent"} | (reasoning or {})),
         ),
         group_id=group_id,
     )

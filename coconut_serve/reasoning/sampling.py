@@ -4,6 +4,7 @@ Every operation works along the vocabulary, so a row's token is the same in any 
 comes from its own seed (noise.py).
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,28 +18,32 @@ _NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole voc
 
 
 class LogitChange(NamedTuple):
-    """A number to add to one logit, while the row has fewer than `until` answer tokens."""
+    """A number to add to one logit; with `until`, while stop tokens are forbidden by min_tokens."""
 
     row: int
     token_id: int
     value: float
-    until: int = 2**31
+    until: int | None = None
 
 
-def min_tokens_changes(row: int, params: SamplingParams) -> list[LogitChange]:
-    """Forbid a row's stop tokens until it has min_tokens."""
-    if not params.min_tokens:
-        return []
-    return [LogitChange(row, i, -torch.inf, params.min_tokens) for i in params.stop_token_ids]
+def min_tokens_changes(
+    row: int, stop_token_ids: Iterable[int], min_tokens: int
+) -> list[LogitChange]:
+    """Forbid a row's stop tokens until its answer has min_tokens."""
+    ids = stop_token_ids if min_tokens else ()
+    return [LogitChange(row, i, -torch.inf, min_tokens) for i in ids]
 
 
-def apply_changes(logits: Tensor, changes: list[LogitChange], num_output_tokens: Tensor) -> Tensor:
+def apply_changes(
+    logits: Tensor, changes: list[LogitChange], slots: Slots, row_slots: Tensor
+) -> Tensor:
     """Add to some logits.
 
     Args:
         logits: [num_rows, vocab_size] float32; not modified.
         changes: In any order.
-        num_output_tokens: [num_rows] int64, answer tokens so far.
+        slots: Where the rows' counters are.
+        row_slots: [num_rows] int64.
 
     Returns:
         [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
@@ -48,8 +53,11 @@ def apply_changes(logits: Tensor, changes: list[LogitChange], num_output_tokens:
     rows, ids, values, until = zip(*changes, strict=True)
     at, column = upload(rows, logits.device), upload(ids, logits.device)  # [num_changes]
     added = upload(values, logits.device, logits.dtype)
-    holds = num_output_tokens[at] < upload(until, logits.device)
-    added = torch.where(holds, added, 0.0)
+    if any(bound is not None for bound in until):
+        is_timed = upload([bound is not None for bound in until], logits.device, torch.bool)
+        bounds = upload([bound or 0 for bound in until], logits.device)
+        is_over = is_timed & ~slots.forbids_stops(row_slots[at], bounds)
+        added = torch.where(is_over, 0.0, added)
     return logits.index_put((at, column), added, accumulate=True)
 
 
@@ -213,8 +221,8 @@ class Sampler(Drawer):
         for row, p in enumerate(params):
             biases = (*p.logit_bias, *((i, -torch.inf) for i in p.banned_token_ids))
             changes += [LogitChange(row, i, value) for i, value in biases]
-            changes += min_tokens_changes(row, p)
-        return apply_changes(logits, changes, self._slots.num_output_tokens[row_slots])
+            changes += min_tokens_changes(row, p.stop_token_ids, p.min_tokens)
+        return apply_changes(logits, changes, self._slots, row_slots)
 
     def _penalise(self, logits: Tensor, row_slots: Tensor, has_penalties: list[bool]) -> Tensor:
         """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""

@@ -70,6 +70,7 @@ class Slots:
         self.vector = self.register("vector", dtype, hidden_size)  # [num_slots, hidden_size]
         self.is_vector = self.register("is_vector", torch.bool)  # [num_slots]
         self.is_thinking = self.register("is_thinking", torch.bool)  # [num_slots]
+        self.is_exact = self.register("is_exact", torch.bool)  # the steps are counted out
         self.steps_left = self.register("steps_left", torch.int64)  # [num_slots]
         self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
         self.num_output_tokens = self.register("num_output_tokens", torch.int64)  # of the answer
@@ -96,6 +97,7 @@ class Slots:
         self.is_vector[slot] = False
         opens_at_once = params.enter_token_id is None
         self.is_thinking[slot] = params.steps > 0 and opens_at_once
+        self.is_exact[slot] = params.is_fixed
         self.steps_left[slot] = params.steps
         self.num_decisions[slot] = 0
         self.num_output_tokens[slot] = 0
@@ -109,6 +111,20 @@ class Slots:
         self.num_end[slot] = params.num_forced
         self.forced[slot] = self.end[slot]
         self.forced_left[slot] = params.num_forced if opens_at_once else 0
+
+    def forbids_stops(self, row_slots: Tensor, min_tokens: Tensor) -> Tensor:
+        """Whether rows may not say a stop token yet; where none can end them, all may be said.
+
+        Args:
+            row_slots: [n] int64.
+            min_tokens: [n] int64, of the answer.
+
+        Returns:
+            [n] bool.
+        """
+        counts_out = self.is_exact[row_slots] & self.is_thinking[row_slots]
+        counts_out &= self.steps_left[row_slots] > 0
+        return (self.num_output_tokens[row_slots] < min_tokens) & ~counts_out
 
     def open_blocks(self, row_slots: Tensor, opens: Tensor) -> None:
         """Begin a thinking phase anew in some rows.

@@ -4,7 +4,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -162,14 +162,20 @@ class PromptBuilder:
         resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
         asked = ask.sampling.seed
-        seed = random.getrandbits(_SEED_BITS) if asked is None else asked
-        resolved = resolved.seeded(seed, "server" if asked is None else "request")
+        # Equal prompts get equal draws where a seed is asked for, and others where none is.
+        seeds = [random.getrandbits(_SEED_BITS) if asked is None else asked for _ in prompts]
+        of_thinking = [seed if resolved.seed is None else resolved.seed for seed in seeds]
+        resolved = resolved.seeded(seeds[0], "server" if asked is None else "request")
         if self._model.question_template and len(ask.messages or ()) > 1:
             note = "this model takes one question: only the last user message was used"
             resolved = replace(resolved, warnings=(*resolved.warnings, note))
         prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
         return Prepared(
-            requests=tuple(self._requests(ask, mode, resolved, prompts, max_tokens, seed)),
+            requests=tuple(
+                self._requests(
+                    ask, mode, resolved, prompts, max_tokens, zip(seeds, of_thinking, strict=True)
+                )
+            ),
             prompt_token_ids=tuple(prompts),
             mode=mode,
             resolved=resolved,
@@ -183,14 +189,13 @@ class PromptBuilder:
         resolved: Resolved,
         prompts: Sequence[tuple[int, ...]],
         max_tokens: int | None,
-        seed: int,
+        seeds: Iterable[tuple[int, int]],
     ) -> Iterator[Request]:
-        """Build what the engine is given, prompt by prompt."""
-        thinking_seed = seed if resolved.seed is None else resolved.seed
+        """Build what the engine is given, prompt by prompt; seeds are of answer and thinking."""
         # Engine ids are ours: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
-        for index, prompt in enumerate(prompts):
+        for index, (prompt, (seed, thinking_seed)) in enumerate(zip(prompts, seeds, strict=True)):
             params = resolved.params
             if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
                 # Others of this call do end in a thought.
@@ -198,11 +203,11 @@ class PromptBuilder:
             room = self._room(prompt, params, max_tokens, ask)
             sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
             num_sequences = ask.n * resolved.branches
-            for number in range(index * num_sequences, (index + 1) * num_sequences):
+            for number in range(num_sequences):
                 answer = replace(sampling, seed=_derive_seed(seed, number), **resolved.after)
                 thinking = replace(sampling, seed=_derive_seed(thinking_seed, number))
                 yield Request(
-                    request_id=f"{ask.request_id}-{number}.{unique}",
+                    request_id=f"{ask.request_id}-{index * num_sequences + number}.{unique}",
                     prompt_token_ids=prompt,
                     sampling=answer,
                     thinking=thinking if thinking != answer else None,

@@ -219,6 +219,20 @@ def test_too_many_sequences_are_refused_before_they_are_built(
         make_builder().prepare(ask)
 
 
+def test_equal_prompts_of_a_seeded_call_are_drawn_alike() -> None:
+    """The second was drawn otherwise, so that it could not be asked for alone."""
+
+    def seeds(*prompts: str, seed: int | None = 5) -> list[int]:
+        ask = GenerationAsk(
+            request_id="r", endpoint="c", mode=None, prompts=prompts, n=2,
+            sampling=SamplingAsk(seed=seed),
+        )  # fmt: skip
+        return [r.sampling.seed for r in make_builder().prepare(ask).requests]
+
+    assert seeds("a", "b", "a") == seeds("a") * 3
+    assert len(set(seeds("a", "a", seed=None))) == 4, "else a list of prompts is drawn once"
+
+
 def test_thinking_may_have_a_seed_of_its_own() -> None:
     def seeds(**asked: Any) -> list[tuple[int, int]]:
         ask = GenerationAsk(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
 from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.types import FinishReason, HaltReason, Phase, RequestOutput, WaitReason
+from coconut_serve.types import FinishReason, HaltReason, RequestOutput, WaitReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +278,8 @@ class Scheduler:
         token_id: int | None = result.token_id
         finish_reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        is_stop = (
-            result.phase is not Phase.BOUNDARY
-            and token_id in sequence.request.sampling.stop_token_ids
-        )
+        may_end = sequence.request.reasoning.may_end_in(result.phase)
+        is_stop = may_end and token_id in sequence.request.sampling.stop_token_ids
         if result.halt_reason is HaltReason.NUMERICAL:
             finish_reason, stop_reason, token_id = FinishReason.STOP, "numerical", None
         elif is_stop:

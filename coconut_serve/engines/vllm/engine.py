@@ -18,7 +18,7 @@ from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.vllm import plugin
 from coconut_serve.engines.vllm.follow import Follower
 from coconut_serve.engines.vllm.options import build_engine_args, check_adapter
-from coconut_serve.engines.vllm.params import thinking_of, to_extra_args
+from coconut_serve.engines.vllm.params import counts_by_itself, thinking_of, to_extra_args
 from coconut_serve.engines.vllm.stats import StepObserver
 from coconut_serve.errors import (
     CoconutError,
@@ -28,6 +28,7 @@ from coconut_serve.errors import (
     StartupError,
     require,
 )
+from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -283,8 +284,12 @@ def _biases(request: Request) -> dict[int, float]:
 
 
 def _stops(request: Request) -> frozenset[int]:
-    """Ids at which vLLM itself may stop: the end of a thought is forced and must not be one."""
-    return request.sampling.stop_token_ids - {*request.reasoning.end_token_ids}
+    """Ids at which vLLM itself may stop: no end of a thought, which is forced, and no readout."""
+    params = request.reasoning
+    has_readouts = params.steps > 0 and params.is_fixed and load_mode(params.mode).has_text
+    if has_readouts:
+        return frozenset()  # the answer is stopped by who reads it
+    return request.sampling.stop_token_ids - {*params.end_token_ids}
 
 
 def _sampling_params(request: Request, extra_args: dict[str, Any], report_width: int) -> Any:
@@ -294,11 +299,10 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
 
     sampling, params = request.sampling, request.reasoning
     num_thinking = params.max_thinking
-    has_known_length = params.is_fixed or not params.steps
     return SamplingParams(
         max_tokens=request.max_new_positions,
         min_tokens=min(num_thinking + sampling.min_tokens, request.max_new_positions)
-        if sampling.min_tokens and has_known_length
+        if sampling.min_tokens and counts_by_itself(params)
         else 0,
         temperature=0.0 if sampling.is_greedy else sampling.temperature,
         top_p=1.0 if sampling.is_greedy else sampling.top_p,

@@ -52,8 +52,8 @@ class Follower:
         """
         sampling = self._request.sampling
         result = report.read(self._thinking.wanted, columns) if columns else self._infer(token_id)
-        stops = sampling.stop_token_ids
-        is_stop = result.phase is not Phase.BOUNDARY and result.token_id in stops
+        may_end = self._request.reasoning.may_end_in(result.phase)
+        is_stop = may_end and result.token_id in sampling.stop_token_ids
         self._counts = replace(
             self._counts,
             num_forward_passes=self._counts.num_forward_passes + 1,

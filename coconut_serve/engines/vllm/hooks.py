@@ -30,7 +30,7 @@ from coconut_serve.engines.vllm.worker import Decided, WorkerReasoning, WorkerRo
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
 from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.reasoning.sampling import LogitChange, apply_changes
+from coconut_serve.reasoning.sampling import apply_changes, min_tokens_changes
 from coconut_serve.reasoning.slots import EmbedTokens, upload
 
 _LORA_LAYER = "VocabParallelEmbeddingWithLoRA"
@@ -305,17 +305,15 @@ class ReasoningSamplerMixin:
     def _forbid_stops(
         self, logits: Tensor, found: list[tuple[int, int, WorkerRow, int]], idx_mapping: Tensor
     ) -> Tensor:
-        """Apply min_tokens to rows whose thinking has no known length."""
+        """Apply min_tokens to rows for which vLLM does not."""
         changes = [
-            LogitChange(i, token_id, -torch.inf, row.thinking.min_tokens)
+            change
             for i, _, row, _ in found
-            if row.thinking.min_tokens
-            for token_id in row.thinking.answer_stop_token_ids
+            for change in min_tokens_changes(
+                i, row.thinking.answer_stop_token_ids, row.thinking.min_tokens
+            )
         ]
-        if not changes:
-            return logits
-        num_output = self.state.reasoning.slots.num_output_tokens[idx_mapping]
-        return apply_changes(logits, changes, num_output)
+        return apply_changes(logits, changes, self.state.reasoning.slots, idx_mapping)
 
     def _adjust(
         self, logits: Tensor, found: list[tuple[int, int, WorkerRow, int]], context: LogitsContext

@@ -146,10 +146,20 @@ def thinking_of(request: Request, *, hidden_size: int, hidden_token_id: int) -> 
         draw=(own.temperature, own.top_p, float(own.top_k), own.min_p) if own else (),
         hidden_token_id=hidden_token_id,
         answer_stop_token_ids=stop_token_ids,
-        min_tokens=0 if params.is_fixed or not params.steps else sampling.min_tokens,
+        min_tokens=0 if counts_by_itself(params) else sampling.min_tokens,
         wanted=wanted,
         report_width=width(wanted, hidden_size) if has_report else 0,
     )
+
+
+def counts_by_itself(params: ReasoningParams) -> bool:
+    """Whether vLLM's own min_tokens serves: the length of thinking is known and no step looks.
+
+    vLLM forbids stop tokens while a row thinks, too.
+    """
+    mode = load_mode(params.mode)
+    looks = mode.thinks_on_logits(params) or not mode.feeds_vectors
+    return params.steps == 0 or (params.is_fixed and not looks)
 
 
 def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:

@@ -15,6 +15,7 @@ from coconut_serve.types import (
     StepStats,
     SwitchParams,
 )
+from tests.engines import readouts
 from tests.fakes import drift, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, with_projection
 
@@ -225,6 +226,13 @@ async def test_no_steps_equals_prompt_start_end(tiny_llama: Path) -> None:
     assert empty.token_ids == plain.token_ids
     assert empty.counts.num_forced_tokens == 1
     assert empty.counts.num_reasoning_steps == 0
+
+
+@pytest.mark.parametrize("mode", readouts.MODES)
+async def test_readouts_of_counted_steps_end_nothing(tiny_llama: Path, mode: str) -> None:
+    """A soft step that read as the end of the text ended the whole answer, empty."""
+    async with native_engine(tiny_llama) as engine:
+        await readouts.check(engine, mode)
 
 
 async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:

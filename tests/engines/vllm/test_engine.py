@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from coconut_serve.errors import EngineDeadError, StartupError
+from tests.engines import readouts
 from tests.engines.vllm.support import Engines
 from tests.fakes import free_port, make_request, run
 
@@ -38,6 +39,13 @@ async def test_death_of_a_worker_is_answered_and_mended(wide_llama: Path, engine
         await engine.check_health()
         again = await run(engine, make_request(mode="latent", steps=3))
         assert again.token_ids == expected.token_ids
+
+
+async def test_readouts_of_counted_steps_end_nothing(wide_llama: Path, engines: Engines) -> None:
+    """vLLM itself stopped at the token that a soft step stands for."""
+    async with engines.open(wide_llama) as engine:
+        for mode in readouts.MODES:
+            await readouts.check(engine, mode)
 
 
 async def test_what_cannot_be_served_stops_the_start(wide_llama: Path, engines: Engines) -> None:
