@@ -65,8 +65,14 @@ def llama2(directory: Path, **config: Any) -> Tokenizer:
 
 def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     """Ids of SentencePiece's byte tokens."""
-    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in data]
-    return [i for i in ids if i is not None]
+    return [id_of(tokenizer, f"<0x{byte:02X}>") for byte in data]
+
+
+def id_of(tokenizer: Tokenizer, piece: str) -> int:
+    """The id of a piece that is there."""
+    found = tokenizer.token_to_id(piece)
+    assert found is not None, piece
+    return found
 
 
 def _write(tokenizer: Tokenizer, directory: Path, config: dict[str, Any]) -> Tokenizer:

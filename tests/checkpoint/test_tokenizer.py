@@ -87,9 +87,9 @@ def test_names_of_tokens_are_what_they_add(sentencepiece: tuple[HFTokenizer, Tok
     """Two tokens had one name, so that 20 log-probabilities came as 19."""
     tokenizer, own = sentencepiece
     names = {i: tokenizer.token_bytes(i) for i in range(own.get_vocab_size())}
-    assert names[own.token_to_id("\u2581capital")] == b" capital"
-    assert names[own.token_to_id("<0xF0>")] == b"\xf0"
-    assert names[own.token_to_id("<|im_end|>")] == b"<|im_end|>"
+    assert names[tokenizer_files.id_of(own, "\u2581capital")] == b" capital"
+    assert names[tokenizer_files.id_of(own, "<0xF0>")] == b"\xf0"
+    assert names[tokenizer_files.id_of(own, "<|im_end|>")] == b"<|im_end|>"
     text = [i for i in names if tokenizer.raw_bytes(i) is None]
     assert len({names[i] for i in text}) == len(text)
     ids = tokenizer.encode("caf\u00e9 \U0001f999!", add_special_tokens=False)
@@ -102,10 +102,10 @@ def test_nothing_is_lost_after_broken_bytes(sentencepiece: tuple[HFTokenizer, To
     llama, cut = "\U0001f999".encode(), b"\xe4\xbb"
     ids = [
         *tokenizer_files.byte_ids(own, llama + cut),
-        own.token_to_id("\u2581The"),
+        tokenizer_files.id_of(own, "\u2581The"),
         *tokenizer_files.byte_ids(own, cut + llama + llama[:3]),
     ]
-    stream = tokenizer.stream(context=[own.token_to_id("\u2581is")])
+    stream = tokenizer.stream(context=[tokenizer_files.id_of(own, "\u2581is")])
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) + stream.flush() == "\U0001f999\ufffd\ufffd The\ufffd\ufffd\U0001f999"
     assert pieces[:4] == ["", "", "", "\U0001f999"]

@@ -31,13 +31,13 @@ async def check(engine: Engine, mode: str) -> None:
     said = frozenset(i for i in free.thinking_ids if i is not None)
     assert len(free.thinking_ids) == 6
     answer = frozenset(free.token_ids) - said
-    for settings in ({}, {"min_tokens": 2}):
-        kept = await ask("kept", stop_token_ids=said, **settings)
+    for min_tokens in (0, 2):
+        kept = await ask("kept", stop_token_ids=said, min_tokens=min_tokens)
         assert kept.thinking_ids == free.thinking_ids
         for ours, theirs in zip(kept.vectors, free.vectors, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-3)
         assert kept.counts.num_reasoning_steps == 6
-        if settings:
+        if min_tokens:
             assert len(kept.token_ids) >= 2
             assert not said & set(kept.token_ids[:2])
         elif not said & set(free.token_ids):

@@ -55,7 +55,7 @@ async def test_broken_bytes_lose_nothing_and_half_characters_are_not_shown(
     own: Tokenizer, tmp_path: Path, max_tokens: int, text: str
 ) -> None:
     """What followed was lost, and a character cut by max_tokens was shown as U+FFFD."""
-    ids = [*tokenizer_files.byte_ids(own, LLAMA + CUT), own.token_to_id("\u2581The")]
+    ids = [*tokenizer_files.byte_ids(own, LLAMA + CUT), tokenizer_files.id_of(own, "\u2581The")]
     body = {"prompt": ids, "max_tokens": max_tokens, "temperature": 0}
     choice, streamed = await complete(tmp_path, body)
     assert choice["text"] == streamed == text

@@ -228,9 +228,9 @@ class PagedModel:
 def _test_positions(model: PreTrainedModel) -> list[int]:
     """First position ids of the self-test's prompts, one for each way a model has to compute."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    is_long = rope.get("rope_type") == "longrope" and original is not None
-    return [0, original - _TEST_LENGTH // 2] if is_long else [0]
+    if rope.get("rope_type") != "longrope":
+        return [0]
+    return [0, max(1, rope["original_max_position_embeddings"] - _TEST_LENGTH // 2)]
 
 
 def _plain_logits(model: PreTrainedModel, token_ids: Tensor, first: int) -> Tensor:

@@ -61,6 +61,7 @@ def check_config(config: Any) -> None:
             value = getattr(value, name, allowed)
         if value != allowed and value:
             raise ValueError(f"coconut-serve does not work with {reason}")
+    _check_rotary(config.model_config)
     if not (HAS_TRITON and config.use_v2_model_runner):
         raise ValueError(
             "coconut-serve needs vLLM's Model Runner V2, which needs Triton and so a GPU; "
@@ -74,6 +75,26 @@ def check_config(config: Any) -> None:
             "coconut-serve needs --logits-processors "
             "coconut_serve.engines.vllm.params:ReasoningParamsCheck"
         )
+
+
+def _check_rotary(model: Any) -> None:
+    """Refuse rotary factors that depend on length: vLLM takes those of its longest for all rows.
+
+    Raises:
+        ValueError: Naming the type.
+    """
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else (rope,)
+    for kind in kinds:
+        name, original = kind.get("rope_type"), kind.get("original_max_position_embeddings")
+        if name == "dynamic":
+            raise ValueError("coconut-serve does not work with rope_type dynamic in vLLM")
+        if name == "longrope" and original and model.max_model_len > original:
+            raise ValueError(
+                f"vLLM takes LongRoPE's long factors for sequences of any length, where the model "
+                f"has short ones up to {original}: give --max-model-len {original}, or use "
+                "--engine native, which takes each sequence's own"
+            )
 
 
 class ReasoningStateMixin:

@@ -80,7 +80,7 @@ def test_no_row_of_the_table_is_vacuous(expected: dict[Key, Told]) -> None:
     assert len(told) == len(METHODS) - 1, "only no-switch is l2 again"
 
 
-def measures(result: Result) -> list[tuple[float, ...]]:
+def measures(result: Result) -> list[list[float]]:
     """Each step's trace but its vector; what tells of a vector is 0 where a token was fed."""
     found = []
     for output in result.outputs:
@@ -88,8 +88,8 @@ def measures(result: Result) -> list[tuple[float, ...]]:
             trace = output.trace
             if not output.is_vector:
                 assert (trace.norm, trace.cosine) == (0.0, 0.0)
-            vector = (trace.norm, trace.cosine, trace.retained_mass)
-            found.append((trace.entropy, trace.max_prob, *vector))
+            of_vector = [trace.norm, trace.cosine, trace.retained_mass]
+            found.append([trace.entropy, trace.max_prob, *of_vector])
     return found
 
 

@@ -16,6 +16,7 @@ from coconut_serve.errors import EngineDeadError, StartupError
 from tests.engines import readouts
 from tests.engines.vllm.support import Engines
 from tests.fakes import free_port, make_request, run
+from tests.models import save_tiny
 
 pytestmark = pytest.mark.vllm
 
@@ -56,6 +57,21 @@ async def test_what_cannot_be_served_stops_the_start(wide_llama: Path, engines: 
         with pytest.raises(StartupError, match=message):
             async with engines.open(wide_llama, lambda _: None, *flags):
                 pass
+
+
+async def test_longrope_is_refused_beyond_its_short_factors(
+    tmp_path: Path, engines: Engines
+) -> None:
+    """vLLM computes short rows with the factors of long ones where it could meet such."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+    }  # fmt: skip
+    settings = {"rope_parameters": rope, "original_max_position_embeddings": 64, "head_dim": 32}
+    model = save_tiny("phi3", tmp_path, hidden_size=128, num_key_value_heads=4, **settings)
+    with pytest.raises(StartupError, match="--max-model-len 64"):
+        async with engines.open(model, max_model_len=96):
+            pass
 
 
 def test_command_line_serves_and_shows_both_kinds_of_metrics(

@@ -76,12 +76,12 @@ async def test_golden_cases_and_whole_vocabularies_with_two_tensor_parallel_work
 ) -> None:
     """The ranks share the table of embeddings, which averages over the vocabulary read."""
     from tests.engines.methods.loop import Parts
-    from tests.engines.methods.table import check, references, requests
+    from tests.engines.methods.table import check, requests
     from tests.fakes import make_request, native_engine, run, run_all
 
     parts = Parts.load(wide_llama)
     names = ("full", "soft-tokens", "thinkrouter-full", "swi", "latentmas")
-    asked = requests(names, rows=1, trace="vectors")
+    asked = requests(names, rows=1)
     soft = make_request(mode="distribution", steps=5, max_tokens=8)
     async with native_engine(wide_llama) as native:
         expected = await run(native, soft)
@@ -90,6 +90,6 @@ async def test_golden_cases_and_whole_vocabularies_with_two_tensor_parallel_work
         assert [status["is_live"] for status in statuses] == [True, True]
         assert (await run(engine, soft)).token_ids == expected.token_ids
         results = await run_all(engine, list(asked.values()))
-        check(asked, results, references(parts, asked), parts.table)
+        check(asked, results, parts)
         async with listening(vllm_app(engine, wide_llama)) as url:
             await ask_all(url, "llama", together=True)
