@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_serve.errors import StartupError
 from coconut_serve.limits import MAX_STEPS
-from coconut_serve.types import AdapterSpec
+from coconut_serve.types import AdapterSpec, Source
 
 FILE_NAME = "latent_config.json"
 
@@ -54,6 +54,8 @@ class Prompt(_Strict):
     add_bos: bool = True
     suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
     end_ids: list[int] | None = None  # forced after it; None: the end token
+    # By mode without latent slots: appended to the question, in place of a think token.
+    mode_suffix_ids: dict[Literal["none", "cot", "distribution", "auto"], list[int]] = {}
     speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
     example: str | None = None  # a question that the model can answer
 
@@ -127,6 +129,7 @@ class Manifest(_Strict):
     c_thought: int = Field(default=1, ge=1)
     variable_steps: bool = False
     hidden: Hidden = Hidden()
+    source: Source = "hidden"  # constant: trained with the latent token's row in every slot
     adapters: dict[str, Adapter] = {}
     halting: Halting = Halting()
     distribution: Distribution = Distribution()
@@ -148,6 +151,20 @@ class Manifest(_Strict):
             return tuple(self.prompt.end_ids)
         end = self.tokens.end
         return (end.id,) if end and self.boundary != "none" else ()
+
+    @property
+    def token_ids(self) -> set[int]:
+        """Every token that the file names."""
+        declared = (getattr(self.tokens, name) for name in Tokens.model_fields)
+        suffixes = self.prompt.mode_suffix_ids.values()
+        return {
+            *(token.id for token in declared if isinstance(token, Token)),
+            *self.start_token_ids,
+            *self.end_token_ids,
+            *self.halting.token_ids,
+            *self.tokens.never_emit,
+            *(token_id for suffix in suffixes for token_id in suffix),
+        }
 
     @property
     def adapter_specs(self) -> dict[str, AdapterSpec]:
@@ -205,5 +222,14 @@ def _check_parts(path: Path, manifest: Manifest) -> None:
         raise StartupError(
             f"{path}: prompt.speed is needed: the template has {{speed}}", param="prompt.speed"
         )
+    for mode in manifest.prompt.mode_suffix_ids:
+        has_slots = mode == "distribution" and manifest.distribution.slots == "latent"
+        if has_slots or mode not in manifest.modes:
+            what = "has prompt.suffix_ids, as latent has" if has_slots else "is not in modes"
+            raise StartupError(
+                f"{path}: prompt.mode_suffix_ids: {mode} {what}", param="prompt.mode_suffix_ids"
+            )
+    if manifest.source == "constant" and manifest.tokens.latent is None:
+        raise StartupError(f"{path}: source constant needs tokens.latent", param="source")
     if manifest.steps > manifest.max_steps:
         raise StartupError(f"{path}: steps is more than max_steps", param="steps")

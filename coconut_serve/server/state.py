@@ -53,9 +53,7 @@ class Service:
             StartupError: The manifest names token ids that the model does not have.
         """
         size = engine.info.vocab_size
-        told = manifest or Manifest()
-        named = (*told.start_token_ids, *told.end_token_ids, *told.tokens.never_emit)
-        if any(token_id >= size for token_id in named):
+        if any(token_id >= size for token_id in (manifest or Manifest()).token_ids):
             raise StartupError(f"latent_config.json names token ids of {size} and above")
         model = ModelReasoning.read(
             manifest,

@@ -84,6 +84,11 @@ class ModelReasoning:
             eos_token_ids=eos_token_ids,
         )
 
+    def suffix_ids(self, mode: str) -> tuple[int, ...]:
+        """What ends a question in a mode without latent slots, if the manifest says so."""
+        suffixes = (self.manifest or Manifest()).prompt.mode_suffix_ids
+        return next((tuple(ids) for name, ids in suffixes.items() if name == mode), ())
+
     @property
     def is_thinker(self) -> bool:
         """Whether an end-of-thought token bounds the model's thinking."""

@@ -235,11 +235,13 @@ class PromptBuilder:
         if ask.messages is not None:
             speed, options = ask.reasoning.get("speed"), ask.chat_template_options
             ids = self.tokenise_chat(ask.messages, mode=mode, speed=speed, options=options)
-            return [self._bound_thinking(ids, mode, _TEMPLATE_TAIL)]
+            tail = 0 if self._model.suffix_ids(mode) else _TEMPLATE_TAIL
+            return [self._bound_thinking(ids, mode, tail)]
         prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
         is_implied = self._model.is_thinker and self._model.think_start_id is None
         # Asked for by name, so the phase is opened here too, or closed where prompts open it.
-        if mode in ("distribution", "auto") or (mode == "none" and is_implied):
+        is_asked = mode in ("distribution", "auto") or (mode == "none" and is_implied)
+        if is_asked or self._model.suffix_ids(mode):
             prompts = [self._bound_thinking(p, mode, len(p)) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
@@ -298,10 +300,14 @@ class PromptBuilder:
         The template may have opened it already.
         """
         start, end = self._model.think_start_id, self._model.think_end_id
+        suffix = self._model.suffix_ids(mode)
+        if suffix and not {start, end} & {*ids[len(ids) - tail :]}:
+            return (*ids, *suffix)
         if (
             end is None
             or mode == "latent"
             or (mode == "distribution" and self._model.has_latent_slots)
+            or (mode == "cot" and suffix)  # raw text that goes on as it is
         ):
             return ids
         is_open = self._is_thinking_open(ids, tail)

@@ -75,6 +75,8 @@ def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
     declared["speed"] = manifest.prompt.speed
     declared |= {"mode": mode} if manifest.default_mode == mode else {}
+    if mode == "latent" and "source" in manifest.model_fields_set:
+        declared["source"] = manifest.source
     if has_slots and "steps" in manifest.model_fields_set:
         declared["steps"] = manifest.steps
     halting = manifest.halting

@@ -45,6 +45,22 @@ def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
     assert manifest.start_token_ids == manifest.end_token_ids == ()
 
 
+def test_every_token_that_is_named_is_counted(tmp_path: Path) -> None:
+    """Whether the vocabulary has them was asked of three of these keys only."""
+    data = {
+        "schema": 1,
+        "tokens": {
+            "start": {"id": 1}, "end": {"id": 2}, "latent": {"id": 3}, "pad": {"id": 4},
+            "think_start": {"id": 5}, "think_end": {"id": 6}, "never_emit": [7],
+        },
+        "prompt": {"suffix_ids": [8], "end_ids": [9], "mode_suffix_ids": {"none": [10, 11]}},
+        "halting": {"rule": "stop_token", "token_ids": [12]},
+    }  # fmt: skip
+    manifest = load_manifest(write(tmp_path, data))
+    assert manifest is not None
+    assert manifest.token_ids == {*range(1, 13)}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -61,6 +77,20 @@ def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
         ({"schema": 1, "prompt": {"template": "{question} {speed}"}}, "prompt.speed is needed"),
         ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
         ({"schema": 1, "boundary": "telepathic"}, "boundary"),
+        ({"schema": 1, "source": "constant"}, "source constant needs tokens.latent"),
+        ({"schema": 1, "prompt": {"mode_suffix_ids": {"latent": [1]}}}, "mode_suffix_ids"),
+        (
+            {"schema": 1, "modes": ["cot"], "prompt": {"mode_suffix_ids": {"none": [1]}}},
+            "mode_suffix_ids: none is not in modes",
+        ),
+        (
+            {
+                "schema": 1,
+                "distribution": {"slots": "latent"},
+                "prompt": {"mode_suffix_ids": {"distribution": [1]}},
+            },
+            "mode_suffix_ids: distribution has prompt.suffix_ids",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, data: Any, message: str) -> None:

@@ -564,10 +564,18 @@ async def test_preset_wins_over_the_servers_default_mode() -> None:
         assert response.headers["x-reasoning-mode"] == "cot"
 
 
-async def test_token_ids_that_the_model_lacks_are_refused_at_start() -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"tokens": {"never_emit": [99999]}},
+        {"tokens": {"think_end": {"id": 99999}}},
+        {"prompt": {"mode_suffix_ids": {"none": [99999]}}},
+    ],
+)
+async def test_token_ids_that_the_model_lacks_are_refused_at_start(part: dict[str, Any]) -> None:
     from coconut_serve.checkpoint.manifest import Manifest
 
-    manifest = Manifest.model_validate({"schema": 1, "tokens": {"never_emit": [99999]}})
+    manifest = Manifest.model_validate({"schema": 1, **part})
     failures: list[object] = []
     app = stub_app(manifest=manifest)
     app.state.on_loaded = failures.append

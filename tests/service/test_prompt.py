@@ -113,6 +113,52 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     assert steps("abc", "distribution") == (200 - 4 - 10 - 1, THINK)
 
 
+TURN = ord("|")  # Llama's end of turn
+SUFFIXES: dict[str, Any] = {
+    "prompt": {
+        "template": "{question}",
+        "chat_template": False,
+        "mode_suffix_ids": {
+            "none": [TURN, ANSWER], "cot": [TURN, THINK], "distribution": [TURN, THINK],
+        },
+    }
+}  # fmt: skip
+ENDS = {"none": "|>", "cot": "|<", "distribution": "|<"}
+
+
+@pytest.mark.parametrize("mode", ENDS)
+def test_question_ends_as_the_manifest_says_for_its_mode(mode: str) -> None:
+    """A model of several modes got `none` without its `<|eocot|>`, and no end of turn at all."""
+    builder = make_builder(**SUFFIXES)
+    for text in ("2 < 3", "b >", "<"):
+        prepared = chat(builder, mode, text)
+        assert text_of(prepared) == text + ENDS[mode], "a user's text bounds no thought"
+        assert (prepared.requests[0].reasoning.steps > 0) == (mode != "none")
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt", "whole"),
+    [
+        ("none", "abc", "abc|>"),
+        ("cot", "abc", "abc|<"),
+        ("distribution", "abc", "abc|<"),
+        ("cot", "abc|<so", "abc|<so"),
+        ("none", "abc|<so", "abc|<so>"),
+        ("none", "abc|<so>4", "abc|<so>4"),
+        ("cot", "abc|<so>4", "abc|<so>4"),
+    ],
+)
+def test_raw_prompt_ends_so_too_unless_it_has_bounds(mode: str, prompt: str, whole: str) -> None:
+    ask = GenerationAsk(
+        request_id="r", endpoint="c", mode=mode, prompts=[prompt],
+        sampling=SamplingAsk(max_tokens=10),
+    )  # fmt: skip
+    prepared = make_builder(**SUFFIXES).prepare(ask)
+    assert text_of(prepared) == whole
+    thinks = mode != "none" and ">" not in whole
+    assert (prepared.requests[0].reasoning.steps > 0) == thinks
+
+
 def test_raw_text_that_is_no_thought_says_that_it_takes_no_steps() -> None:
     """It said how many steps there was room for, and the engine got none."""
     ask = GenerationAsk(

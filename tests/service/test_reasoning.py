@@ -66,6 +66,16 @@ def test_untrained_count_is_served_with_a_warning_and_too_many_refused() -> None
     assert caught.value.param == "reasoning.steps"
 
 
+def test_model_trained_with_one_vector_is_fed_it_unless_asked_otherwise() -> None:
+    declared = {"modes": ["latent", "distribution"], "tokens": {"latent": {"id": 12}}}
+    model = make_model(Manifest.model_validate({"schema": 1, "source": "constant", **declared}))
+    result = resolved("latent", model)
+    assert (result.params.source, result.params.constant_token_id) == ("constant", 12)
+    assert result.parameters["source"] == {"value": "constant", "source": "manifest"}
+    assert resolved("latent", model, source="hidden").params.source == "hidden"
+    assert resolved("distribution", model).params.constant_token_id is None
+
+
 def test_boundaries_can_be_dropped_or_replaced() -> None:
     result = resolved("latent", make_model(), start="none", end=[12, 13])
     assert result.suffix_ids == ()
