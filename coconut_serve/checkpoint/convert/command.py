@@ -7,7 +7,9 @@ from typing import Any
 
 from coconut_serve.errors import StartupError
 
-METHODS = ("latent_sft", "soft_grpo", "multiplex", "switch", "cot")
+METHODS = (
+    "latent_sft", "soft_grpo", "multiplex", "switch", "cot", "coconut", "codi", "multimode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

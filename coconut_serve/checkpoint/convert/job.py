@@ -141,6 +141,7 @@ class Job:
             StartupError: The base is missing or is another model.
         """
         skeleton = build_skeleton(config)
+        self.report.drop(adapted.replaced, "what the base had before PEFT trained a copy")
         tensors = rename(skeleton, adapted.plain, self.report)
         lacks_base = embedding_name(skeleton) not in tensors or any(
             f"{module}.weight" not in tensors for module in adapted.factors

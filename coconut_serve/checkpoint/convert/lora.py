@@ -39,6 +39,7 @@ class Adapted:
 
     plain: dict[str, Tensor] = field(default_factory=dict)  # base weights, or saved in their stead
     factors: dict[str, Factors] = field(default_factory=dict)  # by module
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # PEFT's copies of what it trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ def split(tensors: Mapping[str, Tensor], prefix: str = "") -> Adapted:
             is missing.
     """
     plain: dict[str, Tensor] = {}
+    replaced: dict[str, Tensor] = {}
     sides: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     for full, tensor in tensors.items():
@@ -128,7 +130,9 @@ def split(tensors: Mapping[str, Tensor], prefix: str = "") -> Adapted:
         if part:
             sides.setdefault(part["module"], {})[part["side"]] = tensor
             embeddings |= {part["module"]} if part["embedding"] else set()
-        elif ".original_module." not in name:
+        elif ".original_module." in name:
+            replaced[full] = tensor
+        else:
             name = re.sub(r"\.modules_to_save(\.default)?", "", name)
             plain[name.replace(".base_layer.", ".")] = tensor
     factors = {}
@@ -136,7 +140,7 @@ def split(tensors: Mapping[str, Tensor], prefix: str = "") -> Adapted:
         if pair.keys() != {"A", "B"}:
             raise StartupError(f"LoRA of {module} lacks its half A or B", param="SRC")
         factors[module] = Factors(a=pair["A"], b=pair["B"], is_embedding=module in embeddings)
-    return Adapted(plain=plain, factors=factors)
+    return Adapted(plain=plain, factors=factors, replaced=replaced)
 
 
 def merge(
@@ -168,9 +172,9 @@ def merge(
         scale = scaling.of(module, pair.a.shape[0])
         weight = tensors[weight_name]
         merged[weight_name] = (weight.float() + scale * delta).to(weight.dtype)
-        report.merged |= {
-            f"{module}.lora_{side}": f"{weight_name}, scale {scale:g}" for side in "AB"
-        }
+        pair_by_name = {f"{module}.lora_A": pair.a, f"{module}.lora_B": pair.b}
+        report.merge(pair_by_name, f"{weight_name}, scale {scale:g}")
+        report.accounted.add(id(weight))
     return merged
 
 

@@ -69,7 +69,7 @@ def rename(skeleton: Any, tensors: Mapping[str, Tensor], report: Report) -> dict
         if name not in known and prefix + name in known:
             name = prefix + name
         if name not in known and name.endswith(_BUFFERS):
-            report.drop([name], "a buffer of an older transformers")
+            report.drop({name: tensor}, "a buffer of an older transformers")
             continue
         named[name] = tensor
     head, embedding = head_name(skeleton), embedding_name(skeleton)
@@ -125,7 +125,7 @@ def _untie(skeleton: Any, tensors: dict[str, Tensor], report: Report) -> dict[st
         report.missing[head] = "tied to the input embedding"
         return tensors
     if torch.equal(tensors[head], tensors[embedding]):
-        report.drop([head], "equal to the input embedding, to which it is tied")
+        report.drop({head: tensors[head]}, "equal to the input embedding, to which it is tied")
         return {name: tensor for name, tensor in tensors.items() if name != head}
     skeleton.config.tie_word_embeddings = False
     report.note("the head differs from the input embedding: written untied")
@@ -138,10 +138,10 @@ def _check(skeleton: Any, tensors: Mapping[str, Tensor]) -> None:
     what = skeleton.config.model_type
     missing = sorted(expected.keys() - tensors.keys() - tied)
     if missing:
-        raise StartupError(f"{_some(missing)} of {what} missing in the checkpoint", param="SRC")
+        raise StartupError(f"{some(missing)} of {what} missing in the checkpoint", param="SRC")
     unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
-        raise StartupError(f"{_some(unknown)} that {what} has no place for", param="SRC")
+        raise StartupError(f"{some(unknown)} that {what} has no place for", param="SRC")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise StartupError(
@@ -153,6 +153,7 @@ def _check(skeleton: Any, tensors: Mapping[str, Tensor]) -> None:
             raise StartupError(f"{name} has values that are not finite: damaged?", param="SRC")
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """How many tensors, and what the first are called."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

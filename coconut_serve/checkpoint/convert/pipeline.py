@@ -2,12 +2,13 @@
 
 from coconut_serve.checkpoint.convert.command import Options
 from coconut_serve.checkpoint.convert.formats import refused
-from coconut_serve.checkpoint.convert.job import Job
-from coconut_serve.checkpoint.convert.model import fit
+from coconut_serve.checkpoint.convert.job import Converted, Job
+from coconut_serve.checkpoint.convert.model import Fitted, fit, some
 from coconut_serve.checkpoint.convert.registry import find_format
 from coconut_serve.checkpoint.convert.report import Report
 from coconut_serve.checkpoint.convert.source import read_source
 from coconut_serve.checkpoint.convert.write import check_manifest, check_target, write
+from coconut_serve.errors import StartupError
 
 
 def convert(options: Options) -> Report:
@@ -25,9 +26,30 @@ def convert(options: Options) -> Report:
     chosen = find_format(source, options.method)
     report = Report()
     report.format = chosen.name
+    if source.unread:
+        report.note(f"not read: {', '.join(source.unread)}")
     job = Job(source, options, report)
     converted = chosen.convert(job)
     fitted = fit(converted.config, converted.tensors, report)
+    _refuse_unused(job, converted, fitted)
     check_manifest(converted, fitted.vocab_size)
     write(job, converted, fitted)
     return report
+
+
+def _refuse_unused(job: Job, converted: Converted, fitted: Fitted) -> None:
+    """Refuse a checkpoint with a tensor that was neither written, merged nor dropped on purpose.
+
+    Two names of one weight count as well: only the last is written.
+
+    Raises:
+        StartupError: There is one; the text has its name.
+    """
+    written = (*fitted.tensors.values(), *converted.adapter.values())
+    accounted = job.report.accounted | {id(tensor) for tensor in written}
+    unused = [name for name, tensor in job.source.tensors.items() if id(tensor) not in accounted]
+    if unused:
+        raise StartupError(
+            f"{some(unused)} that {job.report.format} has no use for: another variant of it?",
+            param="SRC",
+        )

@@ -27,6 +27,7 @@ class Format:
     marks: tuple[str, ...]  # what its tensors' or settings' names hold; for the error message
     recognise: Callable[[Source, str | None], bool]  # the checkpoint, --method
     convert: Callable[[Job], Converted]
+    methods: tuple[str, ...] = ()  # values of --method that it takes
 
 
 FORMATS = (
@@ -65,12 +66,14 @@ FORMATS = (
         marks=("codi.", "prj."),
         recognise=codi.recognise_full,
         convert=codi.convert_full,
+        methods=("codi", "multimode"),
     ),
     Format(
         name="CODI (PEFT)",
         marks=("base_model.model.", "prj."),
         recognise=codi.recognise_peft,
         convert=codi.convert_peft,
+        methods=("codi", "multimode"),
     ),
     Format(
         name="Reasoning by Superposition",
@@ -85,28 +88,39 @@ FORMATS = (
         convert=coconut.convert_simcot,
     ),
     Format(
+        name="COCONUT, several modes",
+        marks=("base_causallm.", "<|bocot|>"),
+        recognise=coconut.recognise_multimode,
+        convert=coconut.convert_multimode,
+        methods=("multimode",),
+    ),
+    Format(
         name="COCONUT",
         marks=("base_causallm.",),
         recognise=coconut.recognise,
         convert=coconut.convert,
+        methods=("coconut",),
     ),
     Format(
         name="SWITCH (PEFT)",
         marks=("base_model.model.", "<swi>"),
         recognise=peft.recognise_switch,
         convert=peft.convert_switch,
+        methods=("switch",),
     ),
     Format(
         name="Hugging Face with --method",
         marks=("config.json", "--method"),
         recognise=plain.recognise,
         convert=plain.convert,
+        methods=(*plain.MIXTURES, "cot"),
     ),
     Format(
         name="COCONUT repository's CoT or no-CoT",
         marks=("a torch file without config.json",),
         recognise=coconut.recognise_text,
         convert=coconut.convert_text,
+        methods=("cot",),
     ),
 )
 
@@ -119,6 +133,13 @@ def find_format(source: Source, method: str | None) -> Format:
     """
     for candidate in FORMATS:
         if candidate.recognise(source, method):
+            if method not in (None, *candidate.methods):
+                known = ", ".join(candidate.methods) or "none"
+                raise StartupError(
+                    f"{source.path} has the layout of {candidate.name}, which --method {method} is "
+                    f"not for (but {known})",
+                    param="--method",
+                )
             return candidate
     plain.refuse_without_method(source)
     raise StartupError(_unknown(source), param="SRC")

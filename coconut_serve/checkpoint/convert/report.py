@@ -2,7 +2,10 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 class Report:
@@ -18,15 +21,22 @@ class Report:
         self.merged: dict[str, str] = {}  # tensor -> where it went
         self.dropped: dict[str, str] = {}  # tensor -> why
         self.missing: dict[str, str] = {}  # tensor of the architecture -> why that is fine
+        self.accounted: set[int] = set()  # id() of tensors that were merged or dropped
 
     def note(self, text: str) -> None:
         """Remember a remark, once."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def drop(self, names: list[str], why: str) -> None:
+    def drop(self, tensors: Mapping[str, Tensor], why: str) -> None:
         """Remember that tensors are left out on purpose."""
-        self.dropped |= dict.fromkeys(names, why)
+        self.dropped |= dict.fromkeys(tensors, why)
+        self.accounted |= {id(tensor) for tensor in tensors.values()}
+
+    def merge(self, tensors: Mapping[str, Tensor], into: str) -> None:
+        """Remember that tensors are written as part of another."""
+        self.merged |= dict.fromkeys(tensors, into)
+        self.accounted |= {id(tensor) for tensor in tensors.values()}
 
     def as_json(self) -> dict[str, Any]:
         """The whole report, for convert_report.json."""

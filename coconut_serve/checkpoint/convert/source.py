@@ -46,9 +46,22 @@ class Source:
         """Whether the user named a single file that torch.save wrote."""
         return self.path.is_file() and self.path.suffix != ".safetensors"
 
-    def with_prefix(self, *prefixes: str) -> list[str]:
-        """Names of tensors that start with one of these."""
-        return [name for name in self.tensors if name.startswith(prefixes)]
+    def with_prefix(self, *prefixes: str) -> dict[str, Tensor]:
+        """Tensors whose names start with one of these."""
+        return {name: t for name, t in self.tensors.items() if name.startswith(prefixes)}
+
+    def has_tokens(self, *texts: str) -> bool:
+        """Whether the tokenizer beside it has these as added tokens."""
+        added = read_json(self.directory / "added_tokens.json")
+        entries = read_json(self.directory / "tokenizer.json").get("added_tokens") or []
+        return {*texts} <= {*added, *(entry.get("content") for entry in entries)}
+
+    @property
+    def unread(self) -> list[str]:
+        """Files of the directory that hold tensors and are not part of this checkpoint."""
+        read = {*(file.name for file in self.files), *_NO_WEIGHTS}
+        beside = self.names - read if self.path.is_dir() else ()
+        return sorted(name for name in beside if _may_hold_tensors(Path(name)))
 
 
 def read_source(path: Path, param: str = "SRC") -> Source:
@@ -162,6 +175,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     data = _load_torch(file)
     for wrapper in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
+            _refuse_tensors_beside(file, data, wrapper)
             data = data[wrapper]
     if not isinstance(data, Mapping):
         raise StartupError(f"{file} holds a {type(data).__name__}, no state dict", param="SRC")
@@ -172,6 +186,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 param="SRC",
             )
     return dict(data)
+
+
+def _refuse_tensors_beside(file: Path, data: Mapping[Any, Any], wrapper: str) -> None:
+    """A second state dict in the file is weights too; a training loop's own state is not."""
+
+    def is_weights(value: Any) -> bool:
+        found = value.values() if isinstance(value, Mapping) else (value,)
+        return any(isinstance(t, Tensor) and t.is_floating_point() and t.ndim for t in found)
+
+    beside = [str(name) for name, value in data.items() if name != wrapper and is_weights(value)]
+    if beside:
+        raise StartupError(
+            f"{file}: beside {wrapper} there are tensors in {', '.join(beside)}: save what belongs "
+            "to the model as one state dict",
+            param="SRC",
+        )
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -59,16 +59,10 @@ def check_manifest(converted: Converted, vocab_size: int) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise StartupError(f"{FILE_NAME}: {where}: {first['msg']}", param=where) from error
-    ids = {
-        *manifest.start_token_ids,
-        *manifest.end_token_ids,
-        *manifest.halting.token_ids,
-        *manifest.tokens.never_emit,
-        *(t.id for _, t in manifest.tokens if hasattr(t, "id")),
-    }
-    if ids and max(ids) >= vocab_size:
+    highest = max(manifest.token_ids, default=0)
+    if highest >= vocab_size:
         raise StartupError(
-            f"the token id {max(ids)} is outside the vocabulary of {vocab_size}: a tokenizer or "
+            f"the token id {highest} is outside the vocabulary of {vocab_size}: a tokenizer or "
             "--base of another model?",
             param="--base",
         )

@@ -36,6 +36,7 @@ class Case:
     adapter: nn.Module | None = None
     manifest: dict[str, Any] = field(default_factory=dict)  # by dotted name: what must be there
     emb_std: float = 1.0
+    fed: nn.Module | None = None  # from hidden state to next input, where no adapter is written
 
     @property
     def command(self) -> list[str]:

@@ -37,6 +37,11 @@ from tests.checkpoint.convert.layouts_fixed import (
     text_run,
     tts_settings,
 )
+from tests.checkpoint.convert.layouts_multimode import (
+    multimode_coconut,
+    multimode_codi,
+    pause_coconut,
+)
 from tests.checkpoint.convert.originals import (
     FilterLinear,
     FilterLinearLN,
@@ -193,6 +198,11 @@ def plain(folder: Path, method: str, top_k: int) -> Case:
 BUILDERS: dict[str, Callable[[Path], Case]] = {
     "coconut": coconut,
     "coconut-text": text_run,
+    "coconut-pause": pause_coconut,
+    "multimode-coconut-gpt2": lambda folder: multimode_coconut(folder, "gpt2"),
+    "multimode-coconut-llama": lambda folder: multimode_coconut(folder, "llama"),
+    "multimode-codi-gpt2": lambda folder: multimode_codi(folder, "gpt2"),
+    "multimode-codi-llama": lambda folder: multimode_codi(folder, "llama"),
     "superposition": superposition,
     "simcot-coconut": simcot_coconut,
     "codi": codi,

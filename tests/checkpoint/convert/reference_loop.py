@@ -55,7 +55,8 @@ def original(
     def next_input(hidden: Tensor, logits: Tensor) -> Tensor:
         if mix is not None:
             return mix(logits, embed)
-        fed: Tensor = hidden if case.adapter is None else case.adapter(hidden) * case.emb_std
+        adapter = case.adapter or case.fed
+        fed: Tensor = hidden if adapter is None else adapter(hidden) * case.emb_std
         return fed
 
     latent = torch.zeros(inputs.shape[-1])

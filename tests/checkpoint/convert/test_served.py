@@ -82,7 +82,7 @@ def compare(result: Result, expected: Run) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "coconut", "simcot-coconut", "superposition", "latent-tts-coconut",
+        "coconut", "coconut-pause", "simcot-coconut", "superposition", "latent-tts-coconut",
         "codi", "codi-no-norm", "codi-peft", "simcot-codi", "latent-tts-codi",
     ],
 )  # fmt: skip

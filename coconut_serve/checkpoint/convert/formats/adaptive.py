@@ -138,5 +138,6 @@ def _splice(
         rows = spliced[target].clone()
         rows[ids[token]] = job.source.tensors[name][0]
         spliced[target] = rows
-        job.report.merged[name] = f"{target}, row {ids[token]}"
+        job.report.merge({name: job.source.tensors[name]}, f"{target}, row {ids[token]}")
+        job.report.accounted.add(id(tensors[target]))
     return spliced

@@ -2,7 +2,9 @@
 
 Layout (facebookresearch/coconut, arXiv 2412.06769): `torch.save(state_dict)` in a file named
 `checkpoint_N`, keys `base_causallm.NAME` and a copy of the embedding, `embedding.weight`. No
-config, no tokenizer, no step count: those are in a yaml. SIM-CoT (InternLM/SIM-CoT, arXiv
+config, no tokenizer, no step count: those are in a yaml. A variant (multimode.py) keeps no copy of
+the embedding. Another (bmarti44/research-pipeline) adds `pause_embedding`: one trained vector for
+all latent slots in place of hidden states. SIM-CoT (InternLM/SIM-CoT, arXiv
 2509.20317) adds its training decoder, `expainable_llm.NAME`. Reasoning by Superposition
 (Ber666/reasoning-by-superposition, arXiv 2505.12514) is the same with a vocabulary of 40.
 """
@@ -10,19 +12,24 @@ config, no tokenizer, no step count: those are in a yaml. SIM-CoT (InternLM/SIM-
 import json
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from coconut_serve.checkpoint.convert.formats import multimode
 from coconut_serve.checkpoint.convert.job import MARKERS, Converted, Job
-from coconut_serve.checkpoint.convert.model import build_skeleton, embedding_name, rename
+from coconut_serve.checkpoint.convert.model import build_skeleton, embedding_name, head_name, rename
 from coconut_serve.checkpoint.convert.source import Source
 from coconut_serve.errors import StartupError
 
 _PREFIX = "base_causallm."
 _DECODER = "expainable_llm."  # as its authors spell it
+_COPY = "embedding.weight"
+_PAUSE = "pause_embedding"
+_TEMPLATE = "{question}\n"
 _SYMBOLS = (
     *map(str, range(31)), "<|start-latent|>", "<|end-latent|>", "<|latent|>", "|", "[Q]", "[R]",
     "[A]", "<eos>", "<no-answer>",
@@ -53,9 +60,41 @@ def recognise_text(source: Source, method: str | None) -> bool:
     return source.is_torch_file and bare and method in (None, "cot") and not source.adapter_config
 
 
+def recognise_multimode(source: Source, method: str | None) -> bool:
+    """The same, with the other variant's tokens, or --method multimode."""
+    is_told = method is None and source.has_tokens(multimode.BEGIN, multimode.END)
+    return recognise(source, method) and (is_told or method == multimode.METHOD)
+
+
 def convert(job: Job) -> Converted:
-    """A COCONUT checkpoint; steps = c_thought x stage, 2 x 3 on GSM8K."""
+    """A COCONUT checkpoint; steps = c_thought x stage, 2 x 3 on GSM8K.
+
+    Raises:
+        StartupError: It may be the variant of several modes.
+    """
+    is_told = _COPY in job.source.tensors or job.source.has_tokens(*MARKERS)
+    if job.options.method is None and not is_told:
+        raise StartupError(
+            f"{job.source.path} has COCONUT's tensors without its {_COPY}, as models of several "
+            f"modes ({multimode.BEGIN}, {multimode.END}) do: which is it, --method coconut or "
+            f"--method {multimode.METHOD}?",
+            param="--method",
+        )
     return _convert(job, method="coconut", c_thought=2, stage=3)
+
+
+def convert_multimode(job: Job) -> Converted:
+    """Several modes in one COCONUT; 1 x 6 in all its settings."""
+    converted = _convert(job, method="coconut", c_thought=1, stage=6, task="")
+    told = converted.manifest["tokens"]
+    latent = told["latent"]
+    begin, end = told["start"]["id"], told["end"]["id"]
+    described = multimode.describe(job, converted.config, begin=begin, end=end)
+    described["tokens"]["latent"] = latent
+    described["tokens"]["never_emit"].append(latent["id"])
+    described["prompt"]["template"] = _TEMPLATE
+    converted.manifest.update(described)
+    return converted
 
 
 def convert_simcot(job: Job) -> Converted:
@@ -63,16 +102,23 @@ def convert_simcot(job: Job) -> Converted:
     return _convert(job, method="simcot", c_thought=2, stage=5)
 
 
-def _convert(job: Job, *, method: str, c_thought: int, stage: int) -> Converted:
+def _convert(
+    job: Job, *, method: str, c_thought: int, stage: int, task: str = ", GSM8K"
+) -> Converted:
     config = job.config()
+    skeleton = build_skeleton(config)
     tensors = _unwrap(job)
-    ids = _marker_ids(job, config, tensors)
+    pause = tensors.pop(_PAUSE, None)
+    tensors = rename(skeleton, tensors, job.report)
+    ids = _marker_ids(skeleton, tensors)
+    if pause is not None:
+        tensors = _with_pause(job, skeleton, tensors, pause, ids[2])
     options = job.options
     if options.c_thought is not None or options.stage is not None:
         c_thought, stage = options.c_thought or c_thought, options.stage or stage
         steps = options.steps or c_thought * stage
     else:
-        steps = job.steps(c_thought * stage, f"c_thought {c_thought} x stage {stage}, GSM8K")
+        steps = job.steps(c_thought * stage, f"c_thought {c_thought} x stage {stage}{task}")
     start, end, latent = ({"id": i, "text": text} for i, text in zip(ids, MARKERS, strict=True))
     return Converted(
         config=config,
@@ -85,7 +131,8 @@ def _convert(job: Job, *, method: str, c_thought: int, stage: int) -> Converted:
                 "start": start, "end": end, "latent": latent, "added": True,
                 "never_emit": list(ids),
             },
-            "prompt": {"template": "{question}\n", "chat_template": False, "add_bos": True},
+            "prompt": {"template": _TEMPLATE, "chat_template": False, "add_bos": True},
+            **({} if pause is None else {"source": "constant"}),
             "steps": steps,
             "trained_steps": [steps],
             "max_steps": max(64, steps),
@@ -97,25 +144,43 @@ def _convert(job: Job, *, method: str, c_thought: int, stage: int) -> Converted:
 
 def _unwrap(job: Job) -> dict[str, Tensor]:
     """The language model's tensors, without the copy of the embedding and the decoder."""
+    model = job.source.with_prefix(_PREFIX)
     decoder = job.source.with_prefix(_DECODER)
     job.report.drop(decoder, "SIM-CoT's training decoder: it only puts latents into words")
-    dropped = {*decoder}
-    if "embedding.weight" in job.source.tensors:
-        dropped.add("embedding.weight")
-        job.report.drop(["embedding.weight"], "a copy of the input embedding")
-    return {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in job.source.tensors.items()
-        if name not in dropped
-    }
+    rest = {n: t for n, t in job.source.tensors.items() if n not in model and n not in decoder}
+    copy = rest.get(_COPY)
+    if copy is not None and any(
+        copy.shape == tensor.shape and torch.equal(copy, tensor) for tensor in model.values()
+    ):
+        job.report.drop({_COPY: rest.pop(_COPY)}, "a copy of the input embedding")
+    return {**rest, **{name.removeprefix(_PREFIX): tensor for name, tensor in model.items()}}
 
 
-def _marker_ids(
-    job: Job, config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[int, int, int]:
+def _with_pause(
+    job: Job, skeleton: Any, tensors: dict[str, Tensor], pause: Tensor, latent: int
+) -> dict[str, Tensor]:
+    """Put the trained vector where the source "constant" looks: into the latent token's row.
+
+    That token is no input otherwise. The head keeps its own row, so that no logit changes.
+    """
+    embedding, head = embedding_name(skeleton), head_name(skeleton)
+    table = tensors[embedding]
+    if pause.shape != table.shape[1:]:
+        raise StartupError(
+            f"{_PAUSE} has shape {list(pause.shape)}, an embedding {list(table.shape[1:])}",
+            param="SRC",
+        )
+    rows = table.clone()
+    rows[latent] = pause
+    job.report.merge({_PAUSE: pause, embedding: table}, f"{embedding}, row {latent}")
+    job.report.note(f"{_PAUSE} is fed in every latent slot: source constant")
+    own_head = {head: table} if skeleton.config.tie_word_embeddings else {}
+    return {**own_head, **tensors, embedding: rows}
+
+
+def _marker_ids(skeleton: Any, tensors: dict[str, Tensor]) -> tuple[int, int, int]:
     """Start, end, latent: the last three rows, in the order in which the code adds them."""
-    skeleton = build_skeleton(config)
-    embedding = rename(skeleton, tensors, job.report).get(embedding_name(skeleton))
+    embedding = tensors.get(embedding_name(skeleton))
     if embedding is None:
         raise StartupError("the checkpoint has no input embedding: another --base?", param="--base")
     rows, base_rows = embedding.shape[0], skeleton.config.vocab_size

@@ -4,7 +4,8 @@ Layout (zhenyi4/codi, arXiv 2502.21074; InternLM/SIM-CoT, arXiv 2509.20317): the
 wrapper, `codi.base_model.model.NAME` as PEFT names it, and `prj` = Sequential(Dropout, Linear,
 GELU, Linear, ln=LayerNorm). The embedding has three rows more than the base: pad, start, end.
 Config and LoRA scale are on the authors' command line (rank 128, alpha 32); `config.json` is
-missing or has 0 bytes. Other projects store the same as a PEFT adapter and a projection.
+missing or has 0 bytes. Other projects store the same as a PEFT adapter and a projection. With two
+rows more, it is the variant of multimode.py.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coconut_serve.checkpoint.convert.formats import multimode
 from coconut_serve.checkpoint.convert.job import ADAPTER, Converted, Job, linear
 from coconut_serve.checkpoint.convert.lora import Adapted, split
 from coconut_serve.checkpoint.convert.model import build_skeleton, embedding_name
@@ -20,7 +22,7 @@ from coconut_serve.errors import StartupError
 
 _PREFIX = "codi."
 _DECODER = ("decoder.", "expainable_llm.", "pj_in.", "pj_out.")  # SIM-CoT's, of training
-_NUM_ADDED = 3  # pad, start, end
+_ADDED = {"codi": 3, multimode.METHOD: 2}  # rows: pad, start, end; start, end
 _PROJECTION = re.compile(r"(?:(?:.*\.)?prj\.)?((?:1|3|ln)\.(?:weight|bias))")
 
 
@@ -63,10 +65,18 @@ def _projection(source: Source) -> dict[str, str]:
 def _convert(job: Job, adapted: Adapted, *, method: str) -> Converted:
     config = job.config()
     tensors = job.merged(config, adapted)
-    first = _first_added_row(job, config, tensors)
-    eos = _eos(config) if job.options.keep_eos else []
+    rows, added = _added_rows(job, config, tensors, is_simcot=method == "simcot")
+    first = rows - added
+    eos = tuple(_eos(config) if job.options.keep_eos else ())
     steps = job.steps(6, "inf_latent_iterations, as published")
     adapter, adapters = _adapter(job.source)
+    if added == _ADDED[multimode.METHOD]:
+        described = multimode.describe(job, config, begin=first, end=first + 1, eos=eos)
+        extract = "after:The answer is:"
+    else:
+        described = _describe(first, eos)
+        extract = "last_number"
+    described["prompt"]["template"] = "{question}"
     return Converted(
         config=config,
         tensors=tensors,
@@ -76,21 +86,29 @@ def _convert(job: Job, adapted: Adapted, *, method: str) -> Converted:
             "modes": ["none", "cot", "latent", "distribution"],
             "default_mode": "latent",
             "base_model": job.source.adapter_config.get("base_model_name_or_path"),
-            "tokens": {
-                "pad": {"id": first}, "start": {"id": first + 1}, "end": {"id": first + 2},
-                "added": True, "never_emit": [first, first + 1, first + 2],
-            },
-            "prompt": {
-                "template": "{question}", "chat_template": False, "add_bos": True,
-                "suffix_ids": [*eos, first + 1], "end_ids": [first + 2, *eos],
-            },
+            **described,
             "steps": steps,
             "trained_steps": [steps],
             "max_steps": max(64, steps),
             "adapters": adapters,
-            "answer": {"extract": "last_number"},
+            "answer": {"extract": extract},
         },
-    )  # fmt: skip
+    )
+
+
+def _describe(pad: int, eos: tuple[int, ...]) -> dict[str, Any]:
+    """The manifest's tokens and prompt, without the template."""
+    start, end = pad + 1, pad + 2
+    return {
+        "tokens": {
+            "pad": {"id": pad}, "start": {"id": start}, "end": {"id": end},
+            "added": True, "never_emit": [pad, start, end],
+        },
+        "prompt": {
+            "chat_template": False, "add_bos": True,
+            "suffix_ids": [*eos, start], "end_ids": [end, *eos],
+        },
+    }  # fmt: skip
 
 
 def _adapter(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,22 +125,38 @@ def _adapter(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return parts, {ADAPTER: {"type": kind, "activation": "gelu"}}
 
 
-def _first_added_row(job: Job, config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
-    """The id of the pad token: the first of the rows that CODI adds."""
-    skeleton = build_skeleton(config)
-    embedding = tensors.get(embedding_name(skeleton))
+def _added_rows(
+    job: Job, config: dict[str, Any], tensors: dict[str, Tensor], *, is_simcot: bool
+) -> tuple[int, int]:
+    """How many rows the embedding has, and how many of them CODI added.
+
+    Raises:
+        StartupError: The base has another vocabulary, or nothing says how many were added.
+    """
+    embedding = tensors.get(embedding_name(build_skeleton(config)))
     if embedding is None:
         raise StartupError("the checkpoint has no input embedding: another --base?", param="--base")
-    rows = embedding.shape[0]
-    if job.options.base is not None:
-        base_rows = build_skeleton(job.base_config()).config.vocab_size
-        if rows != base_rows + _NUM_ADDED:
-            raise StartupError(
-                f"the checkpoint has a vocabulary of {rows}, the base model of {base_rows}; CODI "
-                f"adds {_NUM_ADDED}: another base, or an adapter saved without its embedding?",
-                param="--base",
-            )
-    return rows - _NUM_ADDED
+    rows, method = embedding.shape[0], "codi" if is_simcot else job.options.method
+    base = config if job.options.base is None else job.base_config()
+    base_rows = build_skeleton(base).config.vocab_size
+    counts = [_ADDED[method]] if method else list(_ADDED.values())
+    if rows - base_rows in counts:
+        return rows, rows - base_rows
+    if job.options.base is not None or rows != base_rows:
+        raise StartupError(
+            f"the checkpoint has a vocabulary of {rows}, the base model of {base_rows}; CODI adds "
+            f"{' or '.join(map(str, counts))}: another base, or an adapter saved without its "
+            "embedding?",
+            param="--base",
+        )
+    if method is None:
+        raise StartupError(
+            f"config.json counts the added tokens already: give --base, or say whether there are "
+            f"three (--method codi) or {multimode.BEGIN} and {multimode.END} alone (--method "
+            f"{multimode.METHOD})",
+            param="--method",
+        )
+    return rows, counts[0]
 
 
 def _eos(config: dict[str, Any]) -> list[int]:

@@ -5,10 +5,12 @@ Layout (Yueeeeeeee/HRPO, arXiv 2505.18454): a PEFT LoRA adapter with `modules_to
 `thinking_residual_Lambda` (one vector, `.Lambda`), under `base_model.model.model.`.
 """
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from coconut_serve.checkpoint.convert.job import ADAPTER, Converted, Job, linear
-from coconut_serve.checkpoint.convert.lora import Adapted, split
+from coconut_serve.checkpoint.convert.lora import split
 from coconut_serve.checkpoint.convert.source import Source
 from coconut_serve.errors import StartupError
 
@@ -34,7 +36,7 @@ def convert(job: Job) -> Converted:
     halting = {"rule": "stop_token", "token_ids": [answer], "test": "sampled"}
     return Converted(
         config=config,
-        tensors=job.merged(config, Adapted(plain=plain, factors=adapted.factors)),
+        tensors=job.merged(config, replace(adapted, plain=plain)),
         adapter=_parts(gate),
         manifest={
             "method": "hrpo",

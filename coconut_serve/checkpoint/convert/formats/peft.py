@@ -6,7 +6,7 @@ not read): a PEFT LoRA adapter and a tokenizer with `<swi>` and `</swi>`.
 
 from coconut_serve.checkpoint.convert.job import Converted, Job
 from coconut_serve.checkpoint.convert.lora import split
-from coconut_serve.checkpoint.convert.source import Source, read_json
+from coconut_serve.checkpoint.convert.source import Source
 
 _OPEN, _CLOSE = "<swi>", "</swi>"
 
@@ -14,13 +14,7 @@ _OPEN, _CLOSE = "<swi>", "</swi>"
 def recognise_switch(source: Source, method: str | None) -> bool:
     """A PEFT adapter whose tokenizer has the two tokens, or --method switch."""
     has_lora = any(".lora_" in name for name in source.tensors)
-    return has_lora and (method == "switch" or _has_tokens(source))
-
-
-def _has_tokens(source: Source) -> bool:
-    added = read_json(source.directory / "added_tokens.json")
-    entries = read_json(source.directory / "tokenizer.json").get("added_tokens") or []
-    return {_OPEN, _CLOSE} <= {*added, *(entry.get("content") for entry in entries)}
+    return has_lora and (method == "switch" or source.has_tokens(_OPEN, _CLOSE))
 
 
 def convert_switch(job: Job) -> Converted:

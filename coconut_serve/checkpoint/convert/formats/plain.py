@@ -12,7 +12,7 @@ from coconut_serve.checkpoint.convert.source import Source
 from coconut_serve.errors import StartupError
 
 _UNFILTERED = {"temperature": 1.0, "top_p": 1.0, "filter_top_k": 0, "min_p": 0.0}
-_MIXTURES: dict[str, dict[str, Any]] = {
+MIXTURES: dict[str, dict[str, Any]] = {
     "latent_sft": {"kind": "topk", "top_k": 10, **_UNFILTERED},
     "soft_grpo": {"kind": "topk", "top_k": 5, **_UNFILTERED},
     "multiplex": {"kind": "multiplex", "top_k": 3, **_UNFILTERED},
@@ -21,7 +21,7 @@ _MIXTURES: dict[str, dict[str, Any]] = {
 
 def recognise(source: Source, method: str | None) -> bool:
     """A whole model whose method the user names."""
-    return bool(source.config.get("model_type")) and method in (*_MIXTURES, "cot")
+    return bool(source.config.get("model_type")) and method in (*MIXTURES, "cot")
 
 
 def convert(job: Job) -> Converted:
@@ -35,7 +35,7 @@ def convert(job: Job) -> Converted:
     )
     if method == "cot":
         return converted
-    mixture = dict(_MIXTURES[method])
+    mixture = dict(MIXTURES[method])
     if job.options.top_k is not None:
         mixture["top_k"] = job.options.top_k
     think = {"think_start": job.token_id("<think>"), "think_end": job.token_id("</think>")}
