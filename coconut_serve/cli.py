@@ -16,10 +16,11 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
 from coconut_serve import flags, sources
+from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.manifest import Manifest, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
-from coconut_serve.commands import bench, healthcheck, models
+from coconut_serve.commands import bench, completion, healthcheck, models
 from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, StartupError
@@ -47,9 +48,9 @@ _NOT_FLAGS = frozenset({"command", "model", "config"})
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="coconut-serve", description=coconut_serve.__doc__)
+    parser = Parser(prog="coconut-serve", description=coconut_serve.__doc__)
     parser.add_argument("--version", action="version", version=coconut_serve.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=about)
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
     flags.add_serve_flags(serve)
-    for command in _COMMANDS.values():
+    for command in (*_COMMANDS.values(), completion):
         command.add_parser(commands)
     return parser
 
@@ -78,10 +79,10 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     at = words.index("--") if "--" in words else len(words)
     words, more_flags = words[:at], words[at + 1 :]
     args = parser.parse_args(words)
+    keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
     args.more_flags = more_flags
     if args.command != "serve":
         return args
-    keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
     layers = sources.read(args.config, environ, set(keys))
     api_keys = sources.split_keys(layers.pop("api_key", None))
     # What comes from elsewhere is put in front as flags, so it is checked as they are.
@@ -255,9 +256,14 @@ def main(argv: list[str] | None = None) -> int:
     logs.prepare()
     try:
         args = parse_args(argv, os.environ)
+        if args.command == "serve":
+            return run_serve(args)
         if args.command in _COMMANDS:
             return int(_COMMANDS[args.command].run(args))
-        return run_serve(args)
+        parser = build_parser()
+        is_completion = args.command == "completion"
+        print(completion.script(parser, args.shell) if is_completion else parser.format_help())
+        return 0
     except CoconutError as error:
         print(f"coconut-serve: {error.message}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from coconut_serve.arguments import did_you_mean
 from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def _read_file(path: str, known: set[str]) -> dict[str, str]:
     read = {}
     for key, value in data.items():
         if key not in known:
-            raise StartupError(f"--config {path}: unknown key {key!r}", param="--config")
+            hint = did_you_mean(str(key), known)
+            raise StartupError(f"--config {path}: unknown key {key!r}{hint}", param="--config")
         if value is not None:  # as if the key were not there
             joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             read[key] = json.dumps(value) if isinstance(value, dict) else joined

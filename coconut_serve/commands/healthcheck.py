@@ -11,6 +11,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from coconut_serve.arguments import Parser
+
 _QUESTION = "What is 2+2?"
 
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Run the command alone, without what the server needs."""
-    parser = argparse.ArgumentParser(prog="coconut-serve")
+    parser = Parser(prog="coconut-serve")
     add_parser(parser.add_subparsers(dest="command"))
     return run(parser.parse_args(argv))
 
