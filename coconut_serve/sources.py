@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,12 @@ logger = logging.getLogger(__name__)
 
 # No flags, and looked at elsewhere; COCONUT_CONFIG is looked at here.
 _NOT_FLAGS = frozenset({"cache", "commit", "config", "log_level", "vllm"})
+
+# What Kubernetes sets in each container for a Service whose name begins with coconut.
+_LINK_NAME = re.compile(
+    r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_[A-Z]+(_(ADDR|PORT|PROTO))?)"
+)
+_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
 def read(path: str | None, environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
@@ -58,22 +65,29 @@ def is_true(name: str, text: str) -> bool:
 
 
 def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
-    """Find settings in COCONUT_*; names that are none are logged, since they may be misspelt.
-
-    Kubernetes sets variables of that prefix for a Service called coconut, COCONUT_PORT among them.
-    """
+    """Find settings in COCONUT_*; names that are none are logged, since they may be misspelt."""
     read = {}
     for name, value in environ.items():
-        if not name.startswith("COCONUT_"):
+        if not name.startswith("COCONUT_") or _is_link(name, value):
             continue
         key = name.removeprefix("COCONUT_").lower()
-        if key in known and not value.startswith("tcp://"):
+        hint = did_you_mean(key.upper(), map(str.upper, known)).replace("mean ", "mean COCONUT_")
+        if key in known:
             read[key] = value
         elif "key" in key:
-            raise StartupError(f"{name} is no setting; did you mean COCONUT_API_KEY?", param=name)
+            hint = hint or "; did you mean COCONUT_API_KEY?"
+            raise StartupError(f"{name} is no setting{hint}", param=name)
         elif key not in _NOT_FLAGS:  # the value may be a secret
-            logger.warning("ignoring %s: it is no flag's variable or value", name)
+            logger.warning("ignoring %s: it is no flag's variable%s", name, hint)
     return read
+
+
+def _is_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set it for a Service, which may have any name: COCONUT_API_KEY_PORT."""
+    is_address = name.endswith("_PORT") and _LINK_VALUE.match(
+        value
+    )  # else --port or --metrics-port
+    return bool(is_address or _LINK_NAME.fullmatch(name))
 
 
 def _read_file(path: str, known: set[str]) -> dict[str, str]:
