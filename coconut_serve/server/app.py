@@ -16,12 +16,7 @@ from coconut_serve.config import ServeConfig
 from coconut_serve.errors import CoconutError
 from coconut_serve.metrics import Metrics
 from coconut_serve.server import chat, completions, ops
-from coconut_serve.server.errors import (
-    handle_coconut,
-    handle_disconnect,
-    handle_http,
-    handle_unexpected,
-)
+from coconut_serve.server.errors import handle_coconut, handle_disconnect, handle_http
 from coconut_serve.server.middleware import RequestMiddleware
 from coconut_serve.server.state import Service
 from coconut_serve.server.stats import log_stats
@@ -84,7 +79,6 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.add_exception_handler(CoconutError, handle_coconut)
     app.add_exception_handler(HTTPException, handle_http)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
-    app.add_exception_handler(Exception, handle_unexpected)
     app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
     return app
 

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from pydantic import ValidationError
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -83,25 +84,33 @@ async def handle_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def handle_unexpected(request: Request, error: Exception) -> Response:
-    """Handler of bugs: logged in full, told in short."""
+def unexpected_response(request: Request, error: Exception) -> JSONResponse:
+    """Answer after a bug: logged in full, told in short."""
     logger.error("unhandled error on %s", request.url.path, exc_info=error)
     ours = CoconutError("internal error; the server's log has the details")
     count_error(request, ours)
     return error_response(ours)
 
 
-def count_http(request: Request, status: int, seconds: float) -> None:
+def count_http(request: Request, method: str, status: int, seconds: float) -> None:
     """Record an HTTP request under the template of its route, never under its path."""
     metrics: Metrics | None = getattr(request.app.state, "metrics", None)
     if metrics is None:
         return
-    path = request.scope["path"]
-    unrouted = path if path in ENDPOINTS else "other"  # such as refused before routing
-    route = str(getattr(request.scope.get("route"), "path", unrouted))
-    method = request.method if route != "other" else "other"  # clients may invent methods
-    metrics.add(metrics.http_requests, 1, method, route, str(status))
-    metrics.observe(metrics.http_seconds, seconds, method, route)
+    route = request.scope.get("route")
+    path = path_of(request)
+    template = str(getattr(route, "path", path if path in ENDPOINTS else "other"))
+    taken = getattr(route, "methods", None) or ("POST",)  # no route: refused before routing
+    # Clients invent methods, which must not become series. HEAD is routed as GET.
+    if template == "other" or ("GET" if method == "HEAD" else method) not in taken:
+        method = template = "other"
+    metrics.add(metrics.http_requests, 1, method, template, str(status))
+    metrics.observe(metrics.http_seconds, seconds, method, template)
+
+
+def path_of(request: Request) -> str:
+    """The path as routes see it, without --root-path: the router's own function says so."""
+    return get_route_path(request.scope)
 
 
 def count_error(request: Request, error: CoconutError) -> None:
@@ -109,7 +118,7 @@ def count_error(request: Request, error: CoconutError) -> None:
     metrics: Metrics | None = getattr(request.app.state, "metrics", None)
     if metrics is None:
         return
-    endpoint = ENDPOINTS.get(request.scope["path"], "other")
+    endpoint = ENDPOINTS.get(path_of(request), "other")
     metrics.add(metrics.errors, 1, endpoint, error.code, str(error.status))
     is_loading = getattr(request.app.state, "service", None) is None
     reason = {

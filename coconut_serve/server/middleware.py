@@ -13,7 +13,14 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coconut_serve.errors import AuthenticationError, CoconutError
-from coconut_serve.server.errors import ENDPOINTS, count_error, count_http, error_response
+from coconut_serve.server.errors import (
+    ENDPOINTS,
+    count_error,
+    count_http,
+    error_response,
+    path_of,
+    unexpected_response,
+)
 from coconut_serve.server.logs import current
 from coconut_serve.server.parse import request_id
 
@@ -38,13 +45,16 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":  # as GET; the server below leaves the body out
+            scope = {**scope, "method": "GET"}
         request = Request(scope)
         started = time.perf_counter()
         request.state.request_id = request_id(request)
         request.state.arrival = time.monotonic()
         request.state.is_accepted, request.state.reasoning_mode = False, None
         current.set(request.state)
-        status = 500
+        status = 0  # until an answer begins
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -63,13 +73,18 @@ class RequestMiddleware:
                 await error_response(error)(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
+        except Exception as failure:
+            if status:
+                raise
+            # Here and not further out: the answer has its headers, those of CORS too.
+            await unexpected_response(request, failure)(scope, receive, send_with_headers)
         finally:
-            method, seconds = scope["method"], time.perf_counter() - started
+            status, seconds = status or 500, time.perf_counter() - started
             path = scope["raw_path"].decode("ascii", "replace")  # not decoded: no line breaks
             # Of an overloaded server the line of every ten seconds says how many it refuses.
-            is_quiet = scope["path"] in _QUIET_PATHS or status == 429
+            is_quiet = path_of(request) in _QUIET_PATHS or status == 429
             level = logging.DEBUG if is_quiet else logging.INFO
-            count_http(request, status, seconds)
+            count_http(request, method, status, seconds)
             logger.log(
                 level,
                 "%s %s %d %.3fs request_id=%s",
@@ -86,7 +101,7 @@ class RequestMiddleware:
 
         Under overload refusals are most of the work; each must cost the engine next to nothing.
         """
-        path = request.scope["path"]
+        path = path_of(request)
         if self._keys and path not in _OPEN_PATHS and not self._knows(request):
             return AuthenticationError("missing or wrong API key (Authorization: Bearer ...)")
         service = getattr(request.app.state, "service", None)

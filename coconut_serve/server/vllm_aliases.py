@@ -72,7 +72,7 @@ def _renamed(alias: str, families: list[Metric]) -> Metric:
     for family in families:
         for sample in family.samples:
             suffix = sample.name.removeprefix(family.name)
-            if suffix == "_created" or sample.labels.get("outcome") == "rejected":
+            if sample.labels.get("outcome") == "rejected":
                 continue
             labels = {"model_name": sample.labels["model_name"], "engine": "0"}
             if "le" in sample.labels:
