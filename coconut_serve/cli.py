@@ -30,7 +30,7 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import logs, observe
 from coconut_serve.server.app import create_app
 from coconut_serve.server.draining import DrainingServer
-from coconut_serve.server.listen import listen
+from coconut_serve.server.listen import listen_for
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training import command as train
@@ -127,6 +127,7 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     own |= {
         "served_model_name": values["served_model_name"] or name,
         "api_keys": tuple(values["api_key"]),
+        "allowed_origins": tuple(values["allowed_origins"]),
         "commit": os.environ.get("COCONUT_COMMIT") or "unknown",
         "allowed_reasoning_modes": modes,
     }
@@ -242,9 +243,11 @@ def run_serve(args: argparse.Namespace) -> int:
     app = create_app(config, load=load, metrics=metrics)
     observe.attach(app, config)
     server = DrainingServer(config, app)
-    listener = listen(config.host, config.port, "--port")
+    listener = listen_for(config)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
+    if config.uds is not None:
+        Path(config.uds).unlink(missing_ok=True)
     tracer.stop()
     if server.failure is not None:
         raise server.failure

@@ -68,6 +68,13 @@ class ServeConfig:
     commit: str = "unknown"  # of the source; images tell it in COCONUT_COMMIT
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None  # a unix socket instead of host and port
+    root_path: str = ""  # what a proxy in front puts before all paths
+    ssl_certfile: str | None = None  # None: plain HTTP
+    ssl_keyfile: str | None = None  # None: in the file of the certificate
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = 0  # ssl.VerifyMode: whether clients show certificates
+    allowed_origins: tuple[str, ...] = ()  # of web pages that may ask
     metrics_port: int | None = None  # None: /metrics only on the port above
     log_format: LogFormat = "text"
     otlp_traces_endpoint: str | None = None  # None: no traces
@@ -93,6 +100,14 @@ class ServeConfig:
         _require(0 <= self.drain_seconds < 86_400, "--drain-seconds", "must be in 0..86400")
         _require(self.max_queue >= 0, "--max-queue", "must be at least 0")
         _require(0 <= self.port <= 65535, "--port", "must be in 0..65535")
+        path = self.root_path
+        is_path = not path or (path.startswith("/") and not path.endswith("/"))
+        _require(is_path, "--root-path", "must begin with / and not end with it")
+        for flag in ("--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs"):
+            value = getattr(self, flag.strip("-").replace("-", "_"))
+            _require(not value or self.ssl_certfile is not None, flag, "needs --ssl-certfile")
+        has_authorities = not self.ssl_cert_reqs or self.ssl_ca_certs is not None
+        _require(has_authorities, "--ssl-cert-reqs", "needs --ssl-ca-certs")
         metrics_port = self.metrics_port
         has_port = metrics_port is None or 0 <= metrics_port <= 65535
         _require(has_port, "--metrics-port", "must be in 0..65535")

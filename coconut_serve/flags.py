@@ -1,13 +1,41 @@
 """The flags of `coconut-serve serve`: names, defaults and what each says of itself."""
 
 import argparse
+import json
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from coconut_serve.config import Device, DType, EngineName, LogFormat, ReasoningField
+from coconut_serve.errors import StartupError
 from coconut_serve.metrics import BUCKETS, parse_buckets
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.types import TraceLevel
+
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s*]+")
+
+
+def _host(text: str) -> str:
+    """Read a host, of which URLs write some in brackets."""
+    return text.removeprefix("[").removesuffix("]")
+
+
+def _origins(text: str) -> list[str]:
+    """Read origins: one, several with commas, or a JSON list, as vLLM's flag.
+
+    Raises:
+        StartupError: One is no origin, so no browser would ever send it.
+    """
+    try:
+        origins = json.loads(text) if text.startswith("[") else text.split(",")
+    except ValueError:
+        origins = [text]
+    flag = "--allowed-origins"
+    for origin in origins:
+        if not isinstance(origin, str) or not _ORIGIN.fullmatch(origin.strip()):
+            told = f"{flag}: {origin!r} is not an origin such as https://chat.example.com, or *"
+            raise StartupError(told, param=flag)
+    return [origin.strip() for origin in origins]
 
 
 class _Group:
@@ -57,8 +85,15 @@ def add_serve_flags(serve: argparse.ArgumentParser) -> None:
     reasoning.add("strict-params", False, "answer 400 to unknown request fields", bool)
 
     http = _Group(serve, "HTTP")
-    http.add("host", "127.0.0.1", "address to listen on")
+    http.add("host", "127.0.0.1", "address to listen on; :: is all, IPv4 too", _host)
     http.add("port", 8000, "port to listen on; 0 picks a free one", int)
+    http.add("uds", None, "unix socket to listen on instead of host and port", metavar="FILE")
+    http.add("root-path", "", "path that a proxy in front puts before ours, such as /llm")
+    http.add("allowed-origins", [], 'web pages that may ask (CORS): "*", or a list or JSON list of origins; may be repeated', _origins, action="extend")
+    http.add("ssl-certfile", None, "certificate of the server: HTTPS", metavar="FILE")
+    http.add("ssl-keyfile", None, "its key; default: in the file of the certificate", metavar="FILE")
+    http.add("ssl-ca-certs", None, "authorities of clients' certificates", metavar="FILE")
+    http.add("ssl-cert-reqs", 0, "clients' certificates: 0 not asked for, 1 optional, 2 required", int, choices=(0, 1, 2))
     http.add("api-key", [], "key that clients must send; may be repeated", action="append")
 
     limits = _Group(serve, "Limits")

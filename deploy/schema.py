@@ -7,10 +7,12 @@ from coconut_serve.cli import build_parser
 
 Schema = dict[str, Any]
 
-# Flags that the chart sets itself, or that come from a Secret.
+# Flags that the chart sets itself, or that come from a Secret. Probes, Service and Ingress speak
+# plain HTTP to a port: TLS ends at the Ingress or Gateway.
 _CHART_SETS = frozenset({
     "help", "config", "model", "engine", "host", "port", "metrics_port", "log_format",
-    "drain_seconds", "api_key", "served_model_name",
+    "drain_seconds", "api_key", "served_model_name", "uds", "ssl_certfile", "ssl_keyfile",
+    "ssl_ca_certs", "ssl_cert_reqs",
 })  # fmt: skip
 _TEXT: Schema = {"type": "string"}
 _FULL: Schema = {"type": "string", "minLength": 1}
@@ -73,6 +75,8 @@ def _flag(action: argparse.Action) -> Schema:
         return schema | {"enum": list(action.choices)}
     if action.nargs == 0:
         return schema | _FLAG
+    if isinstance(action.default, list):
+        return schema | _array(_FULL)
     kinds: dict[object, str] = {int: "integer", float: "number"}
     return schema | {"type": kinds.get(action.type, "string")}
 

@@ -6,12 +6,14 @@ Standard library only, so that a container's HEALTHCHECK costs little.
 import argparse
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
 from typing import Any
 
 from coconut_serve.arguments import Parser
+from coconut_serve.server.listen import url_of
 
 _QUESTION = "What is 2+2?"
 
@@ -33,7 +35,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status."""
-    server = _Server(args.url or _default_url(), timeout_seconds=args.timeout)
+    url = args.url or _default_url()
+    server = _Server(url, timeout_seconds=args.timeout, is_own=args.url is None)
     try:
         server.get("/ready" if args.ready or args.ask else "/health")
         for line in _ask_all(server) if args.ask else ["ok"]:
@@ -52,14 +55,21 @@ def main(argv: list[str]) -> int:
 
 
 def _default_url() -> str:
+    """This machine's own server, as its variables say."""
     port = os.environ.get("COCONUT_PORT", "8000")
-    return f"http://127.0.0.1:{port if port.isdigit() else 8000}"  # Kubernetes: tcp://...
+    host = os.environ.get("COCONUT_HOST", "").strip("[]")
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    scheme = "https" if os.environ.get("COCONUT_SSL_CERTFILE") else "http"
+    # Kubernetes has a COCONUT_PORT too: tcp://...
+    return url_of(host, int(port) if port.isdigit() else 8000, scheme=scheme)
 
 
 class _Server:
     """Requests to one server, with the first key of COCONUT_API_KEY."""
 
-    def __init__(self, url: str, *, timeout_seconds: float) -> None:
+    def __init__(self, url: str, *, timeout_seconds: float, is_own: bool) -> None:
+        # A certificate names the host that clients know, never this machine's loopback.
+        self._context = ssl._create_unverified_context() if is_own else None
         self._url = url.rstrip("/").removesuffix("/v1")
         self._timeout_seconds = timeout_seconds
         self.key = os.environ.get("COCONUT_API_KEY", "").partition(",")[0]
@@ -82,7 +92,9 @@ class _Server:
         if self.key and with_key:
             request.add_header("Authorization", f"Bearer {self.key}")
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(
+                request, timeout=timeout, context=self._context
+            ) as response:
                 text = response.read()
         except urllib.error.HTTPError as error:
             told = error.read(500).decode(errors="replace")

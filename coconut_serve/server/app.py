@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 import coconut_serve
@@ -22,6 +23,11 @@ from coconut_serve.server.state import Service
 from coconut_serve.server.stats import log_stats
 
 logger = logging.getLogger(__name__)
+
+_EXPOSED_HEADERS = (  # to a web page's script, beside those that every script sees
+    "openai-processing-ms", "Retry-After", "X-Coconut-Ignored-Params", "X-Reasoning-Mode",
+    "x-request-id", "x-should-retry",
+)  # fmt: skip
 
 Load = Callable[[Metrics], Awaitable[Service]]
 
@@ -67,6 +73,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
         version=coconut_serve.__version__,
         summary="OpenAI-compatible inference server for latent reasoning",
         lifespan=lifespan,
+        root_path=config.root_path,
         docs_url=None,  # its page loads scripts from a CDN; /openapi.json is the reference
         redoc_url=None,
     )
@@ -80,6 +87,14 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.add_exception_handler(HTTPException, handle_http)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
     app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
+    if config.allowed_origins:
+        app.add_middleware(  # around the one above: preflights carry no key
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED_HEADERS,
+        )
     return app
 
 

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from coconut_serve.config import ServeConfig
+from coconut_serve.server.listen import api_url
 from coconut_serve.server.state import Service
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ class DrainingServer(uvicorn.Server):
                 app,
                 host=config.host,
                 port=config.port,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_ca_certs=config.ssl_ca_certs,
+                ssl_cert_reqs=config.ssl_cert_reqs,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -75,9 +80,9 @@ class DrainingServer(uvicorn.Server):
         if self.service is None or not self.started:
             return
         info, config = self.service.engine.info, self.service.config
-        port = self.servers[0].sockets[0].getsockname()[1]
+        url = api_url(config, self.servers[0].sockets[0])
         print(
-            f"coconut-serve listens on http://{config.host}:{port}/v1 - "
+            f"coconut-serve listens on {url} - "
             f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
             f"modes {', '.join(self.service.model.modes)}; the KV cache holds "
             f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from coconut_serve.errors import CoconutError
 from coconut_serve.server.errors import handle_coconut
-from coconut_serve.server.listen import listen
+from coconut_serve.server.listen import listen, url_of
 from coconut_serve.server.ops import metrics
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def add_metrics_port(app: FastAPI, *, host: str, port: int) -> None:
         StartupError: The port cannot be had.
     """
     listener = listen(host, port, "--metrics-port")
-    logger.info("metrics on http://%s:%d/metrics", host, listener.getsockname()[1])
+    logger.info("metrics on %s/metrics", url_of(host, listener.getsockname()[1]))
     lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager

@@ -131,7 +131,7 @@ async def _frames(
     failure: CoconutError | None = None
     try:
         async for event in events:
-            yield f"data: {event}\n\n".encode()
+            yield f"data: {_one_line(event)}\n\n".encode()
     except CoconutError as error:
         failure = error
     except Exception:
@@ -141,3 +141,12 @@ async def _frames(
         on_error(failure)
         yield f"data: {json.dumps(error_body(failure))}\n\n".encode()
     yield DONE
+
+
+def _one_line(text: str) -> str:
+    """Escape what JSON may hold as it is, but clients that split as str.splitlines() do not."""
+    if text.isascii():
+        return text
+    for mark in ("\u0085", "\u2028", "\u2029"):
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return text
