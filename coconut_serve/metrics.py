@@ -60,6 +60,7 @@ PHASES = ("prefill", "latent", "distribution", "decode")
 STEP_KINDS = ("pure_decode", "pure_latent", "pure_distribution", "mixed", "prefill")
 LIMITS = ("max_model_len", "max_num_seqs", "max_queue", "kv_cache_positions", "dtype", "device")
 HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.NONE)
+_STEP_WEIGHT = 0.1  # of the last step in the mean
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 _Labels = dict[str, tuple[str, ...] | None]  # name -> its values; None: open, not declared
@@ -136,6 +137,7 @@ class Metrics:
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._modes = tuple(modes)
         self._num_restarts = 0
+        self.mean_step_seconds = 0.0  # of the last some; 0 before the first
         self._buckets = {**BUCKETS, **buckets}
         mode: _Labels = {"reasoning_mode": self._modes}
         self._declare_work(mode)
@@ -275,6 +277,8 @@ class Metrics:
         self._observe_blocks(stats)
         if not stats.num_rows:
             return
+        before = self.mean_step_seconds or stats.seconds
+        self.mean_step_seconds = before + _STEP_WEIGHT * (stats.seconds - before)
         kinds = {phase for _, phase in stats.num_rows}
         self.observe(self.batch_per_step, sum(stats.num_rows.values()))
         self.add(self.mixed_steps, 1, "pure" if len(kinds) == 1 else "mixed")

@@ -37,6 +37,17 @@ def test_waiting_sequences_stand_under_one_reason_at_a_time() -> None:
         assert shown == {("latent", reason): 3, ("cot", reason): 1}
 
 
+def test_mean_step_follows_steps_and_not_reports_without_rows() -> None:
+    metrics = make_metrics()
+    assert metrics.mean_step_seconds == 0
+    metrics.observe_step(replace(STATS, seconds=0.5, num_rows={("cot", "decode"): 2}))
+    metrics.observe_step(STATS)  # as when the engine falls idle
+    assert metrics.mean_step_seconds == 0.5
+    for _ in range(100):
+        metrics.observe_step(replace(STATS, seconds=0.02, num_rows={("cot", "decode"): 2}))
+    assert metrics.mean_step_seconds == pytest.approx(0.02, rel=0.01)
+
+
 def test_bounds_of_a_family_are_replaced_and_others_kept() -> None:
     buckets = parse_buckets('{"inter_token_latency": [0.5, 2]}')
     registry = CollectorRegistry()

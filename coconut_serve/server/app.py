@@ -86,6 +86,11 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.add_exception_handler(CoconutError, handle_coconut)
     app.add_exception_handler(HTTPException, handle_http)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
+    _add_middleware(app, config)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: ServeConfig) -> None:
     app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
     if config.allowed_origins:
         app.add_middleware(  # around the one above: preflights carry no key
@@ -95,7 +100,6 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
             allow_headers=("*",),
             expose_headers=_EXPOSED_HEADERS,
         )
-    return app
 
 
 def _limits(service: Service) -> tuple[str, ...]:

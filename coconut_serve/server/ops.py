@@ -41,7 +41,8 @@ async def ready(request: Request) -> Response:
     if admission.is_draining:
         raise NotReadyError("the server is shutting down", retry_after_seconds=5)
     if not admission.has_room:
-        raise NotReadyError("the queue is full", retry_after_seconds=1)
+        retry_after = admission.retry_after_seconds()
+        raise NotReadyError("the queue is full", retry_after_seconds=retry_after)
     return Response(status_code=200)
 
 

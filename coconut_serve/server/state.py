@@ -65,7 +65,11 @@ class Service:
             adapters=engine.info.adapters,
             eos_token_ids=tuple(i for i in eos_token_ids if i < size),
         )
-        admission = Admission(max_running=config.max_num_seqs, max_queue=config.max_queue)
+        admission = Admission(
+            max_running=config.max_num_seqs,
+            max_queue=config.max_queue,
+            step_seconds=lambda: metrics.mean_step_seconds,
+        )
         prompts = PromptBuilder(
             tokenizer=tokenizer,
             model=model,

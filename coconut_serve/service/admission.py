@@ -1,13 +1,27 @@
 """How many sequences the server takes on: the engine's slots and a bounded queue."""
 
+import heapq
 import math
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
 
 from coconut_serve.errors import InvalidRequestError, NotReadyError, QueueFullError
 
 _MAX_RETRY_AFTER_SECONDS = 60
-_DRAIN_SAMPLES = 64
+_NUM_SAMPLES = 64
+_TOLD_SECONDS = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class Places:
+    """What one call holds, given back when its last sequence has ended."""
+
+    count: int
+    max_positions: int  # after the prompt, of its longest sequence
+    num_done: int = 0  # positions of its furthest sequence
 
 
 class Admission:
@@ -16,28 +30,36 @@ class Admission:
     Args:
         max_running: Sequences the engine runs at once.
         max_queue: Sequences that may wait beyond those.
+        step_seconds: Tells how long a step takes lately; 0 before the first.
     """
 
-    def __init__(self, *, max_running: int, max_queue: int) -> None:
-        self._limit = max_running + max_queue
+    def __init__(
+        self, *, max_running: int, max_queue: int, step_seconds: Callable[[], float]
+    ) -> None:
+        self._max_running = max_running
         self._max_queue = max_queue
+        self._limit = max_running + max_queue
+        self._step_seconds = step_seconds
+        self._calls: dict[Places, None] = {}  # in the order in which they came
+        # Calls seldom use all positions they may; of the last, the share that they did use.
+        self._used_shares: deque[float] = deque(maxlen=_NUM_SAMPLES)
+        self._told = (0.0, 0, 0)  # until when an estimate holds, of how many places, the estimate
         self.num_in_flight = 0
         self.is_draining = False
         self.is_overdue = False  # draining, and what still runs is being ended
-        self._ended: deque[float] = deque(maxlen=_DRAIN_SAMPLES)  # a start, then times of ends
 
     @property
     def has_room(self) -> bool:
         """Whether one more sequence would be taken."""
         return self.num_in_flight < self._limit
 
-    def acquire(self, count: int) -> None:
-        """Take places for `count` sequences, all or none; raises as `check` does."""
+    def acquire(self, count: int, *, max_positions: int) -> Places:
+        """Take places for the sequences of a call, all or none; raises as `check` does."""
         self.check(count)
-        if self.num_in_flight == 0:
-            self._ended.clear()  # what ended before an idle time says nothing of the pace
-            self._ended.append(time.monotonic())
+        places = Places(count, max_positions)
+        self._calls[places] = None
         self.num_in_flight += count
+        return places
 
     def check(self, count: int) -> None:
         """Return if there are places for `count` sequences now.
@@ -53,7 +75,7 @@ class Admission:
         if self.num_in_flight + count > self._limit:
             raise QueueFullError(
                 f"the queue of {self._max_queue} sequences is full",
-                retry_after_seconds=self.retry_after_seconds(),
+                retry_after_seconds=self._recent_estimate(count),
             )
 
     def check_size(self, count: int) -> None:
@@ -68,16 +90,46 @@ class Admission:
                 param="n",
             )
 
-    def release(self, count: int) -> None:
-        """Give places back."""
-        self.num_in_flight -= count
-        assert self.num_in_flight >= 0, "more places released than taken"
-        self._ended.extend([time.monotonic()] * count)
+    def release(self, places: Places) -> None:
+        """Give a call's places back."""
+        del self._calls[places]
+        self.num_in_flight -= places.count
+        if places.num_done:
+            self._used_shares.append(places.num_done / places.max_positions)
 
-    def retry_after_seconds(self) -> int:
-        """Estimate when a place is free, from how fast sequences ended lately; 1 to 60."""
-        if len(self._ended) < 2:
-            return 1
-        seconds = time.monotonic() - self._ended[0]
-        per_sequence = seconds / (len(self._ended) - 1)
-        return max(1, min(_MAX_RETRY_AFTER_SECONDS, math.ceil(per_sequence)))
+    def retry_after_seconds(self, count: int = 1) -> int:
+        """Estimate when `count` places are free: the steps until then, and how long one takes."""
+        seconds = self._steps_until_free(count) * self._step_seconds()
+        return max(1, min(_MAX_RETRY_AFTER_SECONDS, math.ceil(seconds)))
+
+    def _recent_estimate(self, count: int) -> int:
+        """The estimate of a moment ago: refusals come by the thousand and must cost nothing."""
+        now = time.monotonic()
+        until, told_count, seconds = self._told
+        if now >= until or told_count != count:
+            seconds = self.retry_after_seconds(count)
+            self._told = (now + _TOLD_SECONDS, count, seconds)
+        return seconds
+
+    def _steps_until_free(self, count: int) -> float:
+        """Let calls end as they came, each with the positions that it is expected to have left."""
+        share = fmean(self._used_shares) if self._used_shares else 1.0
+        missing = self.num_in_flight + count - self._limit
+        num_slots, now = self._max_running, 0.0
+        running: list[tuple[float, int]] = []  # a heap: when a call ends, its places
+        waiting = iter(self._calls)
+        while missing > 0:
+            while num_slots > 0 and (call := next(waiting, None)) is not None:
+                heapq.heappush(running, (now + _expected_left(call, share), call.count))
+                num_slots -= call.count
+            now, ended = heapq.heappop(running)
+            missing -= ended
+            num_slots += ended
+        return now
+
+
+def _expected_left(call: Places, share: float) -> float:
+    """Positions that a call will still make; of one longer than expected as many again."""
+    expected = call.max_positions * share
+    most = call.max_positions - call.num_done
+    return max(1.0, min(most, expected - call.num_done if call.num_done < expected else expected))

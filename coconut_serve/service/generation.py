@@ -12,7 +12,7 @@ from typing import Self
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, GenerationError
 from coconut_serve.metrics import Metrics
-from coconut_serve.service.admission import Admission
+from coconut_serve.service.admission import Admission, Places
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.prompt import GenerationAsk, Prepared
 from coconut_serve.service.tokenizer import Tokenizer
@@ -120,12 +120,13 @@ class Generation:
         self.shown = 0  # the choice that `reasoning_info` tells of
         self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        longest = max(request.max_new_positions for request in prepared.requests)
         try:
-            admission.acquire(len(prepared.requests))
+            places = admission.acquire(len(prepared.requests), max_positions=longest)
         except CoconutError as error:
             span.end({}, error)
             raise
-        self._num_places = len(prepared.requests)
+        self._places: Places | None = places
 
     async def __aenter__(self) -> Self:
         """Start the sequences."""
@@ -144,14 +145,14 @@ class Generation:
 
     async def close(self) -> None:
         """Abort what still runs; safe to call again, and before entering."""
-        num_places, self._num_places = self._num_places, 0
+        places, self._places = self._places, None
         for task in self._tasks:
             task.cancel()
         try:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
-            if num_places:
-                self._admission.release(num_places)
+            if places is not None:
+                self._admission.release(places)
                 self._metrics.shift(self._metrics.buffered, -self._deltas.qsize())
                 self._span.end(self._cost(), self._error)
 
@@ -215,7 +216,10 @@ class Generation:
 
     def _note(self, index: int, output: RequestOutput) -> None:
         state = self.choices[index]
-        state.counts = output.counts
+        state.counts = counts = output.counts
+        if self._places is not None:
+            made = counts.num_output_tokens + counts.num_reasoning_steps + counts.num_forced_tokens
+            self._places.num_done = max(self._places.num_done, made)
         if output.halt_reason is not HaltReason.NONE:
             state.halt_reason = output.halt_reason
 

@@ -19,9 +19,9 @@ async def test_connection_is_used_again_once_its_answer_is_read() -> None:
             record = await asyncio.to_thread(ask, target, body | {"stream": is_stream})
             assert record.is_ok
             seen.append(target.idle[-1][1])
-        app.state.service.admission.acquire(1)
+        places = app.state.service.admission.acquire(1, max_positions=8)
         assert (await asyncio.to_thread(ask, target, body)).status == 429
-        app.state.service.admission.release(1)
+        app.state.service.admission.release(places)
         seen.append(target.idle[-1][1])
         assert len(target.idle) == 1
         assert all(each is seen[0] for each in seen)

@@ -6,6 +6,7 @@ import socket
 
 import httpx
 
+from coconut_serve.config import StubConfig
 from tests.fakes import listening, stub_app
 
 
@@ -40,15 +41,29 @@ async def test_client_that_reads_nothing_is_dropped_and_its_places_are_free() ->
 async def test_full_server_refuses_before_it_reads_the_request() -> None:
     app = stub_app(max_num_seqs=1, max_queue=0)
     async with listening(app) as url, httpx.AsyncClient(base_url=url) as http:
-        app.state.service.admission.acquire(1)
+        places = app.state.service.admission.acquire(1, max_positions=8)
         refused = await http.post("/v1/completions", content=b"no json at all")
         assert refused.status_code == 429
         assert refused.headers["retry-after"]
         assert refused.json()["error"]["code"] == "queue_full"
-        app.state.service.admission.release(1)
+        app.state.service.admission.release(places)
         assert (await http.post("/v1/completions", content=b"no json")).status_code == 400
         text = (await http.get("/metrics")).text
     assert (
         'admission_rejections_total{engine="stub",model_name="m",reason="queue_full"} 1.0' in text
     )
     assert 'route="/v1/completions",status="429"} 1.0' in text
+
+
+async def test_retry_after_tells_how_long_what_runs_will_take() -> None:
+    """It was 1 as long as nothing had ended: clients came back in vain, ten times over."""
+    app = stub_app(stub=StubConfig(tokens_per_second=40.0), max_num_seqs=1, max_queue=0)
+    async with listening(app) as url, httpx.AsyncClient(base_url=url) as http:
+        body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+        async with http.stream("POST", "/v1/completions", json=body) as running:
+            await anext(running.aiter_lines())
+            refused = await http.post("/v1/completions", json=body)
+            full = await http.get("/ready")
+    assert (refused.status_code, full.status_code) == (429, 503)
+    for answer in (refused, full):
+        assert 8 <= int(answer.headers["retry-after"]) <= 10  # of 400 steps of 25 ms

@@ -54,7 +54,7 @@ def make_builder(
         info=INFO,
         max_n=8,
         trace_bounds=("none", "topk"),
-        check_size=Admission(max_running=64, max_queue=64).check_size,
+        check_size=Admission(max_running=64, max_queue=64, step_seconds=float).check_size,
     )
 
 
