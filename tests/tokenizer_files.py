@@ -45,7 +45,7 @@ def llama2(directory: Path, **config: Any) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=pieces, show_progress=False)
     tokenizer.train_from_iterator(_TEXTS * 20, trainer)
-    tokenizer.pre_tokenizer = None  # type: ignore[assignment]  # None is none
+    tokenizer.pre_tokenizer = None
     data = json.loads(tokenizer.to_str())
     data["added_tokens"] = data["added_tokens"][: len(SPECIAL)]  # bytes are plain tokens
     tokenizer = Tokenizer.from_str(json.dumps(data))
