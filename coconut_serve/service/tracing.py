@@ -70,7 +70,8 @@ class OtlpTracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise StartupError(
-                "--otlp-traces-endpoint needs the extra otlp: pip install 'coconut-serve[otlp]'",
+                "--otlp-traces-endpoint needs more packages: "
+                "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
                 param="--otlp-traces-endpoint",
             ) from error
         version = coconut_serve.__version__

@@ -28,7 +28,7 @@ def test_missing_vllm_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(StartupError, match=r"pip install 'coconut-serve\[vllm\]'"):
+    with pytest.raises(StartupError, match=r"pip install 'vllm>=0\.31,<0\.34'"):
         plugin.check_version()
 
 

@@ -86,7 +86,7 @@ def vllm_version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise StartupError(
-        "--engine vllm: vllm is not installed: pip install 'coconut-serve[vllm]'", param="--engine"
+        "--engine vllm: vllm is not installed: pip install 'vllm>=0.31,<0.34'", param="--engine"
     )
 
 
