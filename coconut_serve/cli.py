@@ -18,7 +18,7 @@ import coconut_serve
 from coconut_serve import flags, sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.convert import command as convert
-from coconut_serve.checkpoint.manifest import Manifest, load_manifest
+from coconut_serve.checkpoint.manifest import Manifest, Token, Tokens, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
 from coconut_serve.commands import bench, completion, healthcheck, models
 from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
@@ -192,6 +192,14 @@ def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
     return tokenizer, tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(directory)
 
 
+def stub_manifest() -> Manifest:
+    """What the stub can do: all modes, and thinking in words between two tokens."""
+    bounds = Tokens(
+        think_start=Token(id=ByteTokenizer.THINK_START), think_end=Token(id=ByteTokenizer.THINK_END)
+    )
+    return Manifest(modes=list(mode_names()), variable_steps=True, tokens=bounds)
+
+
 async def load_service(
     model: str, values: dict[str, Any], config: ServeConfig, metrics: Metrics
 ) -> Service:
@@ -200,7 +208,7 @@ async def load_service(
     if values["engine"] == "stub":
         tokenizer = ByteTokenizer()
         eos = tokenizer.eos_token_ids
-        manifest: Manifest | None = Manifest(modes=list(mode_names()), variable_steps=True)
+        manifest: Manifest | None = stub_manifest()
         engine = build_engine(None, values, metrics)
         await engine.start()
     else:

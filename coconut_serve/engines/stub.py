@@ -1,7 +1,7 @@
 """A deterministic engine without tensors: settable speed and failures, for tests of all the rest.
 
-Answers repeat the prompt, id by id; thinking steps of `latent` have no text, those of
-`distribution` have the text of the prompt's ids.
+Answers repeat the prompt, id by id, and so do thinking steps of modes with text, which end a
+thought by themselves after some tokens, where an end token may do so; those of `latent` have none.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ _VECTOR_MODES = frozenset({"latent", "distribution"})
 _TRACE = ReasoningTrace(entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0)
 _NUM_BLOCKS = 4096
 _BLOCK_SIZE = 16
+_THOUGHT_TOKENS = 16  # then it says the end of the thought
 
 
 class StubEngine:
@@ -120,7 +121,11 @@ class StubEngine:
     async def _steps(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The positions of a request: thinking, boundary, answer."""
         params, ids = request.reasoning, request.prompt_token_ids
-        lengths = (params.steps, len(params.end_token_ids), request.sampling.max_tokens)
+        steps, cause = params.steps, HaltReason.FIXED if params.is_fixed else HaltReason.CAP
+        thought = max(_THOUGHT_TOKENS, params.min_steps)
+        if params.halt.stop_token_ids and params.mode != "latent" and steps > thought:
+            steps, cause = thought, HaltReason.STOP_TOKEN
+        lengths = (steps, len(params.end_token_ids), request.sampling.max_tokens)
         kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
         del kinds[request.max_new_positions :]
         done: Counter[Phase] = Counter()
@@ -128,8 +133,7 @@ class StubEngine:
             await self._pace(position)
             done[phase] += 1
             is_last = position == len(kinds) - 1
-            is_halt = params.steps > 0 and position == params.steps
-            halt = HaltReason.FIXED if params.is_fixed else HaltReason.CAP
+            is_halt = steps > 0 and position == steps
             thinks = phase is Phase.THINK
             feeds = thinks or (phase is Phase.ANSWER and params.mixture.in_answer)
             is_vector = feeds and params.mode in _VECTOR_MODES
@@ -142,7 +146,7 @@ class StubEngine:
                 is_vector=is_vector,
                 logprobs=_logprobs(request, token_id) if phase is Phase.ANSWER else None,
                 trace=_TRACE if thinks and params.trace != "none" else None,
-                halt_reason=halt if is_halt else HaltReason.NONE,
+                halt_reason=cause if is_halt else HaltReason.NONE,
                 finish_reason=FinishReason.LENGTH if is_last else None,
                 counts=SequenceCounts(
                     num_forward_passes=position + 1,

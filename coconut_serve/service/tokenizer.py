@@ -71,10 +71,12 @@ def require_tokenizer(
 
 
 class ByteTokenizer:
-    """One id a byte, two special ids; for tests and the stub engine."""
+    """One id a byte, and special ids; for tests and the stub engine."""
 
     EOS = 256
-    VOCAB_SIZE = 258
+    THINK_START = 257
+    THINK_END = 258
+    VOCAB_SIZE = 259
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

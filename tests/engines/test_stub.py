@@ -11,7 +11,7 @@ from coconut_serve.config import StubConfig
 from coconut_serve.engines.base import Engine
 from coconut_serve.engines.stub import StubEngine
 from coconut_serve.errors import EngineDeadError, GenerationError
-from coconut_serve.types import StepStats
+from coconut_serve.types import HaltParams, HaltReason, StepStats
 from tests.engines.contract import EngineContract
 from tests.fakes import make_request, run
 
@@ -62,3 +62,18 @@ async def test_scripted_failures() -> None:
             await run(engine, make_request())
         with pytest.raises(EngineDeadError):
             await engine.check_health()
+
+
+async def test_thoughts_in_words_end_by_themselves_where_an_end_token_may_end_them() -> None:
+    ends = {"halt": HaltParams(stop_token_ids=(9,))}
+    async with stub_engine() as engine:
+        for mode, steps, expected, reason in (
+            ("cot", 40, 16, HaltReason.STOP_TOKEN),
+            ("cot", 5, 5, HaltReason.CAP),
+            ("distribution", 40, 16, HaltReason.STOP_TOKEN),
+            ("latent", 40, 40, HaltReason.FIXED),
+        ):
+            request = make_request(mode=mode, steps=steps, end=(9,), max_tokens=2, reasoning=ends)
+            result = await run(engine, request)
+            assert result.counts.num_reasoning_steps == expected
+            assert [o.halt_reason for o in result.outputs if o.halt_reason] == [reason]

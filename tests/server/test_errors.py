@@ -584,7 +584,7 @@ async def test_token_ids_that_the_model_lacks_are_refused_at_start(part: dict[st
             while not failures:
                 await asyncio.sleep(0.01)
     assert "99999" not in str(failures[0])
-    assert "258 and above" in str(failures[0])
+    assert "259 and above" in str(failures[0])
 
 
 BODIES = (
