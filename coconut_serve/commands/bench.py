@@ -12,6 +12,7 @@ from typing import Any
 from coconut_serve.commands.measure import Record, Target, ask, summarise
 from coconut_serve.errors import StartupError
 from coconut_serve.evaluation.local import serving
+from coconut_serve.evaluation.tasks import BUILT_IN_TASKS, load_task
 
 _QUESTION = "What is {number} plus {number}? Think about it, then answer in a sentence."
 
@@ -32,7 +33,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer")
     parser.add_argument("--steps", type=int, metavar="N", help="of thinking; default: the model's")
-    parser.add_argument("--prompt", default=_QUESTION, help="{number} is put in, so prompts differ")
+    about = "{number} is put in, so prompts differ; default: what the model answers, or a sum"
+    parser.add_argument("--prompt", help=about)
     parser.add_argument("--engine", help="of a MODEL; flags of serve come from COCONUT_*")
 
 
@@ -57,11 +59,12 @@ def run(args: argparse.Namespace) -> int:
         )
         model = _model(target)
         modes = args.modes.split(",") if args.modes else model["reasoning_modes"]
+        prompts = _prompts(args, model)
         results = []
         for concurrency in args.concurrency:
-            _run(target, args, modes[0], 1, min(2, args.requests))  # warm-up, not counted
+            _run(target, args, modes[0], 1, prompts[:2])  # warm-up, not counted
             for mode in modes:
-                records = _run(target, args, mode, concurrency, args.requests)
+                records = _run(target, args, mode, concurrency, prompts)
                 results.append({"mode": mode, "concurrency": concurrency, **summarise(records)})
                 _print_row(results[-1], is_first=len(results) == 1)
     failed = sum(row["requests"] - row["ok"] for row in results)
@@ -72,11 +75,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _prompts(args: argparse.Namespace, model: dict[str, Any]) -> list[str]:
+    """What is asked: as told, else the model's own questions, else its example, else sums."""
+    prompt = args.prompt
+    if prompt is None and model["root"] in BUILT_IN_TASKS:
+        questions = [q.text for q in load_task(BUILT_IN_TASKS[model["root"]], args.requests)]
+        return [questions[n % len(questions)] for n in range(args.requests)]
+    example = ((model.get("manifest") or {}).get("prompt") or {}).get("example")
+    prompt = prompt or example or _QUESTION
+    return [prompt.replace("{number}", str(n)) for n in range(args.requests)]
+
+
 def _run(
-    target: Target, args: argparse.Namespace, mode: str, concurrency: int, count: int
+    target: Target, args: argparse.Namespace, mode: str, concurrency: int, prompts: list[str]
 ) -> list[Record]:
-    def one(number: int) -> Record:
-        prompt = args.prompt.replace("{number}", str(number))
+    def one(prompt: str) -> Record:
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": prompt}],
             "max_tokens": args.max_tokens,
@@ -91,7 +104,7 @@ def _run(
         return ask(target, body)
 
     with ThreadPoolExecutor(concurrency) as pool:
-        records = list(pool.map(one, range(count)))
+        records = list(pool.map(one, prompts))
     for record in records:
         if not record.is_ok:
             print(f"{mode}: {record.status} {record.error}", file=sys.stderr)

@@ -14,9 +14,14 @@ from coconut_serve.errors import StartupError
 from coconut_serve.evaluation.ask import Answer, Asker
 from coconut_serve.evaluation.local import serving
 from coconut_serve.evaluation.runs import Run, plan_runs
-from coconut_serve.evaluation.tasks import Question, find_extractor, is_right, load_task
+from coconut_serve.evaluation.tasks import (
+    BUILT_IN_TASKS,
+    Question,
+    find_extractor,
+    is_right,
+    load_task,
+)
 
-_BUILT_IN_TASKS = {"demo": Path(__file__).parents[1] / "models" / "demo" / "test.json"}
 _NUM_ALONE = 16  # questions asked one at a time, for the time that an answer takes alone
 
 
@@ -34,7 +39,8 @@ def add_parser(commands: Any) -> None:
     sweep = "steps=0,1,2 or top_k=1,5,full; more than once"
     add("--sweep", action="append", default=[], metavar="NAME=V,V", help=sweep)
     add("--controls", action="store_true", help="add latents removed, and replaced by a constant")
-    add("--limit", type=int, metavar="N", help="take the first N questions")
+    add("--limit", type=int, metavar="N", help="take a sample of N questions, as mixed as the file")
+    add("--seed", type=int, default=0, metavar="N", help="of that sample")
     add("--max-tokens", type=int, default=128, metavar="N", help="answer tokens of a request")
     add("--concurrency", type=int, default=64, metavar="N", help="requests under way at once")
     add("--extract", metavar="HOW", help="last_word, last_number, after:MARK; or the manifest's")
@@ -56,15 +62,15 @@ def run(args: argparse.Namespace) -> int:
     is_url = args.target.startswith(("http://", "https://"))
     if is_url and serve_flags:
         raise StartupError(f"{serve_flags[0]} after -- needs a model, not a URL", param="--")
-    task = _BUILT_IN_TASKS.get(args.target) if args.task is None else Path(args.task)
+    task = BUILT_IN_TASKS.get(args.target) if args.task is None else Path(args.task)
     if task is None:
         raise StartupError("--task FILE is needed", param="--task")
-    questions = load_task(task, args.limit)
-    name = args.target if task in _BUILT_IN_TASKS.values() else task.name
+    questions = load_task(task, args.limit, args.seed)
+    name = args.target if task in BUILT_IN_TASKS.values() else task.name
     with contextlib.ExitStack() as stack:
         url = args.target if is_url else stack.enter_context(serving(args.target, serve_flags))
         result = asyncio.run(_evaluate(args, url.rstrip("/"), questions, name))
-    print(report.table(result))
+    print(report.table(result), report.comparisons(result), sep="\n\n")
     if args.output is not None:
         for path in report.save(result, args.output):
             print(f"wrote {path}")
@@ -103,6 +109,8 @@ async def _evaluate(
     return {
         "model": model.name,
         "task": task,
+        "limit": args.limit,
+        "seed": args.seed,
         "concurrency": args.concurrency,
         "results": rows,
         "comparisons": report.compare(runs, right),

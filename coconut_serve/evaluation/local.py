@@ -1,6 +1,7 @@
 """A server of our own on this machine, for as long as a command needs one."""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,9 @@ def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
         StartupError: It did not start; the reason is on its standard error, which is ours.
     """
     command = [sys.executable, "-m", "coconut_serve", "serve", model, "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A line of its log for each request would run over the progress bar.
+    quiet = {"COCONUT_LOG_LEVEL": "WARNING", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as process:
         try:
             assert process.stdout is not None
             found = next((m for line in process.stdout if (m := _ADDRESS.search(line))), None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import binomtest
 
@@ -13,7 +13,11 @@ from coconut_serve.evaluation.ask import Answer
 from coconut_serve.evaluation.runs import Run
 from coconut_serve.evaluation.tasks import Question
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Report = dict[str, Any]
+_MARKS = "os^Dv"  # a shape for each ten runs
 
 
 def summarise(
@@ -101,7 +105,23 @@ def table(report: Report) -> str:
                 "-" if alone is None else f"{alone:.4f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return _columns(rows)
+
+
+def comparisons(report: Report) -> str:
+    """Write, for a terminal, the tests between modes, and between a mode and its variations."""
+    rows = {row["label"]: row for row in report["results"]}
+    shown = [("a", "b", "only a right", "only b right", "p (McNemar)")]
+    for pair in report["comparisons"]:
+        a, b = rows[pair["a"]], rows[pair["b"]]
+        if not a["settings"] and (not b["settings"] or a["mode"] == b["mode"]):
+            counts = (str(pair["only_a"]), str(pair["only_b"]))
+            shown.append((pair["a"], pair["b"], *counts, f"{pair['p_value']:.2g}"))
+    return _columns(shown) if len(shown) > 1 else ""
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
@@ -112,25 +132,29 @@ def save(report: Report, path: Path) -> list[Path]:
     """Write the report as JSON and, beside it, the plot of accuracy against forward passes."""
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture = path.with_suffix(".png")
-    _plot(report, picture)
+    plot(report).savefig(picture, dpi=120)
     return [path, picture]
 
 
-def _plot(report: Report, path: Path) -> None:
-    import matplotlib as mpl
+def plot(report: Report) -> "Figure":
+    """Draw accuracy against forward passes; the legend names the runs, since points may meet."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in report["results"]:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, colours = figure.subplots(), colormaps["tab10"].colors
+    for number, row in enumerate(report["results"]):
         low = row["accuracy"] - row["accuracy_low"]
         high = row["accuracy_high"] - row["accuracy"]
         axes.errorbar(
-            row["forward_passes_mean"], row["accuracy"], yerr=[[low], [high]], fmt="o", capsize=3
+            row["forward_passes_mean"],
+            row["accuracy"],
+            yerr=[[low], [high]],
+            fmt=_MARKS[number // len(colours) % len(_MARKS)],
+            color=colours[number % len(colours)],
+            capsize=3,
+            label=row["label"],
         )
-        at = (row["forward_passes_mean"], row["accuracy"])
-        axes.annotate(row["label"], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(
         xlabel="forward passes per answer",
         ylabel="accuracy",
@@ -138,5 +162,5 @@ def _plot(report: Report, path: Path) -> None:
         ylim=(-0.02, 1.05),
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure

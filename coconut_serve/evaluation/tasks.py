@@ -1,6 +1,7 @@
 """Task files and answers: what is asked, and whether what came back is right."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from coconut_serve.errors import StartupError
 
+BUILT_IN_TASKS = {"demo": Path(__file__).parents[1] / "models" / "demo" / "test.json"}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -21,16 +23,19 @@ class Question:
     num_steps: int  # of the reference solution, to group results by; 0 if it has none
 
 
-def load_task(path: Path, limit: int | None = None) -> list[Question]:
+def load_task(path: Path, limit: int | None = None, seed: int = 0) -> list[Question]:
     """Read a task: COCONUT's JSON list (question, steps, answer) or the same as JSON lines.
 
     Args:
         path: The file.
-        limit: Take the first so many.
+        limit: Take a random sample of so many: of each number of steps its share.
+        seed: Of that sample.
 
     Raises:
-        StartupError: It is no task file; the text says where.
+        StartupError: It is no task file, the text says where; or the limit is below 1.
     """
+    if limit is not None and limit < 1:
+        raise StartupError(f"--limit {limit}: must be at least 1", param="--limit")
     try:
         text = path.read_text(encoding="utf-8")
         is_list = text.lstrip().startswith("[")
@@ -39,7 +44,17 @@ def load_task(path: Path, limit: int | None = None) -> list[Question]:
         raise StartupError(f"cannot read the task {path}: {error}", param="--task") from error
     if not items:
         raise StartupError(f"the task {path} holds no question", param="--task")
-    return [_question(path, i, item) for i, item in enumerate(items[:limit])]
+    questions = [_question(path, i, item) for i, item in enumerate(items)]
+    return questions if limit is None else _sample(questions, limit, seed)
+
+
+def _sample(questions: list[Question], count: int, seed: int) -> list[Question]:
+    """Every so-manyth of the questions, sorted by their number of steps and shuffled within it."""
+    draw, total = random.Random(seed), len(questions)
+    order = sorted(range(total), key=lambda i: (questions[i].num_steps, draw.random()))
+    count = min(count, total)
+    taken = (order[(2 * n + 1) * total // (2 * count)] for n in range(count))
+    return [questions[i] for i in sorted(taken)]
 
 
 def _question(path: Path, index: int, item: Any) -> Question:

@@ -44,6 +44,9 @@ def prepare(log_format: LogFormat = "text") -> None:
         level=level if level in logging.getLevelNamesMapping() else "INFO",
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if level != "DEBUG":  # clients of HTTP log each request: a line per question of `eval`
+        for client in ("httpx", "httpx2"):
+            logging.getLogger(client).setLevel(logging.WARNING)
     set_format(log_format)
 
 

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import math
+from typing import Any
 
 import pytest
 
+from coconut_serve.checkpoint.manifest import Manifest, Prompt
 from coconut_serve.cli import build_parser
 from coconut_serve.commands import bench
-from coconut_serve.commands.measure import Target, ask, percentile
+from coconut_serve.commands.measure import Record, Target, ask, percentile
 from coconut_serve.config import StubConfig
 from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.registry import mode_names
@@ -43,6 +45,30 @@ async def test_failed_requests_are_told_and_give_a_status(
     async with listening(stub_app(stub=StubConfig(fail_at_token=3))) as url:
         assert await run(url, "--requests", "1", "--concurrency", "1", "--modes", "cot") == 1
     assert "generation_failed" in capsys.readouterr().err
+
+
+async def test_a_model_is_asked_what_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug: the demo, which knows nothing but places, was asked for sums."""
+    asked: list[str] = []
+
+    def note(_: Target, body: dict[str, Any]) -> Record:
+        asked.append(body["messages"][0]["content"])
+        return Record(mode="none", started=0.0)
+
+    monkeypatch.setattr(bench, "ask", note)
+    words = ["--requests", "2", "--concurrency", "1", "--modes", "none"]
+    manifest = Manifest(modes=["none"], prompt=Prompt(example="who?"))
+    async with listening(stub_app(manifest=manifest)) as url:
+        await run(url, *words)
+        assert set(asked) == {"who?"}
+        asked.clear()
+        await run(url, *words, "--prompt", "is {number} odd?")
+        assert set(asked) == {"is 0 odd?", "is 1 odd?"}
+    monkeypatch.setattr(bench, "_model", lambda _: {"id": "x", "root": "demo"})
+    asked.clear()
+    await run("http://127.0.0.1:9", *words)
+    assert len(set(asked)) == 2
+    assert all(" from " in question for question in asked)
 
 
 def test_absent_server_is_one_line() -> None:

@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,17 @@ def test_model_is_served_for_the_evaluation(tmp_path: Path) -> None:
     assert command.run(args) == 0
     report = json.loads(output.read_text())
     assert [row["mode"] for row in report["results"]] == list(mode_names())
+
+
+def test_nothing_is_logged_over_the_bar(tmp_path: Path) -> None:
+    """The bug: two lines a question, one of the client's and one of the server's."""
+    words = ["--task", str(write_task(tmp_path)), "--modes", "none,cot", "--max-tokens", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "coconut_serve", "eval", "m", *words, "--", "--engine", "stub"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "INFO" not in done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["none", "cot", "0", "0", "1"], "is printed"

@@ -1,6 +1,7 @@
 """The figures of a report against numbers worked out elsewhere."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,45 @@ def test_report_is_written_with_its_plot(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     shown = report.table(whole)
     assert "latent  8     50.0%" in shown
+
+
+def row(label: str, accuracy: float, **settings: Any) -> dict[str, Any]:
+    figures = {"accuracy": accuracy, "accuracy_low": accuracy, "accuracy_high": accuracy}
+    mode = label.partition(",")[0]
+    return {
+        "label": label,
+        "mode": mode,
+        "settings": settings,
+        "forward_passes_mean": 10,
+        **figures,
+    }
+
+
+def test_tests_between_modes_are_printed() -> None:
+    """The bug: they were only in the JSON file."""
+    rows = [row("cot", 0.5), row("latent", 1.0), row("latent, removed", 0.4, steps=0)]
+    pairs = [
+        {"a": a["label"], "b": b["label"], "only_a": 1, "only_b": 9, "p_value": 0.0214843}
+        for a, b in combinations(rows, 2)
+    ]
+    lines = report.comparisons({"results": rows, "comparisons": pairs}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["cot", "latent", "1", "9", "0.021"],
+        ["latent", "latent,", "removed", "1", "9", "0.021"],
+    ]
+    assert report.comparisons({"results": rows[:1], "comparisons": []}) == ""
+
+
+def test_labels_of_a_plot_do_not_overlap() -> None:
+    """The bug: each point had its label beside it, and points of one height wrote over another."""
+    rows = [row(f"distribution, top_k={i}", 0.99) for i in range(16)]
+    figure = report.plot({"model": "m", "task": "t", "results": rows})
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    [axes] = figure.axes
+    boxes = [text.get_window_extent() for text in legend.get_texts()]
+    assert len(boxes) == 16
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert legend.get_window_extent().y0 >= 0, "all of it is in the picture"
+    assert not axes.texts

@@ -1,6 +1,7 @@
 """Task files of both forms, and what counts as right."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,24 @@ def test_list_and_lines_read_alike(tmp_path: Path) -> None:
     assert load_task(whole) == load_task(lines)
     assert [q.num_steps for q in load_task(whole)] == [2, 0]
     assert len(load_task(whole, limit=1)) == 1
+
+
+def test_limit_takes_a_sample_as_mixed_as_a_sorted_file(tmp_path: Path) -> None:
+    """The bug: the first N of a file that is sorted by hops are all of the easiest kind."""
+    path = tmp_path / "sorted.json"
+    counts = {2: 60, 3: 20, 5: 20}
+    steps = [hops for hops, count in counts.items() for _ in range(count)]
+    items = [{"question": f"{i}", "answer": "x", "steps": ["s"] * n} for i, n in enumerate(steps)]
+    path.write_text(json.dumps(items))
+    sample = load_task(path, limit=10)
+    assert Counter(q.num_steps for q in sample) == {2: 6, 3: 2, 5: 2}
+    assert sample == load_task(path, limit=10, seed=0)
+    assert sample != load_task(path, limit=10, seed=1), "chance of a false alarm: below 1e-9"
+    assert [int(q.text) for q in sample] == sorted(int(q.text) for q in sample)
+    assert len({q.text for q in sample}) == 10
+    assert load_task(path, limit=500) == load_task(path)
+    with pytest.raises(StartupError, match="--limit 0: must be at least 1"):
+        load_task(path, limit=0)
 
 
 @pytest.mark.parametrize(
