@@ -58,6 +58,7 @@ class Prompt(_Strict):
     mode_suffix_ids: dict[Literal["none", "cot", "distribution", "auto"], list[int]] = {}
     speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
     example: str | None = None  # a question that the model can answer
+    example_answer: str | None = None  # what its greedy answer has in it, in every mode
 
 
 class Hidden(_Strict):

@@ -64,6 +64,12 @@ class HFTokenizer:
         return self._eos_token_ids
 
     @property
+    def unknown_token_id(self) -> int | None:
+        """What stands for text outside the vocabulary; byte-level ones name an end token."""
+        unknown: int | None = self._tokenizer.unk_token_id
+        return None if unknown in self._eos_token_ids else unknown
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model declares one."""
         return self._tokenizer.chat_template is not None

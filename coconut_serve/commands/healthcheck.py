@@ -107,7 +107,8 @@ class _Server:
 def _ask_all(server: _Server) -> list[str]:
     """Ask in each mode, and without a key where there is one; a line for each answer."""
     model = server.get("/v1/models")["data"][0]
-    lines = [_ask(server, mode) for mode in model["reasoning_modes"]]
+    prompt = (model.get("manifest") or {}).get("prompt") or {}
+    lines = [_ask(server, mode, prompt) for mode in model["reasoning_modes"]]
     if server.key:
         try:
             server.post("/v1/completions", {"prompt": [1]}, with_key=False)
@@ -120,12 +121,20 @@ def _ask_all(server: _Server) -> list[str]:
     return lines
 
 
-def _ask(server: _Server, mode: str) -> str:
+def _ask(server: _Server, mode: str, prompt: dict[str, Any]) -> str:
+    """Ask the model's own example, if it has one, and look for the answer that it names."""
     body: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "reasoning_mode": mode}
+    expected = prompt.get("example_answer") or ""
     try:
-        text = [{"role": "user", "content": _QUESTION}]
+        text = [{"role": "user", "content": prompt.get("example") or _QUESTION}]
         answer = server.post("/v1/chat/completions", {**body, "messages": text})
-        shown = answer["choices"][0]["message"]["content"]
+        message = answer["choices"][0]["message"]
+        # A model without think tokens may say all of a short answer while it thinks.
+        shown = message["content"] or message.get("reasoning_content") or message.get("reasoning")
+        if not (shown or "").strip():
+            raise CheckError(f"{mode}: the answer is empty, with usage {answer['usage']}")
+        if expected.casefold() not in shown.casefold():
+            raise CheckError(f"{mode}: {expected!r} is not in the answer {shown!r}")
     except CheckError as error:
         if not any(code in str(error) for code in ("no_tokenizer", "no_chat_template")):
             raise

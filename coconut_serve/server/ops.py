@@ -105,6 +105,7 @@ def _model(service: Service, name: str) -> Model:
         "unsupported_modes": [m for m in mode_names() if m not in service.model.modes],
         "unsupported_features": list(service.engine.info.unsupported_features),
         "reasoning_effort": {"none": "mode none", **EFFORTS},
+        "example": manifest.prompt.example if manifest else None,
         "manifest": manifest.model_dump(by_alias=True) if manifest else None,
     }
     return Model(

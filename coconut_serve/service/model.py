@@ -94,6 +94,11 @@ class ModelReasoning:
         """Whether an end-of-thought token bounds the model's thinking."""
         return self.think_end_id is not None
 
+    def lacks_training(self, mode: str) -> bool:
+        """Whether a mode feeds soft tokens to a model whose manifest does not name it."""
+        is_named = self.manifest is not None and "modes" in self.manifest.model_fields_set
+        return mode in ("distribution", "auto") and not is_named
+
     @property
     def has_latent_slots(self) -> bool:
         """Whether soft tokens stand where hidden states would: the model was trained for that."""

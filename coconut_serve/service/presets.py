@@ -95,6 +95,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gated": {"temperature": 1.0, "norm": "none", "in_answer": False},
 }  # fmt: skip
 DEFAULT_KIND = "topk"
+# Defaults that do least harm to a model without think tokens that was not trained for soft ones
+# (docs/methods.md); a request that says anything of mixture or switch decides all of it.
+UNTRAINED: dict[str, Any] = {"steps": 4, "mixture.temperature": 0.3, "switch.rule": "confidence"}
 # The same of a mixture's noise.
 NOISES: dict[str, dict[str, Any]] = {
     "none": {},

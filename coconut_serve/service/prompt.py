@@ -166,9 +166,8 @@ class PromptBuilder:
         seeds = [random.getrandbits(_SEED_BITS) if asked is None else asked for _ in prompts]
         of_thinking = [seed if resolved.seed is None else resolved.seed for seed in seeds]
         resolved = resolved.seeded(seeds[0], "server" if asked is None else "request")
-        if self._model.question_template and len(ask.messages or ()) > 1:
-            note = "this model takes one question: only the last user message was used"
-            resolved = replace(resolved, warnings=(*resolved.warnings, note))
+        notes = self._notes(ask, prompts)
+        resolved = replace(resolved, warnings=(*resolved.warnings, *notes))
         prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
         return Prepared(
             requests=tuple(
@@ -181,6 +180,21 @@ class PromptBuilder:
             resolved=resolved,
             ask=ask,
         )
+
+    def _notes(self, ask: GenerationAsk, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+        """What a client should know of how its prompt was read."""
+        notes = []
+        if self._model.question_template and len(ask.messages or ()) > 1:
+            notes.append("this model takes one question: only the last user message was used")
+        unknown = self._tokenizer.unknown_token_id if self._tokenizer else None
+        num_unknown = 0 if unknown is None else sum(p.count(unknown) for p in prompts)
+        if num_unknown:
+            total = sum(map(len, prompts))
+            note = f"{num_unknown} of {total} prompt tokens are unknown to this model"
+            manifest = self._model.manifest
+            example = manifest.prompt.example if manifest else None
+            notes.append(note + (f"; it answers questions such as: {example}" if example else ""))
+        return notes
 
     def _requests(
         self,

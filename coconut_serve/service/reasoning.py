@@ -40,7 +40,7 @@ _AFTER = ("temperature", "top_p", "top_k", "min_p")  # of the answer, where it d
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _FINAL_WORDS = "\n\nThe final answer is"  # what SwiReasoning's code forces behind </think>
 _FINAL_ANSWER_TOKENS = 32  # what it allows from there on
-_DEFAULT_SOFT_STEPS = 16  # distribution on a model without think tokens (DESIGN 5)
+_DEFAULT_SOFT_STEPS = 16  # of a model without think tokens that was trained for soft ones
 _EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
 
 
@@ -118,7 +118,7 @@ def resolve(
         InvalidRequestError: A setting is out of range or not supported.
     """
     check_asked(asked)
-    pick = make_picker(mode, asked, model.manifest or Manifest())
+    pick = make_picker(mode, asked, model)
     warnings: list[str] = []
     phase = _Phase()
     if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
@@ -144,11 +144,16 @@ def resolve(
     seed = pick("seed", None) if thinks else None
     after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
+    warnings += [*unused(pick, mode, effort), *(_untrained(mode, model) if thinks else ())]
     return Resolved(
         params=params, suffix_ids=phase.start_ids, seed=seed, after=after, select=select,
-        parameters=pick.parameters, warnings=(*warnings, *unused(pick, mode, effort)),
-        branches=branches,
+        parameters=pick.parameters, warnings=tuple(warnings), branches=branches,
     )  # fmt: skip
+
+
+def _untrained(mode: str, model: ModelReasoning) -> tuple[str, ...]:
+    note = f"mode {mode!r}: this model was not trained to think in soft tokens"
+    return (note,) if model.lacks_training(mode) else ()
 
 
 def _may_halt(halt: HaltParams, fed: Mapping[str, Any]) -> bool:
@@ -419,7 +424,7 @@ def _token_phase(
     default = max(0, model.max_model_len - num_prompt_tokens - max_tokens - num_forced)
     base, most, limit = _EFFORT_THINKING_TOKENS, default, model.max_model_len
     if not model.is_thinker:
-        default = base = _DEFAULT_SOFT_STEPS
+        default = base = pick("steps", _DEFAULT_SOFT_STEPS)
         most = limit = MAX_STEPS
     scaled = None if effort is None else min(most, round(base * EFFORTS[effort]))
     steps = _steps(pick, default, scaled, limit, warnings)

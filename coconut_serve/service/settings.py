@@ -6,7 +6,8 @@ from typing import Any
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.limits import REASONING_RANGES, check_range
-from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS
+from coconut_serve.service.model import ModelReasoning
+from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS, UNTRAINED
 from coconut_serve.types import HaltParams, MixtureParams, SwitchParams
 
 _PARTS = {"mixture.": MixtureParams, "halt.": HaltParams, "switch.": SwitchParams}
@@ -56,15 +57,21 @@ def check_asked(asked: Mapping[str, Any]) -> None:
         part(**{name: asked[prefix + name] for name in names if prefix + name in asked})
 
 
-def make_picker(mode: str, asked: Mapping[str, Any], manifest: Manifest) -> Picker:
+def make_picker(mode: str, asked: Mapping[str, Any], model: ModelReasoning) -> Picker:
     """Where settings come from, first come first served."""
+    manifest = model.manifest or Manifest()
     preset = PRESETS.get(asked.get("preset", ""), {})
     declared = _declared(manifest, mode)
     trained = manifest.distribution.kind or DEFAULT_KIND
     if "mixture.kind" in preset or asked.get("mixture.kind", trained) != trained:
         # Numbers mean nothing for another kind, and a preset is the same on every model.
         declared = {k: v for k, v in declared.items() if not k.startswith("mixture.")}
-    return Picker([("request", asked), ("preset", preset), ("manifest", declared)])
+    mild: dict[str, Any] = {}
+    if model.lacks_training(mode) and not model.is_thinker and not preset:
+        parts = {name.partition(".")[0] for name in asked}
+        mild = {name: v for name, v in UNTRAINED.items() if name.partition(".")[0] not in parts}
+    layers = [("request", asked), ("preset", preset), ("manifest", declared), ("default", mild)]
+    return Picker(layers)
 
 
 def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:

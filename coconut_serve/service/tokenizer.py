@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """Ids that end an answer."""
 
     @property
+    def unknown_token_id(self) -> int | None:
+        """What stands for text outside the vocabulary; None where all text is inside."""
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `render_chat` works."""
 
@@ -82,6 +86,11 @@ class ByteTokenizer:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The one end id."""
         return (self.EOS,)
+
+    @property
+    def unknown_token_id(self) -> int | None:
+        """All text is bytes."""
+        return None
 
     @property
     def has_chat_template(self) -> bool:

@@ -29,6 +29,12 @@ _TEST_PER_HOP: Final = 500  # measured
 _QUESTIONS_PER_HOP: Final = 300  # written to test.json
 _AUDIT_SEED: Final = 3
 _NUM_AUDITED: Final = 20_000
+# Of the test partition. Also without thinking, the guess is no near tie that a dtype could turn.
+_EXAMPLE: Final = (
+    "hanoi > seoul, quito > milan, sydney > porto, turin > sydney, turin > accra, bonn > hanoi, "
+    "bonn > quito, turin > sofia, porto or milan from turin?",
+    "porto",
+)
 _PACKAGES: Final = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -64,13 +70,15 @@ def manifest() -> dict[str, Any]:
     }
     # Soft tokens as they were trained: in the latent slots, over the whole distribution.
     unfiltered = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "slots": "latent"}
+    question, answer = _EXAMPLE
+    prompt = {"template": "{question}", "chat_template": False}
     data = {
         "schema": 1,
         "method": "coconut",
         "modes": ["none", "cot", "latent", "distribution"],
         "default_mode": "latent",
         "tokens": tokens,
-        "prompt": {"template": "{question}", "chat_template": False},
+        "prompt": {**prompt, "example": question, "example_answer": answer},
         "steps": MAX_THOUGHTS,
         "trained_steps": list(range(MAX_THOUGHTS + 1)),
         "max_steps": MAX_THOUGHTS,

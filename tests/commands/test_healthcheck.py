@@ -3,12 +3,16 @@
 import asyncio
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from coconut_serve.checkpoint.manifest import Manifest, Prompt
+from coconut_serve.checkpoint.weights import resolve_model
 from coconut_serve.commands.healthcheck import main
 from coconut_serve.reasoning.registry import mode_names
-from tests.fakes import free_port, listening, stub_app
+from coconut_serve.service.tokenizer import ByteTokenizer
+from tests.fakes import free_port, listening, native_app, stub_app
 
 
 async def check(*words: str) -> int:
@@ -31,6 +35,35 @@ async def test_asks_in_each_mode_and_without_a_key(
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [*mode_names(), "without a key"]
     assert "secret" not in "".join(lines)
+
+
+@pytest.mark.parametrize(("expected", "status"), [("USER: who", 0), ("nobody", 1)])
+async def test_asks_the_models_own_example_and_looks_at_the_answer(
+    expected: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bug: any answer passed, "bern" to "What is 2+2?" among them."""
+    prompt = Prompt(example="who?", example_answer=expected)
+    async with listening(stub_app(manifest=Manifest(modes=["none"], prompt=prompt))) as url:
+        assert await check(url, "--ask") == status
+    said = capsys.readouterr()
+    assert ("none: 'user: who?" in said.out) == (status == 0)
+    assert ("none: 'nobody' is not in the answer 'user: who?" in said.err) == (status == 1)
+
+
+async def test_an_empty_answer_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    class Mute(ByteTokenizer):
+        def render_chat(self, messages: Any, **options: object) -> str:
+            return " "
+
+    async with listening(stub_app(tokenizer=Mute(), manifest=Manifest(modes=["none"]))) as url:
+        assert await check(url, "--ask") == 1
+    assert "none: the answer is empty" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+async def test_the_demo_answers_its_example_in_every_mode() -> None:
+    async with listening(native_app(resolve_model("demo"))) as url:
+        assert await check(url, "--ask") == 0
 
 
 async def test_open_server_where_a_key_is_expected_fails(

@@ -45,6 +45,13 @@ async def test_models_are_listed_with_a_row_for_each_mode(client: openai.AsyncOp
     assert caught.value.code == "model_not_found"
 
 
+async def test_models_say_what_they_can_be_asked() -> None:
+    manifest = Manifest.model_validate({"modes": ["none"], "prompt": {"example": "a or b?"}})
+    async with listening(stub_app(manifest=manifest)) as url, httpx.AsyncClient(base_url=url) as c:
+        for model in (await c.get("/v1/models")).json()["data"]:
+            assert model["example"] == "a or b?"
+
+
 async def test_version_tells_limits(http: httpx.AsyncClient) -> None:
     body = (await http.get("/version")).json()
     assert body["engine"] == "stub"

@@ -322,3 +322,28 @@ def test_answer_gets_what_the_context_leaves(thinks: bool) -> None:
     )
     request = make_builder(thinks=thinks).prepare(ask).requests[0]
     assert request.sampling.max_tokens == 200 - len(request.prompt_token_ids)
+
+
+class WordTokenizer(ByteTokenizer):
+    """Question marks stand for words that it does not know."""
+
+    @property
+    def unknown_token_id(self) -> int | None:
+        return ord("?")
+
+
+def test_unknown_tokens_are_told_with_what_the_model_answers() -> None:
+    """The bug: the demo answered "hi" with "bern" and said nothing."""
+
+    def warnings(text: str, **prompt: Any) -> tuple[str, ...]:
+        prompt |= {"template": "{question}", "chat_template": False}
+        builder = make_builder(WordTokenizer(), thinks=False, prompt=prompt)
+        messages = [{"role": "user", "content": text}]
+        ask = GenerationAsk(request_id="r", endpoint="chat", mode="cot", messages=messages)
+        return builder.prepare(ask).resolved.warnings
+
+    assert warnings("a or b") == ()
+    [plain] = warnings("? a?")
+    assert plain == "2 of 4 prompt tokens are unknown to this model"
+    [told] = warnings("?", example="x or y from z")
+    assert told.endswith("this model; it answers questions such as: x or y from z")

@@ -144,7 +144,41 @@ def test_model_without_think_tokens() -> None:
     assert model.default_mode == "cot"
     assert resolved("cot", model).params.steps == 0, "cot and none are the same"
     soft = resolved("distribution", model).params
-    assert (soft.steps, soft.end_token_ids, soft.halt.stop_token_ids) == (16, (), ())
+    assert (soft.steps, soft.end_token_ids, soft.halt.stop_token_ids) == (4, (), ())
+
+
+def test_untrained_model_gets_mild_defaults_and_a_warning() -> None:
+    """The bug: SmolLM2 gave word salad in `distribution` and `auto`, and nothing said why."""
+    model = make_model(None, engine_modes=("cot", "distribution", "auto"))
+    for mode in ("distribution", "auto"):
+        mild = resolved(mode, model)
+        assert (mild.params.steps, mild.params.mixture.temperature) == (4, 0.3)
+        assert mild.warnings == (
+            f"mode {mode!r}: this model was not trained to think in soft tokens",
+        )
+        assert mild.parameters["steps"] == {"value": 4, "source": "default"}
+        assert resolved(mode, model, "high").params.steps == 8
+        assert resolved(mode, model, steps=0).warnings == ()
+    assert resolved("auto", model).params.switch.rule == "confidence"
+    assert resolved("auto", model, switch__window=4).params.switch.rule == "swi"
+    own = resolved("distribution", model, mixture__top_k=3).params
+    assert (own.steps, own.mixture.top_k, own.mixture.temperature) == (4, 3, 0.6)
+    assert resolved("distribution", model, mixture__kind="full").params.mixture.temperature == 1.0
+    preset = resolved("distribution", model, preset="soft_thinking")
+    assert (preset.params.steps, preset.params.mixture.temperature) == (16, 0.6)
+    assert "not trained" in preset.warnings[-1]
+
+
+def test_trained_and_thinking_models_keep_the_published_defaults() -> None:
+    trained = make_model(Manifest(modes=["distribution"]))
+    result = resolved("distribution", trained)
+    assert (result.params.steps, result.params.mixture.temperature) == (16, 0.6)
+    assert result.warnings == ()
+    tokens = {"think_start": {"id": 20}, "think_end": {"id": 21}}
+    thinker = make_model(Manifest.model_validate({"schema": 1, "tokens": tokens}))
+    result = resolved("distribution", thinker)
+    assert (result.params.steps, result.params.mixture.temperature) == (919, 0.6)
+    assert "not trained" in result.warnings[0]
 
 
 def test_thinking_model_is_bounded_by_its_think_tokens() -> None:
@@ -257,7 +291,7 @@ def test_budget_of_switches_brings_the_final_words_and_a_bound() -> None:
 
 
 def test_auto_takes_every_mixture_but_swi_none() -> None:
-    model = make_model(None)
+    model = make_model(Manifest(modes=["auto"]))
     for rule in ("none", "confidence"):
         result = resolved("auto", model, switch__rule=rule, mixture__kind="moi")
         assert (result.params.switch.rule, result.params.mixture.top_k) == (rule, 20)

@@ -82,6 +82,18 @@ def test_manifest_names_tokens_of_the_tokenizer(trained: tuple[Trainer, Path]) -
     assert not tokenizer.has_chat_template
 
 
+def test_shipped_manifest_is_what_export_writes() -> None:
+    shipped = json.loads((resolve_model("demo") / "latent_config.json").read_text())
+    assert shipped == module.manifest()
+    prompt = shipped["prompt"]
+    tokenizer = load_tokenizer(resolve_model("demo"))
+    assert tokenizer is not None
+    unknown = tokenizer.unknown_token_id
+    assert unknown is not None
+    assert unknown not in tokenizer.encode(prompt["example"], add_special_tokens=True)
+    assert unknown in tokenizer.encode("hi", add_special_tokens=True)
+
+
 def test_tokenizer_needs_no_code_of_ours(trained: tuple[Trainer, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained[1])
     assert tokenizer("Oslo > Rome?").input_ids == [1, 10, 11]
