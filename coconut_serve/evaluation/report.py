@@ -138,11 +138,10 @@ def save(report: Report, path: Path) -> list[Path]:
 
 def plot(report: Report) -> "Figure":
     """Draw accuracy against forward passes; the legend names the runs, since points may meet."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes, colours = figure.subplots(), colormaps["tab10"].colors
+    axes = figure.subplots()
     for number, row in enumerate(report["results"]):
         low = row["accuracy"] - row["accuracy_low"]
         high = row["accuracy_high"] - row["accuracy"]
@@ -150,8 +149,8 @@ def plot(report: Report) -> "Figure":
             row["forward_passes_mean"],
             row["accuracy"],
             yerr=[[low], [high]],
-            fmt=_MARKS[number // len(colours) % len(_MARKS)],
-            color=colours[number % len(colours)],
+            fmt=_MARKS[number // 10 % len(_MARKS)],
+            color=f"C{number % 10}",  # of the ten in the default cycle
             capsize=3,
             label=row["label"],
         )
