@@ -29,11 +29,14 @@ ARGS ?=
 serve: .venv/serve  ## Serve MODEL (default: demo) on port 8000
 	.venv/bin/coconut-serve serve $(MODEL) $(ARGS)
 
+# They run side by side, on a thread each.
+test test-vllm: export OMP_NUM_THREADS ?= 1
+
 test: .venv/dev  ## All tests that need no GPU and no vLLM
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+	.venv/bin/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
 test-vllm: .venv/vllm  ## The vllm engine on the CPU; vLLM and what it imports warn a lot
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile -W default -m vllm $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile -W default -m vllm $(ARGS)
 
 check: .venv/dev  ## Format, lint, import contracts, types
 	.venv/bin/ruff format --check .
