@@ -12,6 +12,9 @@ MAX_FORCED_TOKENS = 8
 MAX_STOP_TOKENS = 32
 MAX_HARD_TOKENS = 128
 MAX_BRANCHES = 32
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS = 128  # each as one or two sequences of tokens
+MAX_BAD_WORD_TOKENS = 1024  # of all of them
 
 SAMPLING_RANGES = {
     "max_tokens": (1, 2**31), "min_tokens": (0, 2**31), "temperature": (0, 2), "top_p": (0, 1),

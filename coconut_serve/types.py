@@ -11,6 +11,9 @@ from typing import Literal
 from coconut_serve.errors import require
 from coconut_serve.limits import (
     HALT_RANGES,
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
     MAX_FORCED_TOKENS,
     MAX_HARD_TOKENS,
     MAX_LOGPROBS,
@@ -92,6 +95,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     banned_token_ids: tuple[int, ...] = ()  # the manifest's never_emit
+    allowed_token_ids: tuple[int, ...] = ()  # no other is drawn; (): any
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids and the client's own
     num_logprobs: int | None = None  # None = off, 0 = the sampled token only
@@ -103,6 +108,12 @@ class SamplingParams:
         require(self.min_tokens <= self.max_tokens, "min_tokens", "must be at most max_tokens")
         num_logprobs = self.num_logprobs or 0
         require(0 <= num_logprobs <= MAX_LOGPROBS, "top_logprobs", f"must be in 0..{MAX_LOGPROBS}")
+        is_short = len(self.allowed_token_ids) <= MAX_ALLOWED_TOKENS
+        require(is_short, "allowed_token_ids", f"takes at most {MAX_ALLOWED_TOKENS}")
+        is_short = len(self.bad_words) <= MAX_BAD_WORDS
+        require(is_short, "bad_words", f"may come to {MAX_BAD_WORDS} sequences of tokens at most")
+        is_short = sum(map(len, self.bad_words)) <= MAX_BAD_WORD_TOKENS
+        require(is_short, "bad_words", f"may have {MAX_BAD_WORD_TOKENS} tokens at most")
 
     @property
     def is_greedy(self) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coconut_serve.limits import MAX_BAD_WORD_TOKENS
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.slots import Slots, index_of, upload
 from coconut_serve.types import SamplingParams
@@ -167,6 +168,51 @@ class Drawer:
         return ids.gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
 
 
+class BadWords:
+    """Keeps rows from completing sequences of tokens that they must not say (vLLM's bad_words).
+
+    The last token of a sequence is forbidden where the tokens before it are the row's last ones,
+    thoughts and forced tokens included; a step without text interrupts every sequence.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._words: list[tuple[tuple[int, ...], ...]] = [()] * slots.num_slots
+        self._said: Tensor | None = None  # [num_slots, MAX_BAD_WORD_TOKENS] int64, latest last;
+        # -1: no token. Made when the first request with bad words comes
+
+    def admit(self, slot: int, words: tuple[tuple[int, ...], ...]) -> None:
+        """Set the slot up for a new sequence."""
+        self._words[slot] = words
+        if words and self._said is None:
+            self._said = self._slots.register("said", torch.int64, MAX_BAD_WORD_TOKENS)
+        if words and self._said is not None:
+            self._said[slot] = -1
+
+    def forbid(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
+        """Take the tokens that would complete a sequence away; arguments as Sampler.adjust's."""
+        found = [(row, word) for row, slot in enumerate(host_slots) for word in self._words[slot]]
+        if not found or self._said is None:
+            return logits
+        width = max(len(word) for _, word in found) - 1
+        # -2 stands in front of a beginning that is shorter than the longest.
+        begins = [(-2,) * (width + 1 - len(word)) + word[:-1] for _, word in found]
+        begin = upload([i for each in begins for i in each], logits.device).view(len(found), width)
+        rows = upload([row for row, _ in found], logits.device)  # [num_words]
+        last = upload([word[-1] for _, word in found], logits.device)
+        said = self._said[row_slots[rows], MAX_BAD_WORD_TOKENS - width :]  # [num_words, width]
+        is_said = ((said == begin) | (begin == -2)).all(-1)
+        added = torch.where(is_said, -torch.inf, 0.0)
+        return logits.index_put((rows, last), added, accumulate=True)
+
+    def note(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
+        """Follow what rows say; [num_rows] int64, -1 for a step without text."""
+        if self._said is None or not any(self._words[slot] for slot in host_slots):
+            return
+        kept = self._said[row_slots][:, 1:]
+        self._said[row_slots] = torch.cat([kept, tokens.unsqueeze(1)], dim=1)
+
+
 class Sampler(Drawer):
     """Draws answers: adds penalties, with the token counts they need, and changes of logits."""
 
@@ -179,6 +225,8 @@ class Sampler(Drawer):
         # Made when the first request with penalties comes: they are as large as the logits.
         self._counts: Tensor | None = None  # [num_slots, vocab_size] int32, emitted tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
+        self._is_allowed: Tensor | None = None  # the same; where allowed_token_ids is given
+        self.bad_words = BadWords(slots)
 
     def admit(
         self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...] = ()
@@ -187,6 +235,15 @@ class Sampler(Drawer):
         super().admit(slot, params)
         if params.has_penalties:
             self._admit_penalties(slot, params, prompt_token_ids)
+        if params.allowed_token_ids:
+            self._admit_allowed(slot, params.allowed_token_ids)
+        self.bad_words.admit(slot, params.bad_words)
+
+    def _admit_allowed(self, slot: int, token_ids: tuple[int, ...]) -> None:
+        if self._is_allowed is None:
+            self._is_allowed = self._slots.register("is_allowed", torch.bool, self._vocab_size)
+        self._is_allowed[slot] = False
+        self._is_allowed[slot, upload(token_ids, self._is_allowed.device)] = True
 
     def _admit_penalties(
         self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...]
@@ -204,7 +261,7 @@ class Sampler(Drawer):
         self._is_in_prompt[slot, ids] = True
 
     def adjust(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
-        """Apply penalties, logit bias, banned ids and min_tokens.
+        """Apply allowed ids, penalties, logit bias, banned ids, bad words and min_tokens.
 
         Args:
             logits: [num_rows, vocab_size] float32; not modified.
@@ -215,6 +272,11 @@ class Sampler(Drawer):
             [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
         """
         params = [self._params[slot] for slot in host_slots]
+        has_allowed = [bool(p.allowed_token_ids) for p in params]
+        if self._is_allowed is not None and any(has_allowed):
+            is_free = ~upload(has_allowed, logits.device, torch.bool).unsqueeze(1)
+            is_fit = self._is_allowed[row_slots] | is_free  # [num_rows, vocab_size]
+            logits = torch.where(is_fit, logits, -torch.inf)
         if any(p.has_penalties for p in params):
             logits = self._penalise(logits, row_slots, [p.has_penalties for p in params])
         changes = []
@@ -222,7 +284,8 @@ class Sampler(Drawer):
             biases = (*p.logit_bias, *((i, -torch.inf) for i in p.banned_token_ids))
             changes += [LogitChange(row, i, value) for i, value in biases]
             changes += min_tokens_changes(row, p.stop_token_ids, p.min_tokens)
-        return apply_changes(logits, changes, self._slots, row_slots)
+        logits = apply_changes(logits, changes, self._slots, row_slots)
+        return self.bad_words.forbid(logits, row_slots, host_slots)
 
     def _penalise(self, logits: Tensor, row_slots: Tensor, has_penalties: list[bool]) -> Tensor:
         """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""

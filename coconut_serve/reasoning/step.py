@@ -160,6 +160,7 @@ class ReasoningStep:
         self._sample(step)
         self._decider.decide(step)
         self._sampler.count(step.row_slots, step.host_slots, step.emitted)
+        self._sampler.bad_words.note(step.row_slots, step.host_slots, step.token)
         host: list[list[float]] = report.pack(step, inputs).tolist()  # the step's one copy
         return [report.read(row.wanted, v) for row, v in zip(rows, host, strict=True)]
 

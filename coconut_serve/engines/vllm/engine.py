@@ -230,8 +230,9 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-        stops = request.sampling.stop_token_ids
-        hidden = next(i for i in range(self.info.vocab_size) if i not in stops)
+        # No stop token, and none of a bad word, which a step without text interrupts.
+        taken = request.sampling.stop_token_ids.union(*request.sampling.bad_words)
+        hidden = next(i for i in range(self.info.vocab_size) if i not in taken)
         size = self.info.hidden_size
         thinking = thinking_of(request, hidden_size=size, hidden_token_id=hidden)
         follower = Follower(request, thinking)
@@ -312,6 +313,8 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=_biases(request) or None,
+        allowed_token_ids=list(sampling.allowed_token_ids) or None,
+        _bad_words_token_ids=[list(word) for word in sampling.bad_words] or None,
         seed=sampling.seed,
         stop_token_ids=sorted(_stops(request)),
         ignore_eos=True,  # the stop ids hold it, if it is to stop anything

@@ -45,6 +45,10 @@ def mixed_requests() -> list[Request]:
             common |= {"temperature": 0.9, "seed": i, "top_p": 0.8 if i % 2 else 1.0}
         if i % 5 == 2:
             common |= {"frequency_penalty": 0.5, "repetition_penalty": 1.3}
+        if i in (3, 5, 6, 10):  # eight tokens, each followed by a neighbour
+            some = range(20, 28)
+            words = tuple((a, b) for a in some for b in some if abs(a - b) != 1)
+            common |= {"allowed_token_ids": tuple(some), "bad_words": words}
         if kind == 1:
             steps = 7 if i == 13 else i % 6  # the cosine rule needs two steps at least
             common |= {"mode": "latent", "steps": steps, "end": (11,) if i % 2 else ()}
