@@ -18,6 +18,7 @@ import coconut_serve
 from coconut_serve import flags, sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.convert import command as convert
+from coconut_serve.checkpoint.generation_config import read_sampling_defaults
 from coconut_serve.checkpoint.manifest import Manifest, Token, Tokens, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
 from coconut_serve.commands import bench, completion, healthcheck, models
@@ -205,6 +206,7 @@ async def load_service(
 ) -> Service:
     """Load tokenizer, manifest and engine."""
     tokenizer: Tokenizer | None = None
+    own: dict[str, Any] = {}
     if values["engine"] == "stub":
         tokenizer = ByteTokenizer()
         eos = tokenizer.eos_token_ids
@@ -214,6 +216,8 @@ async def load_service(
     else:
         directory = await asyncio.to_thread(resolve_model, model)
         manifest = load_manifest(directory)
+        if values["generation_config"] == "auto":
+            own = read_sampling_defaults(directory)
         engine = build_engine(directory, values, metrics)
         text = asyncio.to_thread(_load_text, directory)
         if values["engine"] == "vllm":  # both would import the same modules at once
@@ -228,6 +232,7 @@ async def load_service(
         manifest=manifest,
         eos_token_ids=eos,
         metrics=metrics,
+        sampling_defaults=own,
     )
 
 

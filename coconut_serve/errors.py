@@ -3,6 +3,7 @@
 CoconutError
  x RequestError                the client's doing; 4xx, names the field
    - InvalidRequestError       400
+     - ContextLengthError      400, in OpenAI's words
    - AuthenticationError       401
    - NotFoundError             404
    - QueueFullError            429, with Retry-After
@@ -46,6 +47,17 @@ class RequestError(CoconutError):
 
 class InvalidRequestError(RequestError):
     """A field is wrong, out of range or not supported by this model."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt, thinking and answer do not fit; clients look for OpenAI's code and first words."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, limit: int, detail: str, *, param: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, {detail}", param=param
+        )
 
 
 class AuthenticationError(RequestError):

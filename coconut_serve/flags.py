@@ -65,6 +65,7 @@ def add_serve_flags(serve: argparse.ArgumentParser) -> None:
     """Declare the flags of `serve`, grouped; a default of None is told in the text."""
     model = _Group(serve, "Model")
     model.add("served-model-name", None, "name clients use; default: MODEL, a directory's last part")
+    model.choose("generation-config", "auto", "auto: the model's sampling defaults", ("auto", "none"))
     model.choose("dtype", "auto", "of weights and cache", get_args(DType))
     model.add("max-model-len", None, "positions a sequence may have; default: the model's", int)
 

@@ -156,6 +156,7 @@ def stub_app(
     manifest: Manifest | None = None,
     max_model_len: int = 512,
     vocab_size: int = ByteTokenizer.VOCAB_SIZE,
+    sampling_defaults: dict[str, Any] | None = None,
     **config: Any,
 ) -> FastAPI:
     """An app over the stub engine, loaded when its lifespan starts."""
@@ -180,6 +181,7 @@ def stub_app(
             manifest=manifest,
             eos_token_ids=(ByteTokenizer.EOS,),
             metrics=metrics,
+            sampling_defaults=sampling_defaults or {},
         )
 
     return create_app(serve, load=load, metrics=metrics)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from coconut_serve.cli import build_parser
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.server import schemas
+from coconut_serve.server import fields, reasoning_body, schemas
 from coconut_serve.service.presets import PRESETS
 from tests.fakes import make_metrics
 
@@ -21,6 +22,8 @@ DOCS = {path.name: path.read_text() for path in [ROOT / "README.md", *(ROOT / "d
 ALL = "\n".join(DOCS.values())
 
 
+_ACCEPTED = "Accepted without effect: "
+_REJECTED = "Rejected with 400 `unsupported_parameter`, but for values in brackets: "
 _HELP = {"serve": "api.md", "convert": "checkpoints.md", "eval": "evaluation.md"}
 
 
@@ -64,12 +67,12 @@ def test_every_mode_is_explained(mode: str) -> None:
     [
         schemas.ChatRequest,
         schemas.CompletionRequest,
-        schemas.ReasoningBody,
-        schemas.MixtureBody,
-        schemas.HaltBody,
-        schemas.SwitchBody,
-        schemas.AfterBody,
-        schemas.ReplayBody,
+        reasoning_body.ReasoningBody,
+        reasoning_body.MixtureBody,
+        reasoning_body.HaltBody,
+        reasoning_body.SwitchBody,
+        reasoning_body.AfterBody,
+        reasoning_body.ReplayBody,
     ],
 )
 def test_every_request_field_is_in_the_docs(model: type[BaseModel]) -> None:
@@ -77,13 +80,21 @@ def test_every_request_field_is_in_the_docs(model: type[BaseModel]) -> None:
         assert re.search(rf"\b{name}\b", DOCS["api.md"]), name
 
 
-def test_ignored_and_rejected_fields_are_listed_as_such() -> None:
-    for head, names in (
-        ("Accepted without effect: ", schemas.IGNORED_FIELDS),
-        ("Rejected with 400 `unsupported_parameter`: ", schemas.REJECTED_FIELDS),
-    ):
-        listed = DOCS["api.md"].partition(head)[2].partition(".\n")[0]
-        assert set(re.findall(r"`(\w+)`", listed)) == names
+def field_lists() -> list[str]:
+    """What the docs say of fields that are not ours; in brackets values that ask for nothing."""
+
+    def show(name: str) -> str:
+        neutral = ", ".join(map(json.dumps, fields.REJECTED[name]))
+        return f"`{name}`" + (f" ({neutral})" if neutral else "")
+
+    accepted = ", ".join(f"`{name}`" for name in sorted(fields.ACCEPTED))
+    rejected = ", ".join(map(show, sorted(fields.REJECTED)))
+    return [f"{_ACCEPTED}{accepted}.", f"{_REJECTED}{rejected}."]
+
+
+def test_accepted_and_rejected_fields_are_listed_as_such() -> None:
+    for line in field_lists():
+        assert line in DOCS["api.md"], "run python -m tests.test_docs"
 
 
 def test_presets_are_in_the_docs() -> None:
@@ -128,6 +139,10 @@ def write() -> None:
         page, new = ROOT / "docs" / name, command_help(command)
         block = re.compile(r"(## Flags\n\n```\n).*?(\n```)", flags=re.DOTALL)
         page.write_text(block.sub(lambda m, new=new: m[1] + new + m[2], page.read_text()))  # type: ignore[misc]  # new is bound at once
+    api = ROOT / "docs" / "api.md"
+    heads = "|".join(map(re.escape, (_ACCEPTED, _REJECTED)))
+    lines = iter(field_lists())
+    api.write_text(re.sub(rf"^({heads}).*", lambda _: next(lines), api.read_text(), flags=re.M))
     operations = ROOT / "docs" / "operations.md"
     head = "| metric | type | more labels |\n|---|---|---|\n"
     before, _, after = operations.read_text().partition(head)

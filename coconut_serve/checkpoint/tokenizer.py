@@ -131,8 +131,9 @@ class HFTokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: object) -> str:
         """Render with the model's template, in transformers' sandbox."""
         try:
+            options = {"add_generation_prompt": True, **options}
             text: str = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **options
+                [dict(m) for m in messages], tokenize=False, **options
             )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise InvalidRequestError(

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from coconut_serve.errors import InvalidRequestError, require
+from coconut_serve.errors import ContextLengthError, InvalidRequestError, require
 from coconut_serve.types import ReasoningParams, Request, RequestOutput, StepStats
 
 OnStep = Callable[[StepStats], None]  # called from the engine's own thread
@@ -42,7 +42,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
     ids, reasoning = request.prompt_token_ids, request.reasoning
     last = info.vocab_size - 1
     require(bool(ids), "prompt", "must not be empty")
-    require(len(ids) < info.max_model_len, "prompt", f"must be < {info.max_model_len} tokens")
+    if len(ids) >= info.max_model_len:
+        detail = f"the prompt has {len(ids)}, and the answer needs one."
+        raise ContextLengthError(info.max_model_len, detail, param="prompt")
     require(min(ids) >= 0 and max(ids) <= last, "prompt", f"has token ids outside 0..{last}")
     if reasoning.mode not in info.modes:
         raise InvalidRequestError(

@@ -16,12 +16,12 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
 from coconut_serve.server.errors import count_error
 from coconut_serve.server.parse import read_reasoning, sampling_ask
-from coconut_serve.server.schemas import GenerationBody
+from coconut_serve.server.schemas import GenerationBody, check_text_format
 from coconut_serve.server.sse import EventStream
 from coconut_serve.server.state import Service, ignored_header
+from coconut_serve.service.ask import GenerationAsk
 from coconut_serve.service.branches import Branch, choose
 from coconut_serve.service.generation import Delta, Generation
-from coconut_serve.service.prompt import GenerationAsk
 
 T = TypeVar("T")
 Reply = Completion | ChatCompletion | ChatCompletionChunk
@@ -173,6 +173,7 @@ def read_ask(
         request.state.request_id = body.request_id  # for the header and the log too
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+    check_text_format(body)
     asked = read_reasoning(request, body, service.config)
     request.state.reasoning_mode = asked.mode  # for the metrics, should it be refused
     is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
@@ -184,10 +185,13 @@ def read_ask(
     return GenerationAsk(
         mode=asked.mode,
         effort=asked.effort,
+        explains=asked.explains,
         reasoning=asked.settings,
         replay=asked.replay,
         n=body.n or 1,
         arrival=request.state.arrival,
+        add_special_tokens=body.add_special_tokens,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
         sampling=sampling_ask(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
         **own,
     )

@@ -21,12 +21,6 @@ from coconut_serve.service.generation import Delta
 
 router = APIRouter()
 
-# Arguments of the template call itself: a request may set variables of the template, not these.
-_FIXED_OPTIONS = frozenset({
-    "self", "conversation", "messages", "chat_template", "tools", "documents", "tokenize",
-    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length",
-    "tokenizer_kwargs", "processor_kwargs", "load_audio_from_video",
-})  # fmt: skip
 _ROLES = ("developer", "system", "user", "assistant", "tool")
 
 
@@ -35,21 +29,8 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, whole or streamed."""
     service = get_service(request)
     body, ignored = await read_body(request, ChatRequest, service.config)
-    if body.response_format is not None and body.response_format.type != "text":
-        raise InvalidRequestError(
-            f"response_format {body.response_format.type!r} is not supported",
-            param="response_format",
-            code="unsupported_parameter",
-        )
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    options = body.chat_template_kwargs or {}
-    for name in options:
-        if name in _FIXED_OPTIONS or name.startswith("return_"):
-            raise InvalidRequestError(
-                f"chat_template_kwargs.{name} cannot be set by a request",
-                param=f"chat_template_kwargs.{name}",
-            )
     ask = read_ask(
         request,
         body,
@@ -57,7 +38,7 @@ async def create_chat_completion(request: Request) -> Response:
         request_id=f"chatcmpl-{body.request_id or request.state.request_id}",
         endpoint="chat",
         messages=[clean_message(m, i) for i, m in enumerate(body.messages)],
-        chat_template_options=options,
+        chat_template_options=body.template_options(),
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -95,6 +95,8 @@ class _TextAnswer(Answer):
         ask, tokenizer = self.generation.prepared.ask, self.service.tokenizer
         if not self._is_echoing or tokenizer is None:
             return ""
+        if ask.truncate_prompt_tokens is not None:
+            return tokenizer.decode(self.prompt_ids(index))
         prompt = ask.prompts[index // self.generation.prepared.num_choices]
         return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 

@@ -1,6 +1,7 @@
 """Everything but generation: models, health, readiness, version, metrics, tokens."""
 
 import asyncio
+import functools
 from typing import Any
 
 from fastapi import APIRouter
@@ -106,6 +107,10 @@ def _model(service: Service, name: str) -> Model:
         "unsupported_features": list(service.engine.info.unsupported_features),
         "reasoning_effort": {"none": "mode none", **EFFORTS},
         "example": manifest.prompt.example if manifest else None,
+        "sampling_defaults": {  # of requests that say nothing
+            name: {"value": value, "source": "generation_config"}
+            for name, value in service.prompts.sampling_defaults.items()
+        },
         "manifest": manifest.model_dump(by_alias=True) if manifest else None,
     }
     return Model(
@@ -151,10 +156,16 @@ async def tokenize(request: Request) -> Response:
     # Off the event loop: a long text must not hold up everybody's streams.
     if body.messages is not None:
         messages = [clean_message(m, i) for i, m in enumerate(body.messages)]
-        ids = list(await asyncio.to_thread(service.prompts.tokenise_chat, messages))
+        render = functools.partial(
+            service.prompts.tokenise_chat,
+            options=body.template_options(),
+            add_special_tokens=body.add_special_tokens,
+        )
+        ids = list(await asyncio.to_thread(render, messages))
     else:
+        special = body.add_special_tokens is not False
         ids = await asyncio.to_thread(
-            tokenizer.encode, body.prompt or "", add_special_tokens=body.add_special_tokens
+            tokenizer.encode, body.prompt or "", add_special_tokens=special
         )
     answer: dict[str, Any] = {
         "count": len(ids),

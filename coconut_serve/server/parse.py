@@ -13,16 +13,17 @@ from coconut_serve.config import ServeConfig
 from coconut_serve.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.errors import from_validation
+from coconut_serve.server.fields import ignored_fields
+from coconut_serve.server.reasoning_body import flatten_reasoning
 from coconut_serve.server.schemas import (
+    OTHERS,
     SAMPLING_FIELDS,
     GenerationBody,
     NamedBody,
     check_effort,
     check_mode_name,
-    flatten_reasoning,
-    unknown_fields,
 )
-from coconut_serve.service.prompt import SamplingAsk
+from coconut_serve.service.ask import SamplingAsk
 from coconut_serve.service.replay import ReplayAsk
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
@@ -36,6 +37,7 @@ class ReasoningAsk:
 
     mode: str | None
     effort: str | None
+    explains: bool
     settings: dict[str, Any]
     replay: ReplayAsk | None = None
 
@@ -133,7 +135,13 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
             code="reasoning_mode_conflict",
         )
     mode = next(iter(said.values()), None)
-    return ReasoningAsk(mode=mode, effort=effort, settings=settings, replay=_pop_replay(settings))
+    return ReasoningAsk(
+        mode=mode,
+        effort=effort,
+        explains=settings.pop("explain", False),
+        settings=settings,
+        replay=_pop_replay(settings),
+    )
 
 
 def _pop_replay(settings: dict[str, Any]) -> ReplayAsk | None:
@@ -179,7 +187,7 @@ def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
     Raises:
         InvalidRequestError: A field is rejected, misspelt reasoning, or unknown in strict mode.
     """
-    unknown = unknown_fields(body)
+    unknown = ignored_fields(body, OTHERS.get(type(body), frozenset()))
     if unknown and config.strict_params:
         raise InvalidRequestError(
             f"unknown field {unknown[0]!r}", param=unknown[0], code="unknown_parameter"
@@ -199,6 +207,8 @@ def sampling_ask(
             name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None
         },
         logit_bias=body.bias(),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
         stop=body.stop_strings(),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,

@@ -2,7 +2,10 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from starlette.requests import Request
 
@@ -12,9 +15,10 @@ from coconut_serve.engines.base import Engine
 from coconut_serve.errors import NotReadyError, StartupError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission
+from coconut_serve.service.ask import GenerationAsk
 from coconut_serve.service.generation import Generation
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.prompt import GenerationAsk, PromptBuilder
+from coconut_serve.service.prompt import PromptBuilder
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.service.tracing import NoTracer, Tracer
 
@@ -46,8 +50,11 @@ class Service:
         manifest: Manifest | None,
         eos_token_ids: tuple[int, ...],
         metrics: Metrics,
+        sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> "Service":
         """Put the parts together; the engine has started.
+
+        `sampling_defaults` are the model's own, by the names of SamplingParams.
 
         Raises:
             StartupError: The manifest names token ids that the model does not have.
@@ -77,6 +84,7 @@ class Service:
             max_n=config.max_n,
             trace_bounds=(config.min_trace, config.max_trace),
             check_size=admission.check_size,
+            sampling_defaults=sampling_defaults,
         )
         return cls(
             config=config,

@@ -8,10 +8,28 @@ from typing import Any
 from openai.types import CompletionUsage
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+from pydantic import BaseModel, Field
 
 from coconut_serve.service.generation import Generation, TokenDelta, TraceStep
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import HaltReason, SequenceCounts
+
+
+class ReasoningInfo(BaseModel):
+    """`usage.reasoning` and `reasoning_info`: how the first choice shown was thought."""
+
+    mode: str = Field(description="The effective mode.")
+    latent_steps: int = Field(description="Steps that fed a hidden state.")
+    reasoning_steps: int = Field(description="Thinking positions of any kind.")
+    forward_passes: int = Field(description="Of the model, the prompt's included.")
+    halt_reason: str | None = Field(description="What ended thinking; null: it was not ended.")
+    switches: int = Field(description="Between tokens and vectors.")
+    latent_ms: float = Field(description="Milliseconds from the prompt to the first answer token.")
+    warnings: list[str] = Field(description="What was asked for and had no effect, and the like.")
+    changed: dict[str, Any] = Field(description="Settings that are not the model's defaults.")
+    resolved: dict[str, Any] | None = Field(
+        None, description="With reasoning.explain: every setting's value and source."
+    )
 
 
 def reasoning_info(generation: Generation) -> dict[str, Any]:
@@ -23,16 +41,18 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
     if counts.num_reasoning_steps and not counts.num_output_tokens:
         warnings.append("no answer tokens: the model ended, or was ended, while it was thinking")
     is_halted = state.halt_reason is not HaltReason.NONE
-    return {
+    info = {
         "mode": prepared.mode,
         "latent_steps": counts.num_vector_steps if prepared.mode == "latent" else 0,
         "reasoning_steps": counts.num_reasoning_steps,
         "forward_passes": counts.num_forward_passes,
         "halt_reason": state.halt_reason.label if is_halted else None,
         "switches": counts.num_switches,
+        "latent_ms": round(state.thinking_seconds * 1e3, 1),
         "warnings": warnings,
-        "resolved": prepared.resolved.parameters,
+        "changed": prepared.resolved.changed,
     }
+    return info | {"resolved": prepared.resolved.parameters} if prepared.ask.explains else info
 
 
 def usage(generation: Generation) -> CompletionUsage:

@@ -13,8 +13,9 @@ from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, GenerationError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission, Places
+from coconut_serve.service.ask import GenerationAsk
 from coconut_serve.service.detokenize import Detokenizer
-from coconut_serve.service.prompt import GenerationAsk, Prepared
+from coconut_serve.service.prompt import Prepared
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.service.tracing import Span, Value
 from coconut_serve.types import (
@@ -81,6 +82,8 @@ class ChoiceState:
 
     counts: SequenceCounts = field(default_factory=SequenceCounts)
     halt_reason: HaltReason = HaltReason.NONE
+    begun: float | None = None  # when its first step was through
+    thinking_seconds: float = 0.0  # from there to the first answer token, or the end
 
 
 class Generation:
@@ -215,8 +218,12 @@ class Generation:
         self._deltas.put_nowait(delta)
 
     def _note(self, index: int, output: RequestOutput) -> None:
-        state = self.choices[index]
-        state.counts = counts = output.counts
+        state, now, counts = self.choices[index], time.monotonic(), output.counts
+        state.begun = now if state.begun is None else state.begun
+        if output.phase is not Phase.ANSWER or counts.num_output_tokens <= 1:
+            is_thinker = counts.num_reasoning_steps > 0
+            state.thinking_seconds = now - state.begun if is_thinker else 0.0
+        state.counts = counts
         if self._places is not None:
             made = counts.num_output_tokens + counts.num_reasoning_steps + counts.num_forced_tokens
             self._places.num_done = max(self._places.num_done, made)

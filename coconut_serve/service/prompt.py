@@ -2,21 +2,22 @@
 
 import hashlib
 import random
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
-from coconut_serve.errors import InvalidRequestError, require
+from coconut_serve.errors import ContextLengthError, InvalidRequestError, require
 from coconut_serve.limits import MAX_FORCED_TOKENS, MIN_TEMPERATURE
 from coconut_serve.service import presets, reasoning
+from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
+from coconut_serve.service.prompt_text import bad_word_ids, keep_last
 from coconut_serve.service.reasoning import Resolved
-from coconut_serve.service.replay import ReplayAsk, add_replay
+from coconut_serve.service.replay import add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import HaltParams, ReasoningParams, Request, SamplingParams, TraceLevel
 
@@ -25,57 +26,6 @@ _TEMPLATE_TAIL = 4
 _MAX_CHARACTERS_PER_TOKEN = 64
 _SEED_BITS = 53  # of a seed drawn here: every JSON reader gives it back as it was
 _DEFAULT_ANSWER_TOKENS = 16  # completions; chat answers until the model ends or the context does
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingAsk:
-    """Sampling fields of a request; None = not given."""
-
-    max_tokens: int | None = None
-    max_tokens_field: str = "max_tokens"  # what the client called it
-    params: Mapping[str, Any] = field(default_factory=dict)  # SamplingParams fields as given
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-    num_logprobs: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationAsk:
-    """One API call, whatever its endpoint."""
-
-    request_id: str
-    endpoint: str
-    mode: str | None  # explicit mode; None: the model's default
-    messages: Sequence[ChatMessage] | None = None  # chat
-    chat_template_options: Mapping[str, object] = field(default_factory=dict)
-    prompts: Sequence[str | tuple[int, ...]] = ()  # completions
-    n: int = 1
-    sampling: SamplingAsk = field(default_factory=SamplingAsk)
-    reasoning: Mapping[str, Any] = field(default_factory=dict)  # explicit settings, dotted names
-    replay: ReplayAsk | None = None
-    effort: str | None = None
-    has_default_max_tokens: bool = False  # completions: 16 when max_tokens is missing
-    arrival: float = field(default_factory=time.monotonic)  # of the HTTP request
-
-    @property
-    def text_field(self) -> str:
-        """The field that holds the text."""
-        return "prompt" if self.messages is None else "messages"
-
-    def text_context(self, request: Request) -> tuple[int, ...]:
-        """Ids of the text that an answer continues: a raw prompt; a chat's answer is a new text."""
-        return () if self.messages is not None else request.prompt_token_ids
-
-    @property
-    def num_characters(self) -> int:
-        """About how much text there is to tokenise."""
-        texts = [str(m.get("content")) for m in self.messages or ()]
-        return sum(map(len, texts)) + sum(len(p) for p in self.prompts if isinstance(p, str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +59,7 @@ class PromptBuilder:
         max_n: Choices a request may ask for.
         trace_bounds: The least detailed trace that is given, and the most.
         check_size: Raises where a call of so many sequences can never be served.
+        sampling_defaults: The model's own, by the names of SamplingParams.
     """
 
     def __init__(
@@ -120,6 +71,7 @@ class PromptBuilder:
         max_n: int,
         trace_bounds: tuple[TraceLevel, TraceLevel],
         check_size: Callable[[int], None],
+        sampling_defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._tokenizer = tokenizer
         self._model = model
@@ -127,6 +79,7 @@ class PromptBuilder:
         self._max_n = max_n
         self._trace_bounds = trace_bounds
         self._check_size = check_size
+        self.sampling_defaults = sampling_defaults
 
     def prepare(self, ask: GenerationAsk) -> Prepared:
         """Build the requests of a call.
@@ -134,6 +87,8 @@ class PromptBuilder:
         Raises:
             InvalidRequestError: Something in it cannot be served; `param` names it.
         """
+        given = ask.sampling
+        ask = replace(ask, sampling=given.with_defaults(self.sampling_defaults))
         require(1 <= ask.n <= self._max_n, "n", f"must be in 1..{self._max_n}")
         if ask.sampling.stop:
             require_tokenizer(self._tokenizer, "stop", "use stop_token_ids")
@@ -141,20 +96,18 @@ class PromptBuilder:
         mode = ask.mode or preset.get("mode") or self._model.default_mode
         reasoning.check_mode(mode, self._model, {**preset, **ask.reasoning})
         prompts = self._tokenise(ask, mode)
-        max_tokens = ask.sampling.max_tokens
-        if max_tokens is None and ask.has_default_max_tokens:
-            max_tokens = _DEFAULT_ANSWER_TOKENS
-        # A raw prompt is continued as it is: `cot` thinks only if it ends in a thought.
-        may_think = mode != "cot" or ask.messages is not None
-        may_think = may_think or any(self._is_thinking_open(p, len(p)) for p in prompts)
+        fallback = _DEFAULT_ANSWER_TOKENS if ask.has_default_max_tokens else None
+        # A text is continued as it is: `cot` thinks only if it ends in a thought.
+        may_think = mode != "cot" or not ask.is_continued
+        may_think = may_think or any(self._ends_in_thought(ask, p, mode) for p in prompts)
         resolved = reasoning.resolve(
             mode,
             {**ask.reasoning, **({"mode": ask.mode} if ask.mode else {})},
             self._model,
             effort=ask.effort,
             trace_bounds=self._trace_bounds,
-            num_prompt_tokens=max(len(p) for p in prompts),
-            max_tokens=max_tokens or 1,
+            num_prompt_tokens=min(max(map(len, prompts)), ask.most_prompt_tokens),
+            max_tokens=given.max_tokens or fallback or 1,
             has_speed=self._model.takes_speed and ask.messages is not None,
             is_open=may_think,
         )
@@ -167,17 +120,22 @@ class PromptBuilder:
         of_thinking = [seed if resolved.seed is None else resolved.seed for seed in seeds]
         resolved = resolved.seeded(seeds[0], "server" if asked is None else "request")
         notes = self._notes(ask, prompts)
-        resolved = replace(resolved, warnings=(*resolved.warnings, *notes))
+        prompts = self._truncate(ask, prompts, resolved)
         prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
+        default = fallback or self.sampling_defaults.get("max_tokens")
+        both = zip(seeds, of_thinking, strict=True)
+        requests = tuple(self._requests(ask, mode, resolved, prompts, default, both))
+        drawn = requests[0].thinking or requests[0].sampling  # before `after`
+        told = given.told(drawn, self.sampling_defaults)
         return Prepared(
-            requests=tuple(
-                self._requests(
-                    ask, mode, resolved, prompts, max_tokens, zip(seeds, of_thinking, strict=True)
-                )
-            ),
+            requests=requests,
             prompt_token_ids=tuple(prompts),
             mode=mode,
-            resolved=resolved,
+            resolved=replace(
+                resolved,
+                parameters=resolved.parameters | told,
+                warnings=(*resolved.warnings, *notes),
+            ),
             ask=ask,
         )
 
@@ -186,6 +144,8 @@ class PromptBuilder:
         notes = []
         if self._model.question_template and len(ask.messages or ()) > 1:
             notes.append("this model takes one question: only the last user message was used")
+        if self._model.question_template and ask.chat_template_options:
+            notes.append("without effect, this model has no chat template: chat_template_kwargs")
         unknown = self._tokenizer.unknown_token_id if self._tokenizer else None
         num_unknown = 0 if unknown is None else sum(p.count(unknown) for p in prompts)
         if num_unknown:
@@ -202,7 +162,7 @@ class PromptBuilder:
         mode: str,
         resolved: Resolved,
         prompts: Sequence[tuple[int, ...]],
-        max_tokens: int | None,
+        default: int | None,
         seeds: Iterable[tuple[int, int]],
     ) -> Iterator[Request]:
         """Build what the engine is given, prompt by prompt; seeds are of answer and thinking."""
@@ -211,11 +171,11 @@ class PromptBuilder:
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
         for index, (prompt, (seed, thinking_seed)) in enumerate(zip(prompts, seeds, strict=True)):
             params = resolved.params
-            if mode == "cot" and ask.prompts and not self._is_thinking_open(prompt, len(prompt)):
+            if mode == "cot" and ask.is_continued and not self._ends_in_thought(ask, prompt, mode):
                 # Others of this call do end in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
-            room = self._room(prompt, params, max_tokens, ask)
-            sampling = self._sampling(ask.sampling, room, needs_logprobs=by_logprob)
+            max_tokens = self._answer_tokens(prompt, params, default, ask)
+            sampling = self._sampling(ask.sampling, max_tokens, needs_logprobs=by_logprob)
             num_sequences = ask.n * resolved.branches
             for number in range(num_sequences):
                 answer = replace(sampling, seed=_derive_seed(seed, number), **resolved.after)
@@ -231,32 +191,22 @@ class PromptBuilder:
 
     def _tokenise(self, ask: GenerationAsk, mode: str) -> list[tuple[int, ...]]:
         """Turn messages or prompts into token ids, before the start-of-thought token."""
-        limit = _MAX_CHARACTERS_PER_TOKEN * self._info.max_model_len
-        if ask.num_characters > limit * max(1, len(ask.prompts)):
-            raise InvalidRequestError(
-                f"the text is longer than {limit} characters, which cannot fit the context",
-                param=ask.text_field,
-                code="context_length_exceeded",
-            )
-        room = self._info.max_model_len
-        longest = max((len(p) for p in ask.prompts if not isinstance(p, str)), default=0)
-        if longest > room:
-            raise InvalidRequestError(
-                f"the prompt has {longest} tokens, but the context holds {room}",
-                param=ask.text_field,
-                code="context_length_exceeded",
-            )
+        if ask.truncate_prompt_tokens is None:
+            self._check_length(ask)
         if ask.messages is not None:
-            speed, options = ask.reasoning.get("speed"), ask.chat_template_options
-            ids = self.tokenise_chat(ask.messages, mode=mode, speed=speed, options=options)
-            tail = 0 if self._model.suffix_ids(mode) else _TEMPLATE_TAIL
-            return [self._bound_thinking(ids, mode, tail)]
-        prompts = [self._ids(p) if isinstance(p, str) else p for p in ask.prompts]
-        is_implied = self._model.is_thinker and self._model.think_start_id is None
-        # Asked for by name, so the phase is opened here too, or closed where prompts open it.
-        is_asked = mode in ("distribution", "auto") or (mode == "none" and is_implied)
-        if is_asked or self._model.suffix_ids(mode):
-            prompts = [self._bound_thinking(p, mode, len(p)) for p in prompts]
+            ids = self.tokenise_chat(
+                ask.messages,
+                mode=mode,
+                speed=ask.reasoning.get("speed"),
+                options=ask.chat_template_options,
+                add_special_tokens=ask.add_special_tokens,
+            )
+            prompts = [ids]
+        else:
+            special = ask.add_special_tokens
+            prompts = [self._ids(p, special) if isinstance(p, str) else p for p in ask.prompts]
+        if self._is_bounded(ask, mode):
+            prompts = [self._bound_thinking(p, mode, self._tail(ask, p, mode)) for p in prompts]
         for prompt in prompts:
             require(bool(prompt), "prompt", "must not be empty")
             is_valid = min(prompt) >= 0 and max(prompt) < self._info.vocab_size
@@ -264,11 +214,52 @@ class PromptBuilder:
             require(is_valid, "prompt", f"has token ids outside 0..{last}")
         return prompts
 
-    def _ids(self, text: str, param: str = "prompt") -> tuple[int, ...]:
+    def _is_bounded(self, ask: GenerationAsk, mode: str) -> bool:
+        """Whether a prompt gets what opens the thinking phase, closes it, or ends a question."""
+        is_text = ask.messages is None
+        if self._model.suffix_ids(mode):
+            return is_text or not ask.is_continued
+        is_implied = self._model.is_thinker and self._model.think_start_id is None
+        # Asked for by name, so the phase is opened in a text too, or closed where it is open.
+        is_named = mode in ("distribution", "auto")
+        is_named |= mode == "none" and (is_implied or not is_text)
+        return is_named or not ask.is_continued
+
+    def _check_length(self, ask: GenerationAsk) -> None:
+        """Refuse what can never fit, before it costs anything."""
+        limit = self._info.max_model_len
+        most = _MAX_CHARACTERS_PER_TOKEN * limit
+        if ask.num_characters > most * max(1, len(ask.prompts)):
+            detail = f"the text is longer than {most} characters. Please shorten it."
+            raise ContextLengthError(limit, detail, param=ask.text_field)
+        longest = max((len(p) for p in ask.prompts if not isinstance(p, str)), default=0)
+        if longest > limit:
+            detail = f"the prompt has {longest}. Please shorten it."
+            raise ContextLengthError(limit, detail, param=ask.text_field)
+
+    def _truncate(
+        self, ask: GenerationAsk, prompts: list[tuple[int, ...]], resolved: Resolved
+    ) -> list[tuple[int, ...]]:
+        """Cut prompts to truncate_prompt_tokens; what starts a phase comes behind them."""
+        count, limit = ask.truncate_prompt_tokens, self._info.max_model_len
+        if count is None:
+            return prompts
+        is_possible = count == -1 or 1 <= count <= limit
+        require(is_possible, "truncate_prompt_tokens", f"must be -1 or in 1..{limit}")
+        if count == -1:
+            taken = len(resolved.suffix_ids) + self._num_thinking(resolved.params)
+            count = max(1, limit - taken - (ask.sampling.max_tokens or 1))
+        head = self._ids("", ask.add_special_tokens) if self._tokenizer and ask.prompts else ()
+        return [keep_last(p, count, head) for p in prompts]
+
+    def _ids(
+        self, text: str, add_special_tokens: bool | None, param: str = "prompt"
+    ) -> tuple[int, ...]:
         tokenizer = require_tokenizer(self._tokenizer, param, "send token ids to /v1/completions")
-        manifest = self._model.manifest
-        add_special = manifest.prompt.add_bos if manifest else True
-        return tuple(tokenizer.encode(text, add_special_tokens=add_special))
+        if add_special_tokens is None:
+            manifest = self._model.manifest
+            add_special_tokens = manifest.prompt.add_bos if manifest else True
+        return tuple(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def tokenise_chat(
         self,
@@ -277,6 +268,7 @@ class PromptBuilder:
         mode: str | None = None,
         speed: int | str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
+        add_special_tokens: bool | None = None,
     ) -> tuple[int, ...]:
         """Render a chat: the model's chat template, or the manifest's question template.
 
@@ -285,18 +277,21 @@ class PromptBuilder:
             mode: None: the model's default.
             speed: reasoning.speed; None: the model's default.
             options: Of the chat template.
+            add_special_tokens: To what the template wrote; None: as the model says.
 
         Raises:
             InvalidRequestError: The model has no template, or refuses these messages.
         """
         template = self._model.question_template
         if template is not None:
+            for name in ("continue_final_message", "add_generation_prompt"):
+                require(name not in options, name, "needs a model with a chat template")
             question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
             if question is None:
                 raise InvalidRequestError("messages must have a user message", param="messages")
             speed = self._model.default_speed if speed is None else speed
             text = template.replace("{speed}", str(speed)).replace("{question}", str(question))
-            return self._ids(text, "messages")
+            return self._ids(text, add_special_tokens, "messages")
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise InvalidRequestError(
                 "this model has no chat template: use /v1/completions",
@@ -306,7 +301,8 @@ class PromptBuilder:
         is_thinking = (mode or self._model.default_mode) != "none"
         options = {"enable_thinking": is_thinking, **options}
         text = self._tokenizer.render_chat(messages, **options)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        special = bool(add_special_tokens)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _bound_thinking(self, ids: tuple[int, ...], mode: str, tail: int) -> tuple[int, ...]:
         """Open the thinking phase of a thinking model, or close it for `none`.
@@ -334,6 +330,19 @@ class PromptBuilder:
         is_think = start_ids == (self._model.think_start_id,)
         is_there = is_think and self._is_thinking_open(prompt, _TEMPLATE_TAIL)
         return prompt if is_there else prompt + start_ids
+
+    def _tail(self, ask: GenerationAsk, prompt: tuple[int, ...], mode: str) -> int:
+        """How many last ids of a prompt say whether it ends in a thought."""
+        if ask.messages is None:
+            return len(prompt)
+        if self._model.suffix_ids(mode):
+            return 0
+        if not ask.chat_template_options.get("continue_final_message") or not self._model.encode:
+            return _TEMPLATE_TAIL
+        return _TEMPLATE_TAIL + len(self._model.encode(str(ask.messages[-1].get("content"))))
+
+    def _ends_in_thought(self, ask: GenerationAsk, prompt: tuple[int, ...], mode: str) -> bool:
+        return self._is_thinking_open(prompt, self._tail(ask, prompt, mode))
 
     def _is_thinking_open(self, ids: tuple[int, ...], tail: int) -> bool:
         """Whether a prompt ends inside a thinking phase, by the think tokens in its last ids.
@@ -378,46 +387,51 @@ class PromptBuilder:
             "be the same",
         )
 
-    def _room(
+    def _num_thinking(self, params: ReasoningParams) -> int:
+        """Positions that thinking is certain to take."""
+        is_certain = params.is_fixed or params.pad_positions or not self._model.is_thinker
+        return params.max_thinking if is_certain else 0
+
+    def _answer_tokens(
         self,
         prompt: tuple[int, ...],
         params: ReasoningParams,
-        max_tokens: int | None,
+        default: int | None,
         ask: GenerationAsk,
     ) -> int:
-        """Answer tokens the request may have; checks that prompt and thinking fit."""
-        limit = self._info.max_model_len
-        is_certain = params.is_fixed or params.pad_positions or not self._model.is_thinker
-        thinking = params.max_thinking if is_certain else 0
+        """Answer tokens the request may have; checks that they fit beside prompt and thinking.
+
+        A default is cut to what is left.
+        """
+        limit, thinking = self._info.max_model_len, self._num_thinking(params)
         room = limit - len(prompt) - thinking
-        if room < 1:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens and thinking takes {thinking} positions, "
-                f"but the context holds {limit}",
-                param=ask.text_field,
-                code="context_length_exceeded",
+        asked = ask.sampling.max_tokens
+        if room < (asked or 1):
+            thought = f", {thinking} in thinking" if thinking else ""
+            raise ContextLengthError(
+                limit,
+                f"you requested {len(prompt) + thinking + (asked or 1)} tokens ({len(prompt)} in "
+                f"the {ask.text_field}{thought}, {asked or 1} in the completion). Please reduce "
+                f"the length of the {ask.text_field} or completion.",
+                param=ask.text_field if room < 1 else ask.sampling.max_tokens_field,
             )
-        if max_tokens is not None and max_tokens > room:
-            raise InvalidRequestError(
-                f"{ask.sampling.max_tokens_field}={max_tokens} is too large: the context holds "
-                f"{limit} positions, of which {room} are left after the prompt and thinking",
-                param=ask.sampling.max_tokens_field,
-                code="context_length_exceeded",
-            )
-        return room if max_tokens is None else max_tokens
+        return asked or min(room, default or room)
 
     def _sampling(
         self, ask: SamplingAsk, max_tokens: int, *, needs_logprobs: bool
     ) -> SamplingParams:
         """Resolve the sampling fields; OpenAI's defaults."""
         last = self._info.vocab_size - 1
-        for name, ids in (("logit_bias", ask.logit_bias), ("stop_token_ids", ask.stop_token_ids)):
-            require(all(0 <= i <= last for i in ids), name, f"has token ids outside 0..{last}")
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            is_inside = all(0 <= i <= last for i in getattr(ask, name))
+            require(is_inside, name, f"has token ids outside 0..{last}")
         manifest = self._model.manifest
         eos = () if ask.ignore_eos else self._model.eos_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
             logit_bias=tuple(ask.logit_bias.items()),
+            allowed_token_ids=ask.allowed_token_ids,
+            bad_words=bad_word_ids(ask.bad_words, self._tokenizer, last + 1),
             banned_token_ids=tuple(manifest.tokens.never_emit) if manifest else (),
             stop_token_ids=frozenset((*eos, *ask.stop_token_ids)),
             num_logprobs=0 if needs_logprobs and ask.num_logprobs is None else ask.num_logprobs,

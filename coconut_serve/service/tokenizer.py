@@ -118,8 +118,10 @@ class ByteTokenizer:
 
     def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
         """One line a message."""
-        del options
-        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        if options.get("continue_final_message"):
+            return text.removesuffix("\n")
+        return text + "assistant: " if options.get("add_generation_prompt", True) else text
 
     def stream(
         self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()

@@ -47,8 +47,8 @@ async def check_replay(url: str) -> None:
                     assert ours[name] == theirs[name]
                 for name in ("entropy", "max_prob", "norm", "cosine", "retained_mass"):
                     assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
-            told = again["usage"]["reasoning"]["resolved"]["replay"]
-            assert told == {"value": 4, "source": "request"}
+            told = again["usage"]["reasoning"]["changed"]["replay"]
+            assert told == 4
             own, moved = (
                 await ask(client, B, mode),
                 await ask(client, B, mode, replay=stored(first)),

@@ -123,5 +123,5 @@ async def test_latent_without_manifest_needs_realign(client: openai.AsyncOpenAI)
         model="m", messages=messages, extra_body=body, max_tokens=8
     )
     assert answer.usage.reasoning["latent_steps"] == 3
-    assert answer.usage.reasoning["resolved"]["adapter"]["value"] == "realign"
+    assert answer.usage.reasoning["changed"]["adapter"] == "realign"
     assert "not trained" in " ".join(answer.usage.reasoning["warnings"])

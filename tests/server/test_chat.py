@@ -200,7 +200,10 @@ async def test_reasoning_object_reports_sources_and_warnings(client: openai.Asyn
         model="m",
         messages=MESSAGES,
         max_tokens=1,
-        extra_body={"reasoning_mode": "distribution", "reasoning": {"mixture": {"top_k": 4}}},
+        extra_body={
+            "reasoning_mode": "distribution",
+            "reasoning": {"mixture": {"top_k": 4}, "explain": True},
+        },
     )
     assert answer.usage is not None
     assert answer.usage.model_extra is not None
@@ -213,6 +216,7 @@ async def test_reasoning_object_reports_sources_and_warnings(client: openai.Asyn
 async def test_settings_of_phase_and_answer_come_back(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {
         "mode": "distribution", "seed": 7, "max_total_steps": 9, "pad_positions": True,
+        "explain": True,
         "after": {"temperature": 0.5, "top_k": -1},
         "halt": {"converge_metric": "kl", "converge_below": 0.1},
     }  # fmt: skip
@@ -232,7 +236,8 @@ async def test_settings_of_phase_and_answer_come_back(client: openai.AsyncOpenAI
 
 async def test_fixed_count_of_soft_steps_says_so(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {
-        "mode": "distribution", "steps": 3, "halt": {"rule": "fixed", "entropy_below": 1},
+        "mode": "distribution", "steps": 3, "explain": True,
+        "halt": {"rule": "fixed", "entropy_below": 1},
     }  # fmt: skip
     for rule, reason in (("fixed", "fixed"), (["cold_stop"], "cap")):
         asked["halt"]["rule"] = rule

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.server.schemas import ReasoningBody
+from coconut_serve.server.reasoning_body import ReasoningBody
 from tests.fakes import listening, stub_app
 
 MANIFEST = Manifest.model_validate(
@@ -56,7 +56,13 @@ ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "after.top_k": (5, {}), "after.min_p": (0.1, {}),
 }  # fmt: skip
 # Has its value at OpenAI only; vectors are never repeated (tests/e2e/test_replay.py).
-NOT_ECHOED = {"summary", "replay.fingerprint", "replay.steps.vector", "replay.steps.token_id"}
+NOT_ECHOED = {
+    "summary",
+    "explain",
+    "replay.fingerprint",
+    "replay.steps.vector",
+    "replay.steps.token_id",
+}
 PRESET = {"latent": "coconut", "distribution": "soft_thinking", "auto": "swi"}
 
 
@@ -96,7 +102,7 @@ async def test_every_setting_is_echoed_or_warned_of_by_name_in_every_mode() -> N
                 given = {"mode": mode, "preset": PRESET.get(mode)}.get(name, value)
                 if given is None:
                     continue
-                asked = {"mode": mode, "steps": 4, **more, name: given}
+                asked = {"explain": True, "mode": mode, "steps": 4, **more, name: given}
                 if name == "effort":
                     del asked["steps"]
                 response = await http.post(

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from coconut_serve.config import StubConfig
 from coconut_serve.metrics import Metrics
-from coconut_serve.server import schemas
-from coconut_serve.server.schemas import ReasoningBody
+from coconut_serve.server import reasoning_body, schemas
+from coconut_serve.server.reasoning_body import ReasoningBody
 from tests.fakes import listening, stub_app
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
@@ -589,8 +589,9 @@ async def test_token_ids_that_the_model_lacks_are_refused_at_start(part: dict[st
 
 BODIES = (
     schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeRequest,
-    schemas.DetokenizeRequest, schemas.ReasoningBody, schemas.MixtureBody, schemas.HaltBody,
-    schemas.SwitchBody, schemas.AfterBody, schemas.ReplayBody,
+    schemas.DetokenizeRequest, reasoning_body.ReasoningBody, reasoning_body.MixtureBody,
+    reasoning_body.HaltBody, reasoning_body.SwitchBody, reasoning_body.AfterBody,
+    reasoning_body.ReplayBody,
 )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.admission import Admission
+from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.prompt import GenerationAsk, Prepared, PromptBuilder, SamplingAsk
+from coconut_serve.service.prompt import Prepared, PromptBuilder
 from coconut_serve.service.tokenizer import ByteTokenizer
 
 THINK, ANSWER = ord("<"), ord(">")
@@ -248,7 +249,8 @@ def test_padded_positions_are_counted_before_they_are_known() -> None:
         builder = make_builder()
         prepared = builder.prepare(replace(ask, sampling=SamplingAsk(max_tokens=1)))
         [request] = prepared.requests
-        assert builder._room(request.prompt_token_ids, request.reasoning, None, ask) == expected
+        prompt, params = request.prompt_token_ids, request.reasoning
+        assert builder._answer_tokens(prompt, params, None, ask) == expected
         assert request.reasoning.pad_positions is bool(asked)
 
 

@@ -1,0 +1,40 @@
+"""How a model's authors want its tokens drawn: generation_config.json, read as vLLM reads it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from coconut_serve.errors import InvalidRequestError, StartupError
+from coconut_serve.types import SamplingParams
+
+# A key of the file -> the field of SamplingParams that it sets; `do_sample` is not looked at.
+SAMPLING_KEYS: Mapping[str, str] = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty", "max_new_tokens": "max_tokens",
+}  # fmt: skip
+
+
+def read_sampling_defaults(directory: Path) -> dict[str, Any]:
+    """Read a directory's defaults; none where it has no such file.
+
+    Raises:
+        StartupError: A value is one that no request may have either, or the file is no JSON object.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        given = {
+            field: data[key] for key, field in SAMPLING_KEYS.items() if data.get(key) is not None
+        }
+        if "top_k" in given:
+            given["top_k"] = max(0, given["top_k"])  # -1: all, too
+        SamplingParams(**given)
+    except (ValueError, TypeError, AttributeError, InvalidRequestError) as error:
+        raise StartupError(
+            f"{path}: {error}; --generation-config none ignores it", param="--generation-config"
+        ) from error
+    return given
