@@ -16,7 +16,7 @@ import coconut_serve
 from coconut_serve.config import ServeConfig
 from coconut_serve.errors import CoconutError
 from coconut_serve.metrics import Metrics
-from coconut_serve.server import chat, completions, ops
+from coconut_serve.server import chat, completions, openapi, ops
 from coconut_serve.server.errors import handle_coconut, handle_disconnect, handle_http
 from coconut_serve.server.middleware import RequestMiddleware
 from coconut_serve.server.state import Service
@@ -77,6 +77,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
         docs_url=None,  # its page loads scripts from a CDN; /openapi.json is the reference
         redoc_url=None,
     )
+    app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # FastAPI's own way
     app.state.service = None
     app.state.metrics = metrics
     app.state.on_loaded = lambda _: None

@@ -14,8 +14,9 @@ from starlette.responses import Response
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
 from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
-from coconut_serve.server.schemas import ChatRequest, openapi_body
+from coconut_serve.server.schemas import ChatRequest
 from coconut_serve.server.state import get_service
 from coconut_serve.service.generation import Delta
 
@@ -24,7 +25,11 @@ router = APIRouter()
 _ROLES = ("developer", "system", "user", "assistant", "tool")
 
 
-@router.post("/v1/chat/completions", openapi_extra=openapi_body(ChatRequest))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=takes_generation(ChatRequest),
+    responses=answers(ChatCompletion, *GENERATION_ERRORS, events=ChatCompletionChunk),
+)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, whole or streamed."""
     service = get_service(request)

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
 from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
-from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest, openapi_body
+from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest
 from coconut_serve.server.state import Service, get_service
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.generation import Delta, Generation
@@ -21,7 +22,11 @@ from coconut_serve.service.tokenizer import require_tokenizer
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=openapi_body(CompletionRequest))
+@router.post(
+    "/v1/completions",
+    openapi_extra=takes_generation(CompletionRequest),
+    responses=answers(Completion, *GENERATION_ERRORS, events=Completion),
+)
 async def create_completion(request: Request) -> Response:
     """Continue prompts, whole or streamed."""
     service = get_service(request)

@@ -2,9 +2,9 @@
 
 import asyncio
 import functools
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from openai.types import Model
 from prometheus_client import exposition
 from starlette.requests import Request
@@ -14,6 +14,7 @@ import coconut_serve
 from coconut_serve.errors import EngineDeadError, InvalidRequestError, NotFoundError, NotReadyError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.chat import clean_message
+from coconut_serve.server.openapi import ModelList, Text, Tokens, Version, answers, plain, takes
 from coconut_serve.server.parse import check_model, read_body, split_model
 from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
 from coconut_serve.server.state import Service, get_service, ignored_header
@@ -22,9 +23,11 @@ from coconut_serve.service.presets import EFFORTS
 from coconut_serve.service.tokenizer import require_tokenizer
 
 router = APIRouter()
+_NAME = Path(description="The served name, alone or with a mode: NAME:latent.")
+_TEXT_ERRORS = (400, 401, 404, 413, 415, 503)
 
 
-@router.get("/health")
+@router.get("/health", responses=plain("It works or loads.", 503), response_class=Response)
 async def health(request: Request) -> Response:
     """200 while the process can work or is loading; 503 once the engine is dead."""
     service: Service | None = getattr(request.app.state, "service", None)
@@ -33,7 +36,7 @@ async def health(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.get("/ready")
+@router.get("/ready", responses=plain("It takes work.", 503), response_class=Response)
 async def ready(request: Request) -> Response:
     """200 while new work is taken; 503 when loading, draining, full or dead."""
     service = get_service(request)
@@ -47,7 +50,7 @@ async def ready(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.get("/version")
+@router.get("/version", responses=answers(Version, 401, 503))
 async def version(request: Request) -> Response:
     """What runs here and within which limits."""
     service = get_service(request)
@@ -72,7 +75,7 @@ async def version(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelList, 401, 503))
 async def list_models(request: Request) -> Response:
     """The served model and one entry for each of its modes."""
     service = get_service(request)
@@ -82,8 +85,8 @@ async def list_models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data})
 
 
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(name: str, request: Request) -> Response:
+@router.get("/v1/models/{name:path}", responses=answers(Model, 401, 404, 503))
+async def retrieve_model(name: Annotated[str, _NAME], request: Request) -> Response:
     """One model, with its modes, defaults and manifest."""
     service = get_service(request)
     check_model(name, service.config)
@@ -118,7 +121,11 @@ def _model(service: Service, name: str) -> Model:
     )
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    responses=plain("Prometheus text format.", 401, 503, media_type="text/plain"),
+    response_class=Response,
+)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     collected = getattr(request.app.state, "metrics", None)
@@ -145,7 +152,9 @@ async def _refresh(service: Service) -> None:
     m.observe_restarts(service.engine.num_restarts)
 
 
-@router.post("/tokenize")
+@router.post(
+    "/tokenize", openapi_extra=takes(TokenizeRequest), responses=answers(Tokens, *_TEXT_ERRORS)
+)
 async def tokenize(request: Request) -> Response:
     """Text or messages to token ids."""
     service = get_service(request)
@@ -177,7 +186,9 @@ async def tokenize(request: Request) -> Response:
     return JSONResponse(answer, headers=ignored_header(service, ignored))
 
 
-@router.post("/detokenize")
+@router.post(
+    "/detokenize", openapi_extra=takes(DetokenizeRequest), responses=answers(Text, *_TEXT_ERRORS)
+)
 async def detokenize(request: Request) -> Response:
     """Token ids to text."""
     service = get_service(request)

@@ -7,7 +7,7 @@ openai's own request types drop unknown keys and know no ranges.
 import difflib
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.limits import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS
@@ -40,12 +40,6 @@ SAMPLING_FIELDS = (
     "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty",
 )  # fmt: skip
-
-
-def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Describe a request body for /openapi.json; routes read theirs by hand."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 class StreamOptions(Body):
