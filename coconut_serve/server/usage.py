@@ -50,7 +50,11 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
         "switches": counts.num_switches,
         "latent_ms": round(state.thinking_seconds * 1e3, 1),
         "warnings": warnings,
-        "changed": prepared.resolved.changed,
+        "changed": {
+            name: each["value"]
+            for name, each in prepared.resolved.parameters.items()
+            if each["source"] not in ("default", "manifest") and name != "mode"
+        },
     }
     return info | {"resolved": prepared.resolved.parameters} if prepared.ask.explains else info
 

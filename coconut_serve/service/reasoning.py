@@ -57,15 +57,6 @@ class Resolved:
     branches: int = 1  # sequences of each choice
     select: Select = "first"
 
-    @property
-    def changed(self) -> dict[str, Any]:
-        """What is not as the model and the API have it by default, the mode apart."""
-        return {
-            name: each["value"]
-            for name, each in self.parameters.items()
-            if each["source"] not in ("default", "manifest") and name != "mode"
-        }
-
     def seeded(self, seed: int, source: str) -> "Resolved":
         """Let the request's seed serve thinking that has none of its own, and tell it."""
         if self.seed is not None:

@@ -9,8 +9,9 @@ from coconut_serve.checkpoint.tokenizer import load_tokenizer
 from coconut_serve.cli import main
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.prompt import GenerationAsk, PromptBuilder, SamplingAsk
+from coconut_serve.service.prompt import PromptBuilder
 from coconut_serve.types import Request
 from tests.checkpoint.convert.layouts_halting import BUILDERS
 from tests.checkpoint.convert.layouts_multimode import BEGIN, END, QUESTION, turn_of
