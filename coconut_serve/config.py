@@ -121,6 +121,13 @@ class ServeConfig:
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+def format_memory(num_bytes: int) -> str:
+    """Write bytes as people read them: 2.0 GiB, 512 KiB."""
+    unit = next((u for u in ("GiB", "MiB", "KiB") if num_bytes >= _UNITS[u.lower()]), "B")
+    size = num_bytes / _UNITS[unit.lower()]
+    return f"{size:.1f} {unit}" if unit == "GiB" else f"{size:.0f} {unit}"
+
+
 def parse_memory(text: str, free_bytes: int) -> int:
     """Turn "2GiB", "512MB", "40%" or plain bytes into bytes.
 

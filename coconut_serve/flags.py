@@ -72,7 +72,7 @@ def add_serve_flags(serve: argparse.ArgumentParser) -> None:
     engine = _Group(serve, "Engine")
     engine.choose("engine", "native", "what runs the model", get_args(EngineName))
     engine.choose("device", "auto", "where to run", get_args(Device))
-    engine.add("kv-cache-memory", "auto", "size of the KV cache: bytes, 2GiB, or 40%% of free memory")
+    engine.add("kv-cache-memory", "auto", "size of the KV cache: bytes, 2GiB, 40%% of free memory, or auto: on CPU what --max-num-seqs sequences need, at most 2GiB")
     engine.add("block-size", None, "positions of a KV block; default: 16, or what vLLM picks", int)
     engine.add("max-num-batched-tokens", None, "positions a step computes at most; default: 512 on CPU, 2048 on CUDA, what vLLM picks there", int)
     engine.add("no-prefix-caching", False, "recompute prompts that were seen before", bool)

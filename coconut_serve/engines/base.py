@@ -22,6 +22,8 @@ class EngineInfo:
     modes: tuple[str, ...]
     dtype: str = "none"
     device: str = "none"
+    weights_bytes: int = 0  # 0: unknown
+    kv_cache_bytes: int = 0  # what it may take
     hidden_size: int = 0  # of the model's inputs; 0: there are none
     fingerprint: str = ""  # of the weights and what they run on
     adapters: tuple[str, ...] = ()  # what may stand between hidden states and inputs

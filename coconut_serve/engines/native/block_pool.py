@@ -24,7 +24,8 @@ class BlockPool:
 
     A block is free, used (reference count > 0) or cached (count 0 but published). Only full blocks
     of prompt token ids are ever published: a fed-back vector has no id to be found by
-    (invariant 3). Allocation takes free blocks first, then the least recently used cached one.
+    (invariant 3). Allocation takes free blocks first, used ones before those whose memory is not
+    taken yet; then the least recently used cached one.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, has_prefix_cache: bool = True) -> None:
@@ -98,7 +99,7 @@ class BlockPool:
             if block in self._published:
                 self._cached[block] = None
             else:
-                self._free.append(block)
+                self._free.appendleft(block)
 
     def match(self, token_ids: SequenceOf[int], is_long: bool = False) -> list[int]:
         """Find the cached blocks that hold the longest known prefix, without taking them.

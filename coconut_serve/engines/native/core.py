@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.checkpoint.weights import fingerprint
-from coconut_serve.config import EngineConfig, parse_memory
+from coconut_serve.config import EngineConfig, format_memory, parse_memory
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.device import (
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 _BLOCK_SIZE = 16
 _MAX_RESTARTS = 3  # failures within the window below after which the engine stays dead
 _RESTART_WINDOW_SECONDS = 60.0
-_AUTO_CACHE_SHARE = "40%"  # of free memory, but on CPU no more than the requests can use
+_AUTO_CACHE_SHARE = "40%"  # of free memory
+_AUTO_CPU_CACHE_BYTES = 2 * 2**30  # at most, and no more than the requests can use
 
 
 class EngineCore:
@@ -97,6 +98,8 @@ class EngineCore:
             vocab_size=self._model.vocab_size,
             max_model_len=max_model_len,
             kv_cache_positions=(self._num_blocks - 1) * self._block_size,
+            kv_cache_bytes=positions * self._model.bytes_per_position,
+            weights_bytes=self._model.weights_bytes,
             block_size=self._block_size,
             hidden_size=self._model.hidden_size,
             modes=self._modes,
@@ -112,9 +115,12 @@ class EngineCore:
         size = self._block_size
         free = free_memory(model.device)
         wanted = config.max_model_len or model.max_model_len
-        text = _AUTO_CACHE_SHARE if config.kv_cache_memory == "auto" else config.kv_cache_memory
-        positions = parse_memory(text, free) // model.bytes_per_position // size * size
-        if config.kv_cache_memory == "auto" and wanted and model.device.type == "cpu":
+        is_auto = config.kv_cache_memory == "auto"
+        num_bytes = parse_memory(_AUTO_CACHE_SHARE if is_auto else config.kv_cache_memory, free)
+        if is_auto and model.device.type == "cpu":
+            num_bytes = min(num_bytes, _AUTO_CPU_CACHE_BYTES)
+        positions = num_bytes // model.bytes_per_position // size * size
+        if is_auto and wanted and model.device.type == "cpu":
             positions = min(positions, -(-wanted // size) * size * config.max_num_seqs)
         if positions < size:
             raise StartupError(
@@ -133,6 +139,14 @@ class EngineCore:
                 f"--max-model-len {config.max_model_len} does not fit the KV cache of {positions} "
                 "positions; raise --kv-cache-memory",
                 param="--max-model-len",
+            )
+        if wanted and wanted > positions:
+            logger.warning(
+                "a request may have %d positions, not the model's %d: the KV cache of %s holds no "
+                "more; raise --kv-cache-memory",
+                positions,
+                wanted,
+                format_memory(num_bytes),
             )
         return positions, min(wanted or positions, positions)
 

@@ -36,6 +36,7 @@ class PackedLinear(nn.Module):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._packed: Tensor = packed
         self._bias = bias
+        self.nbytes = weight.nbytes  # a bias stays a parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b; x [..., in_features] -> [..., out_features].

@@ -162,13 +162,25 @@ class PagedModel:
         return self._finish_logits(self.project(hidden))
 
     def make_caches(self, num_slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Create zeroed keys and values [num_slots, kv_heads, dim] for each layer."""
+        """Create keys and values [num_slots, kv_heads, dim] for each layer.
 
-        def zeros(layer: LayerShape, dim: int) -> Tensor:
+        On CPU their memory is taken as they are written. Slot 0, which padding reads, is zero.
+        """
+
+        def make(layer: LayerShape, dim: int) -> Tensor:
             shape = (num_slots, layer.num_kv_heads, dim)
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            cache[0] = 0
+            return cache
 
-        return [(zeros(x, x.key_dim), zeros(x, x.value_dim)) for x in self.layers]
+        return [(make(x, x.key_dim), make(x, x.value_dim)) for x in self.layers]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the weights, packed copies included."""
+        packed = [m.nbytes for m in self._model.modules() if isinstance(m, PackedLinear)]
+        total: int = sum(p.nbytes for p in self._model.parameters()) + sum(packed)
+        return total
 
     @property
     def bytes_per_position(self) -> int:

@@ -45,7 +45,7 @@ class Runner:
         self._block_size = block_size
         num_cache_slots = num_blocks * block_size
         self._caches = model.make_caches(num_cache_slots)
-        self._inputs = torch.zeros(
+        self._inputs = torch.empty(  # memory is taken as it is written, like that of the caches
             num_cache_slots, model.hidden_size, dtype=model.dtype, device=model.device
         )
         self._slots = Slots(num_slots, model.hidden_size, dtype=model.dtype, device=model.device)

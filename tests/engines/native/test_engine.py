@@ -1,6 +1,7 @@
 """The native engine keeps the contract; what only it can do."""
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.types import FinishReason, StepStats
 from tests.engines.contract import EngineContract
-from tests.fakes import make_request, native_engine, run, run_all
+from tests.fakes import DEVICE, make_request, native_engine, run, run_all
 
 pytestmark = pytest.mark.torch
 
@@ -127,3 +128,48 @@ async def test_bfloat16_runs_every_mode(tiny_llama: Path) -> None:
         ]
         results = await run_all(engine, requests)
         assert all(len(r.token_ids) == 8 for r in results)
+
+
+async def test_cache_of_cpu_is_what_requests_need_and_at_most_2_gib(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It took 40% of the machine's memory, 9.3 GB for a model of 135M parameters."""
+    from coconut_serve.engines.native import core
+
+    async with native_engine(tiny_llama, max_num_seqs=8, max_model_len=100) as engine:
+        info = engine.info
+        assert info.kv_cache_positions == 8 * 100
+        per_position = 4 * (2 * 2 * 2 * 16 + 64)  # two layers of two heads, and the fed vector
+        assert info.kv_cache_bytes == 800 * per_position
+        assert info.weights_bytes > (tiny_llama / "model.safetensors").stat().st_size - 10_000
+    assert not caplog.messages
+    assert core._AUTO_CPU_CACHE_BYTES == 2 * 2**30
+    monkeypatch.setattr(core, "_AUTO_CPU_CACHE_BYTES", 64 * 1024)
+    async with native_engine(tiny_llama, max_model_len=None) as engine:
+        assert engine.info.max_model_len == engine.info.kv_cache_positions == 84
+    assert (
+        "a request may have 84 positions, not the model's 256: the KV cache of 64 KiB holds no "
+        "more; raise --kv-cache-memory"
+    ) in caplog.messages
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of a GPU is taken at once")
+async def test_memory_of_the_cache_is_taken_as_it_is_used(tiny_llama: Path) -> None:
+    """It was written at start; and a block freed was the last to be used again."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    async with native_engine(tiny_llama, enable_prefix_caching=False):
+        pass  # what torch takes once
+    before = resident()
+    async with native_engine(
+        tiny_llama, kv_cache_memory="1GiB", enable_prefix_caching=False
+    ) as engine:
+        assert resident() - before < 200 * 2**20
+        pool = engine.core._scheduler.pool
+        used = set()
+        for _ in range(3):
+            await run(engine, make_request(mode="latent", steps=2))
+            used.add(pool._free[0])
+        assert used == {1}, "the next request gets the blocks of the last"

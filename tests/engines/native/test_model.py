@@ -24,6 +24,8 @@ def load(directory: Path, *, is_packed: bool) -> PagedModel:
 def first_step(model: PagedModel, num_rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits of the first position of some sequences, and the caches after it."""
     caches = model.make_caches(2 * num_rows)
+    for tensor in (tensor for pair in caches for tensor in pair):
+        tensor.zero_()  # so that what is written shows
     at = torch.arange(num_rows, 2 * num_rows)
     plan = AttentionPlan(
         write_slots=at,
