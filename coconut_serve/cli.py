@@ -18,6 +18,7 @@ import coconut_serve
 from coconut_serve import flags, sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.convert import command as convert
+from coconut_serve.checkpoint.files import check_files
 from coconut_serve.checkpoint.generation_config import read_sampling_defaults
 from coconut_serve.checkpoint.manifest import Manifest, Token, Tokens, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
@@ -215,6 +216,7 @@ async def load_service(
         await engine.start()
     else:
         directory = await asyncio.to_thread(resolve_model, model)
+        await asyncio.to_thread(check_files, directory)
         manifest = load_manifest(directory)
         if values["generation_config"] == "auto":
             own = read_sampling_defaults(directory)

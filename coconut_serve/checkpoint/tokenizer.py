@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from coconut_serve.checkpoint.files import one_line
 from coconut_serve.errors import InvalidRequestError, StartupError
 
 _FILE = "tokenizer.json"
@@ -245,12 +246,31 @@ def load_tokenizer(directory: Path) -> HFTokenizer | None:
             _obey(tokenizer, file)
         else:
             tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise StartupError(f"cannot load the tokenizer of {directory}: {error}") from error
+    except StartupError:
+        raise
+    except Exception as error:  # wrong contents make transformers raise nearly anything
+        raise StartupError(
+            f"cannot load the tokenizer of {directory}: {one_line(error)}"
+        ) from error
     eos = list(read_eos_token_ids(directory))
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
         eos.append(tokenizer.eos_token_id)
-    return HFTokenizer(tokenizer, tuple(eos))
+    loaded = HFTokenizer(tokenizer, tuple(eos))
+    if loaded.has_chat_template:
+        _check_template(loaded, directory)
+    return loaded
+
+
+def _check_template(tokenizer: HFTokenizer, directory: Path) -> None:
+    """Refuse a chat template that can render nothing; one message alone it may well refuse."""
+    try:
+        tokenizer.render_chat([{"role": "user", "content": "Hello"}])
+    except InvalidRequestError as refusal:
+        fault = refusal.__cause__
+        if isinstance(fault, TemplateSyntaxError):
+            raise StartupError(
+                f"the chat template of {directory} does not compile: line {fault.lineno}: {fault}"
+            ) from fault
 
 
 def _obey(tokenizer: Any, file: Path) -> None:
@@ -280,6 +300,10 @@ def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
         path = directory / name
         if path.is_file():
             value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
+            if value is None:
+                continue
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(each) is int for each in ids):
+                raise StartupError(f"{path}: eos_token_id {value!r} is no token id or list of them")
+            return tuple(ids)
     return ()

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import coconut_serve
+from coconut_serve.checkpoint.files import one_line
 from coconut_serve.errors import StartupError
 
 BUILT_IN_MODELS = {
@@ -64,6 +65,11 @@ def resolve_model(name: str) -> Path:
         return path
     if path.suffix == ".gguf" and path.is_file():
         return convert_gguf(path)
+    if path.is_file():
+        raise StartupError(
+            f"{path} is no model directory; coconut-serve convert makes one of a checkpoint file",
+            param="MODEL",
+        )
     if path.is_absolute() or name.startswith((".", "~")):
         raise StartupError(f"no such model directory: {path}", param="MODEL")
     return _download(name)
@@ -121,9 +127,12 @@ def convert_gguf(file: Path) -> Path:
     try:
         _write_converted(file, partial)
         os.replace(partial, target)
-    except (OSError, ValueError, RuntimeError) as error:
+    except StartupError:
+        raise
+    except Exception as error:  # a damaged file makes its reader raise nearly anything
         if not target.is_dir():  # else another process was first
-            raise StartupError(f"cannot convert {file}: {error}", param="MODEL") from error
+            reason = one_line(error)
+            raise StartupError(f"cannot convert {file}: {reason}", param="MODEL") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target

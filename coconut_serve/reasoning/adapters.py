@@ -233,6 +233,30 @@ class AdapterBank:
             adapters[name] = kind(spec, {k: v.to(device) for k, v in weights.items()})
         return cls(adapters)
 
+    def check(self, hidden_size: int) -> None:
+        """Try each adapter on one row.
+
+        Raises:
+            StartupError: Its tensors do not fit each other, or a model of that size.
+        """
+        for name, adapter in self._adapters.items():
+            device = next(iter(adapter.weights.values())).device
+            row = torch.zeros(1, hidden_size, device=device)
+            zero = torch.zeros(1, dtype=torch.int64, device=device)
+            try:
+                result = adapter(row, Draw(zero, zero, zero.float()))
+                result = adapter.mix(row, row) if isinstance(adapter, Gate) else result
+                fits = result.shape == row.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                shapes = {key: list(weight.shape) for key, weight in adapter.weights.items()}
+                raise StartupError(
+                    f"the adapter {name!r} does not fit a model of hidden_size {hidden_size}: "
+                    f"{adapter.spec.file} holds {shapes}",
+                    param="adapters",
+                )
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters there are."""

@@ -58,6 +58,9 @@ def test_missing_paths_and_names_are_refused(
         weights.resolve_model(str(tmp_path / "nothing"))
     with pytest.raises(StartupError, match=r"has no config\.json"):
         weights.resolve_model(str(tmp_path))
+    (tmp_path / "checkpoint_3").write_bytes(b"x")
+    with pytest.raises(StartupError, match="convert makes one of a checkpoint file"):
+        weights.resolve_model(str(tmp_path / "checkpoint_3"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(StartupError, match="could not be downloaded"):
         weights.resolve_model("nobody/no-such-model-here")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging as transformers_logging
 
+from coconut_serve.checkpoint.fit import check_weights
 from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig, format_memory, parse_memory
@@ -25,7 +26,7 @@ from coconut_serve.engines.native.device import (
     resolve_dtype,
 )
 from coconut_serve.engines.native.messages import Abort, Add, Event, Message, Stop
-from coconut_serve.engines.native.model import PagedModel
+from coconut_serve.engines.native.model import PagedModel, max_positions, read_config
 from coconut_serve.engines.native.runner import Runner
 from coconut_serve.engines.native.scheduler import Schedule, ScheduledRow, Scheduler
 from coconut_serve.engines.native.sequence import Sequence
@@ -84,19 +85,16 @@ class EngineCore:
             transformers_logging.disable_progress_bar()
         started = time.monotonic()
         self._num_threads = default_num_threads() if device.type == "cpu" else 1
-        manifest = load_manifest(config.model)
-        specs = manifest.adapter_specs if manifest else {}
-        self._adapters = AdapterBank.load(config.model, specs, device)
+        self._check_directory(device)
         self._model = PagedModel.load(config.model, dtype=dtype, device=device)
-        positions, max_model_len = self._size_cache()
-        self._max_model_len = max_model_len
+        positions, self._max_model_len = self._size_cache()
         self._num_blocks = positions // self._block_size + 1
         self._reset()
         logger.info("model loaded in %.1f s", time.monotonic() - started)
         return EngineInfo(
             engine="native",
             vocab_size=self._model.vocab_size,
-            max_model_len=max_model_len,
+            max_model_len=self._max_model_len,
             kv_cache_positions=(self._num_blocks - 1) * self._block_size,
             kv_cache_bytes=positions * self._model.bytes_per_position,
             weights_bytes=self._model.weights_bytes,
@@ -108,6 +106,22 @@ class EngineCore:
             adapters=(*self._adapters.names, REALIGN),
             fingerprint=fingerprint(config.model, dtype=str(dtype), device=device.type),
         )
+
+    def _check_directory(self, device: torch.device) -> None:
+        """Refuse what cannot work before weights are read, which may take minutes."""
+        config = self._config
+        settings = read_config(config.model).get_text_config()
+        limit = max_positions(settings)
+        if config.max_model_len and limit and config.max_model_len > limit:
+            raise StartupError(
+                f"--max-model-len {config.max_model_len} is more than the model's {limit}",
+                param="--max-model-len",
+            )
+        manifest = load_manifest(config.model)
+        specs = manifest.adapter_specs if manifest else {}
+        self._adapters = AdapterBank.load(config.model, specs, device)
+        self._adapters.check(settings.hidden_size)
+        check_weights(config.model)
 
     def _size_cache(self) -> tuple[int, int]:
         """Decide how many positions the cache holds and how long a sequence may be."""
@@ -127,12 +141,6 @@ class EngineCore:
                 f"--kv-cache-memory {config.kv_cache_memory} holds no block of {size} positions "
                 f"({model.bytes_per_position} bytes each)",
                 param="--kv-cache-memory",
-            )
-        limit = model.max_model_len
-        if config.max_model_len and limit and config.max_model_len > limit:
-            raise StartupError(
-                f"--max-model-len {config.max_model_len} is more than the model's {limit}",
-                param="--max-model-len",
             )
         if config.max_model_len and config.max_model_len > positions:
             raise StartupError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from coconut_serve.checkpoint.files import one_line
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
 from coconut_serve.engines.native.lengths import LongRotary, narrowed
@@ -71,7 +72,7 @@ class PagedModel:
         self.config = config
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self.max_model_len: int | None = _max_positions(config)
+        self.max_model_len: int | None = max_positions(config)
         self._rotary = LongRotary.replace(model)
         self.layers = self._probe_layers()
 
@@ -255,17 +256,29 @@ def _plain_logits(model: PreTrainedModel, token_ids: Tensor, first: int) -> Tens
     return logits.float()
 
 
+def read_config(directory: Path) -> PreTrainedConfig:
+    """Read config.json with transformers; errors name the directory."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # wrong values make transformers raise nearly anything
+        raise _unreadable(directory, error) from error
+
+
 def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load with transformers; errors name the directory."""
+    config = read_config(directory)
     try:
-        config = AutoConfig.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, attn_implementation="eager"
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise StartupError(f"cannot load {directory}: {error}", param="MODEL") from error
+    except Exception as error:
+        raise _unreadable(directory, error) from error
     assert isinstance(model, PreTrainedModel)
     return model.eval()
+
+
+def _unreadable(directory: Path, error: Exception) -> StartupError:
+    return StartupError(f"cannot load {directory}: {one_line(error)}", param="MODEL")
 
 
 def _unsupported(directory: Path, reason: str) -> StartupError:
@@ -301,7 +314,7 @@ def _logit_transform(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
     return transform
 
 
-def _max_positions(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """The longest sequence the model was made for, None if it does not say."""
     for name in ("max_position_embeddings", "n_positions"):
         length = getattr(config, name, None)

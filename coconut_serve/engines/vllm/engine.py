@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from coconut_serve.checkpoint.files import one_line
+from coconut_serve.checkpoint.fit import check_weights
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
@@ -112,12 +114,18 @@ class VllmEngine:
         _set_environment()
         async with _progress(self._config):
             try:
+                await asyncio.to_thread(self._check_weights)
                 return await self._launch()
             except CoconutError:
                 raise
             except Exception as error:
                 logger.debug("vLLM did not start", exc_info=True)
-                raise StartupError(f"vLLM did not start: {error}") from error
+                raise StartupError(f"vLLM did not start: {one_line(error)}") from error
+
+    def _check_weights(self) -> None:
+        """Refuse wrong weights by name: vLLM runs without some that are missing."""
+        if not any(flag.startswith(("--load-format", "--load_format")) for flag in self._flags):
+            check_weights(self._config.model)
 
     async def _launch(self) -> _Life:
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -114,6 +114,7 @@ class ReasoningStateMixin:
         self._adapted: list[nn.Module] | None = None  # embedding layers that LoRA wraps
         embedding = _embedding(model, self._embed)
         self.adapters = _load_adapters(config.model, device)
+        self.adapters.check(config.get_inputs_embeds_size())
         _add_realign(self.adapters, model, embedding, torch.arange(vocab_size, device=device))
         self.reasoning = WorkerReasoning(
             num_slots=vllm_config.scheduler_config.max_num_seqs,

@@ -173,3 +173,20 @@ async def test_memory_of_the_cache_is_taken_as_it_is_used(tiny_llama: Path) -> N
             await run(engine, make_request(mode="latent", steps=2))
             used.add(pool._free[0])
         assert used == {1}, "the next request gets the blocks of the last"
+
+
+async def test_adapter_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """It was found by the first request, and ended the engine."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.models import with_projection
+
+    model, _ = with_projection(tiny_llama, tmp_path / "m")
+    file = model / "latent" / "adapter.safetensors"
+    weights = load_file(file)
+    for name in weights:
+        wrong = {**weights, name: weights[name][..., :-1].clone()}
+        save_file(wrong, file)
+        with pytest.raises(StartupError, match="'default' does not fit a model of hidden_size 64"):
+            async with native_engine(model):
+                pass

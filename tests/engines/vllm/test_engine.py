@@ -74,6 +74,22 @@ async def test_longrope_is_refused_beyond_its_short_factors(
             pass
 
 
+async def test_missing_weights_are_named_before_vllm_starts(
+    wide_llama: Path, engines: Engines, tmp_path: Path
+) -> None:
+    """vLLM ran with a tensor as it was allocated."""
+    from safetensors.torch import load_file, save_file
+
+    for file in wide_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StartupError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        async with engines.open(tmp_path):
+            pass
+
+
 def test_command_line_serves_and_shows_both_kinds_of_metrics(
     wide_llama: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,122 @@
+"""The files of a model directory, checked before anything is loaded. Imports no torch."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+
+from coconut_serve.errors import StartupError
+
+# All that transformers, vLLM or this package read; each holds an object.
+_JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "adapter_config.json",
+    "latent_config.json",
+)  # fmt: skip
+_TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
+_INDEX_SUFFIX = ".index.json"
+_T = TypeVar("_T")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text without line breaks; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_files(directory: Path) -> None:
+    """Check that the files can be read and are whole.
+
+    Raises:
+        StartupError: One is damaged, or weights are missing; names it and says why.
+    """
+    for name in _JSON_FILES:
+        if (directory / name).is_file():
+            _read_object(directory / name)
+    for path in directory.glob("*.jinja"):
+        _read_text(path)
+    for name in _TEXT_FILES:
+        if (directory / name).is_file():
+            _read_text(directory / name)
+    for name in ("tokenizer.model", "spiece.model"):
+        if (directory / name).is_file():
+            _check_content(directory / name)
+    weights = list(_weights(directory))
+    if not weights:
+        raise StartupError(f"{directory} has no weights (model.safetensors)", param="MODEL")
+    for path in (*weights, *sorted(directory.glob("latent/*.safetensors"))):
+        _check_content(path)
+        if path.suffix == ".safetensors":
+            _check_safetensors(path)
+
+
+def _weights(directory: Path) -> Iterator[Path]:
+    """The files that hold the model, or several variants of it."""
+    for index in sorted(directory.glob(f"*{_INDEX_SUFFIX}")):
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise StartupError(f"{index} has no weight_map", param="MODEL")
+        for name in sorted({str(shard) for shard in shards.values()}):
+            if not (directory / name).is_file():
+                raise StartupError(f"{index} names {name}, which is not there", param="MODEL")
+            yield directory / name
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            yield directory / name
+            return
+    if not list(directory.glob(f"*{_INDEX_SUFFIX}")):  # vLLM takes any names
+        yield from sorted(directory.glob("*.safetensors"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StartupError(
+            f"{path} is not readable JSON: {one_line(error)}", param=path.name
+        ) from error
+    if not isinstance(data, dict):
+        raise StartupError(f"{path} must hold one JSON object", param=path.name)
+    return data
+
+
+def _read_text(path: Path) -> str:
+    _check_content(path)
+    return _reading(path, lambda: path.read_text(encoding="utf-8"))
+
+
+def _check_content(path: Path) -> None:
+    """Refuse what stands for a file's content and is not it."""
+
+    def read() -> bytes:
+        with path.open("rb") as stream:
+            return stream.read(len(_POINTER))
+
+    start = _reading(path, read)
+    if not start and path.suffix != ".txt":
+        raise StartupError(f"{path} is empty", param=path.name)
+    if start == _POINTER:
+        raise StartupError(
+            f"{path} is a git-lfs pointer, not the file itself: run git lfs pull", param=path.name
+        )
+
+
+def _check_safetensors(path: Path) -> None:
+    """Read the header, which says how long the file must be."""
+
+    def read() -> None:
+        with safe_open(path, framework="numpy"):
+            pass
+
+    _reading(path, read, "truncated or no safetensors file: ")
+
+
+def _reading(path: Path, read: Callable[[], _T], what: str = "not readable: ") -> _T:
+    try:
+        return read()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StartupError(f"{path} is {what}{one_line(error)}", param=path.name) from error
