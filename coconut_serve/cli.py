@@ -34,6 +34,7 @@ from coconut_serve.server.app import create_app
 from coconut_serve.server.draining import DrainingServer
 from coconut_serve.server.listen import listen_for
 from coconut_serve.server.state import Service
+from coconut_serve.service.model import choose_modes
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training import command as train
 
@@ -136,6 +137,26 @@ def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
     return ServeConfig(**own)
 
 
+def check_engine(values: dict[str, Any]) -> None:
+    """Refuse what no model makes right, before one is fetched.
+
+    Raises:
+        StartupError: A setting is wrong, or what the engine needs is not here.
+    """
+    match values["engine"]:
+        case "native":
+            _engine_config(None, values)
+            if values["device"] == "cuda":
+                from coconut_serve.engines.native.device import resolve_device
+
+                resolve_device("cuda")
+        case "vllm":
+            _engine_config(None, values)
+            from coconut_serve.engines.vllm.plugin import check_version
+
+            check_version()
+
+
 def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -> Engine:
     """Build the chosen engine: the one place that imports engines."""
     match values["engine"]:
@@ -181,9 +202,13 @@ def _engine_config(model: Path | None, values: dict[str, Any]) -> EngineConfig:
     own |= {
         "model": model,
         "enable_prefix_caching": not values["no_prefix_caching"],
-        "show_progress": sys.stderr.isatty(),
+        "show_progress": _shows_progress(values),
     }
     return EngineConfig(**own)
+
+
+def _shows_progress(values: dict[str, Any]) -> bool:
+    return sys.stderr.isatty() and values["log_format"] == "text"
 
 
 def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
@@ -215,9 +240,15 @@ async def load_service(
         engine = build_engine(None, values, metrics)
         await engine.start()
     else:
-        directory = await asyncio.to_thread(resolve_model, model)
+        directory = await asyncio.to_thread(resolve_model, model, _shows_progress(values))
         await asyncio.to_thread(check_files, directory)
         manifest = load_manifest(directory)
+        choose_modes(
+            manifest,
+            mode_names(),
+            allowed_modes=config.allowed_reasoning_modes,
+            default_mode=config.default_reasoning_mode,
+        )
         if values["generation_config"] == "auto":
             own = read_sampling_defaults(directory)
         engine = build_engine(directory, values, metrics)
@@ -242,6 +273,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
     values = vars(args)
     config = serve_config(args.model, values)
+    check_engine(values)
     metrics = Metrics(
         CollectorRegistry(),
         model_name=config.served_model_name,

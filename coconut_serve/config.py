@@ -43,6 +43,8 @@ class EngineConfig:
         _require(batched is None or batched >= 1, "--max-num-batched-tokens", "must be at least 1")
         length = self.max_model_len
         _require(length is None or length >= 2, "--max-model-len", "must be at least 2")
+        if self.kv_cache_memory != "auto":
+            parse_memory(self.kv_cache_memory, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import coconut_serve
 from coconut_serve.checkpoint.files import one_line
+from coconut_serve.checkpoint.stages import stage
 from coconut_serve.errors import StartupError
 
 BUILT_IN_MODELS = {
@@ -47,24 +48,25 @@ def fingerprint(directory: Path, **facts: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, show_progress: bool = False) -> Path:
     """Find the directory of a model, converting or downloading it if need be.
 
     Args:
         name: A directory, a .gguf file, a built-in name, or a name on the model hub.
+        show_progress: Draw bars instead of logging lines.
 
     Raises:
         StartupError: There is no such model; the text says what is.
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS and not path.is_dir():
-        return DEMO_DIRECTORY if name == "demo" else convert_gguf(_smollm2_file())
+        return DEMO_DIRECTORY if name == "demo" else convert_gguf(_smollm2_file(), show_progress)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise StartupError(f"{path} has no config.json", param="MODEL")
         return path
     if path.suffix == ".gguf" and path.is_file():
-        return convert_gguf(path)
+        return convert_gguf(path, show_progress)
     if path.is_file():
         raise StartupError(
             f"{path} is no model directory; coconut-serve convert makes one of a checkpoint file",
@@ -72,7 +74,7 @@ def resolve_model(name: str) -> Path:
         )
     if path.is_absolute() or name.startswith((".", "~")):
         raise StartupError(f"no such model directory: {path}", param="MODEL")
-    return _download(name)
+    return _download(name, show_progress)
 
 
 def _smollm2_file() -> Path:
@@ -90,14 +92,15 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
+def _download(name: str, show_progress: bool) -> Path:
     """Fetch a model from the hub, or find it in the hub's own cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        with stage(f"fetching {name}", show_progress=show_progress, has_own_bar=True):
+            return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError, HFValidationError) as error:
         known = ", ".join(BUILT_IN_MODELS)
         raise StartupError(
@@ -107,7 +110,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def convert_gguf(file: Path) -> Path:
+def convert_gguf(file: Path, show_progress: bool = False) -> Path:
     """Convert a GGUF file to a safetensors directory, once; float32, as dequantised.
 
     The directory appears whole or not at all, so a killed conversion leaves nothing behind that
@@ -125,7 +128,8 @@ def convert_gguf(file: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _write_converted(file, partial)
+        with stage(f"converting {file.name}", show_progress=show_progress, has_own_bar=True):
+            _write_converted(file, partial, show_progress)
         os.replace(partial, target)
     except StartupError:
         raise
@@ -149,7 +153,7 @@ def _sample_digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_converted(file: Path, directory: Path) -> None:
+def _write_converted(file: Path, directory: Path, show_progress: bool) -> None:
     try:
         import gguf  # noqa: F401 (transformers needs it to read the file)
     except ImportError as error:
@@ -158,7 +162,10 @@ def _write_converted(file: Path, directory: Path) -> None:
         ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
+    if not show_progress:
+        transformers_logging.disable_progress_bar()
     where = str(file.parent)
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(

@@ -8,7 +8,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from coconut_serve.config import ServeConfig
+from coconut_serve.config import ServeConfig, format_memory
+from coconut_serve.server.example import example_request
 from coconut_serve.server.listen import api_url
 from coconut_serve.server.state import Service
 
@@ -29,6 +30,7 @@ class DrainingServer(uvicorn.Server):
                 ssl_ca_certs=config.ssl_ca_certs,
                 ssl_cert_reqs=config.ssl_cert_reqs,
                 log_config=None,
+                log_level=logging.WARNING,  # "startup complete" would stand there while it loads
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=64 * 1024,
@@ -79,12 +81,17 @@ class DrainingServer(uvicorn.Server):
         """Say where the server listens, once it does and the model is there."""
         if self.service is None or not self.started:
             return
+        logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
         info, config = self.service.engine.info, self.service.config
         url = api_url(config, self.servers[0].sockets[0])
+        weights = f"{format_memory(info.weights_bytes)} for weights, " if info.weights_bytes else ""
+        memory = f"memory {weights}up to {format_memory(info.kv_cache_bytes)} for the KV cache; "
         print(
             f"coconut-serve listens on {url} - "
             f"model {config.served_model_name} ({info.engine}, {info.device}, {info.dtype}), "
-            f"modes {', '.join(self.service.model.modes)}; the KV cache holds "
-            f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}",
+            f"modes {', '.join(self.service.model.modes)}; "
+            f"{memory if info.kv_cache_bytes else ''}the KV cache holds "
+            f"{info.kv_cache_positions} tokens, a request at most {info.max_model_len}\n"
+            f"try: {example_request(self.service, url)}",
             flush=True,
         )

@@ -10,6 +10,46 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.tokenizer import Tokenizer
 
 
+def choose_modes(
+    manifest: Manifest | None,
+    engine_modes: tuple[str, ...],
+    *,
+    allowed_modes: tuple[str, ...] | None,
+    default_mode: str | None,
+) -> tuple[tuple[str, ...], str]:
+    """Decide which modes are served, and which of them a request gets that names none.
+
+    Raises:
+        StartupError: A mode does not exist, or the server's settings name one that the model has
+            not. `latent` may be allowed of any model: some adapters need no training.
+    """
+    declared = tuple((manifest or Manifest()).modes)
+    unknown = [mode for mode in declared if mode not in mode_names()]
+    if unknown:
+        raise StartupError(
+            f"latent_config.json: modes: {unknown[0]!r} is none of {', '.join(mode_names())}",
+            param="modes",
+        )
+    modes = tuple(m for m in engine_modes if m in declared)
+    for mode in allowed_modes or ():
+        if mode not in (*modes, "latent"):
+            raise StartupError(
+                f"--allowed-reasoning-modes: this model has no mode {mode!r}, but "
+                f"{', '.join(modes)}",
+                param="--allowed-reasoning-modes",
+            )
+    if allowed_modes is not None:
+        modes = tuple(m for m in modes if m in allowed_modes)
+    if default_mode is not None and default_mode not in modes:
+        raise StartupError(
+            f"--default-reasoning-mode {default_mode!r} is not one of {', '.join(modes)}",
+            param="--default-reasoning-mode",
+        )
+    preferred = default_mode or (manifest.default_mode if manifest else None)
+    fallback = "cot" if "cot" in modes else next(iter(modes), "none")
+    return modes, preferred if preferred in modes else fallback
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReasoning:
     """What the served model can do, read once from manifest and tokenizer."""
@@ -47,25 +87,11 @@ class ModelReasoning:
         """Combine manifest, tokenizer and server settings.
 
         Raises:
-            StartupError: A mode does not exist, or the server's default is not the model's.
+            StartupError: As `choose_modes`.
         """
-        declared = tuple((manifest or Manifest()).modes)
-        unknown = [mode for mode in declared if mode not in mode_names()]
-        if unknown:
-            raise StartupError(
-                f"latent_config.json: modes: {unknown[0]!r} is none of {', '.join(mode_names())}",
-                param="modes",
-            )
-        modes = tuple(m for m in engine_modes if m in declared)
-        if allowed_modes is not None:
-            modes = tuple(m for m in modes if m in allowed_modes)
-        preferred = default_mode or (manifest.default_mode if manifest else None)
-        if default_mode is not None and default_mode not in modes:
-            raise StartupError(
-                f"--default-reasoning-mode {default_mode!r} is not one of {', '.join(modes)}",
-                param="--default-reasoning-mode",
-            )
-        fallback = "cot" if "cot" in modes else next(iter(modes), "none")
+        modes, default = choose_modes(
+            manifest, engine_modes, allowed_modes=allowed_modes, default_mode=default_mode
+        )
         start = manifest.tokens.think_start if manifest else None
         end = manifest.tokens.think_end if manifest else None
         find = tokenizer.find_id if tokenizer else lambda _: None
@@ -74,7 +100,7 @@ class ModelReasoning:
         is_thinker = end_id is not None and (end is not None or start_id is not None)
         return cls(
             modes=modes,
-            default_mode=preferred if preferred in modes else fallback,
+            default_mode=default,
             manifest=manifest,
             think_start_id=start_id if is_thinker else None,
             think_end_id=end_id if is_thinker else None,

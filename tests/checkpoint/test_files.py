@@ -1,6 +1,7 @@
 """Damaged files stop the start with one line that names the file, exit status 2, no traceback."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,22 @@ def test_other_damages_are_named(model: Path) -> None:
     ],
 )
 def test_serve_says_it_in_one_line_with_status_2(
-    name: str, content: bytes, told: str, model: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: bytes,
+    told: str,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A trailing comma ended in a traceback, after the model had been loaded."""
+    caplog.set_level(logging.INFO)
     (model / name).write_bytes(content)
     assert main(["serve", str(model), "--port", "0"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"coconut-serve: {model / name}")
     assert told in line
+    told_by = {record.name for record in caplog.records}
+    assert "uvicorn.error" not in told_by, '"startup complete" stood there while nothing was'
 
 
 async def load(directory: Path) -> None:

@@ -73,7 +73,7 @@ def test_killed_conversion_leaves_nothing_that_looks_finished(
     source.write_bytes(b"GGUF")
     monkeypatch.setenv("COCONUT_CACHE", str(tmp_path / "cache"))
 
-    def fail(file: Path, directory: Path) -> None:
+    def fail(file: Path, directory: Path, show_progress: bool) -> None:
         (directory / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -82,7 +82,7 @@ def test_killed_conversion_leaves_nothing_that_looks_finished(
         weights.resolve_model(str(source))
     assert list((tmp_path / "cache").iterdir()) == []
 
-    def write(file: Path, directory: Path) -> None:
+    def write(file: Path, directory: Path, show_progress: bool) -> None:
         (directory / "config.json").write_text("{}")
 
     monkeypatch.setattr(weights, "_write_converted", write)

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from coconut_serve.checkpoint.fit import check_weights
 from coconut_serve.checkpoint.manifest import load_manifest
+from coconut_serve.checkpoint.stages import stage
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig, format_memory, parse_memory
 from coconut_serve.engines.base import EngineInfo
@@ -83,14 +84,15 @@ class EngineCore:
         dtype = resolve_dtype(config.dtype, device)
         if not config.show_progress:
             transformers_logging.disable_progress_bar()
-        started = time.monotonic()
         self._num_threads = default_num_threads() if device.type == "cpu" else 1
-        self._check_directory(device)
-        self._model = PagedModel.load(config.model, dtype=dtype, device=device)
-        positions, self._max_model_len = self._size_cache()
-        self._num_blocks = positions // self._block_size + 1
-        self._reset()
-        logger.info("model loaded in %.1f s", time.monotonic() - started)
+        show = config.show_progress
+        with stage("checking the model's files", show_progress=show):
+            self._check_directory(device)
+        self._model = PagedModel.load(config.model, dtype=dtype, device=device, show_progress=show)
+        with stage("making the KV cache", show_progress=show):
+            positions, self._max_model_len = self._size_cache()
+            self._num_blocks = positions // self._block_size + 1
+            self._reset()
         return EngineInfo(
             engine="native",
             vocab_size=self._model.vocab_size,

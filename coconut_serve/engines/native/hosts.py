@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Protocol
 
+from coconut_serve.checkpoint.stages import stage
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.engines.native.messages import Event, Message, Stop
@@ -197,7 +198,8 @@ def _work(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if prepare is not None:
         prepare()
-    from coconut_serve.engines.native.core import EngineCore
+    with stage("starting the engine", show_progress=config.show_progress):
+        from coconut_serve.engines.native.core import EngineCore
 
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from coconut_serve.checkpoint.files import one_line
+from coconut_serve.checkpoint.stages import stage
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
 from coconut_serve.engines.native.lengths import LongRotary, narrowed
@@ -78,7 +79,13 @@ class PagedModel:
 
     @classmethod
     def load(
-        cls, directory: Path, *, dtype: torch.dtype, device: torch.device, is_packed: bool = True
+        cls,
+        directory: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_packed: bool = True,
+        show_progress: bool = False,
     ) -> Self:
         """Load a Hugging Face directory and check the paged forward pass against the plain one.
 
@@ -87,25 +94,31 @@ class PagedModel:
             dtype: Of weights and cache.
             device: Where to run.
             is_packed: Pack linear layers on CPU.
+            show_progress: Draw bars instead of logging lines.
 
         Raises:
             StartupError: The directory cannot be loaded, or the model's attention does more than
                 the paged function knows (ALiBi, attention sinks, ...), so its logits differ.
         """
         attention.register()
-        model = _load_plain(directory, dtype)
+        with stage("loading weights", show_progress=show_progress, has_own_bar=True):
+            model = _load_plain(directory, dtype)
         token_ids = torch.arange(_TEST_LENGTH) * 7 % model.config.get_text_config().vocab_size
         token_ids = token_ids.to(device)
         with torch.inference_mode(), narrowed(model):
-            model = model.to(device)
-            expected = [(at, _plain_logits(model, token_ids, at)) for at in _test_positions(model)]
+            with stage("self-test: plain model", show_progress=show_progress):
+                model = model.to(device)
+                places = _test_positions(model)
+                expected = [(at, _plain_logits(model, token_ids, at)) for at in places]
             if device.type == "cpu" and is_packed:
-                pack_linears(model, dtype)
+                with stage("packing weights", show_progress=show_progress):
+                    pack_linears(model, dtype)
             try:
-                model.set_attn_implementation(attention.IMPLEMENTATION)
-                paged = cls(model, device)
-                for first, logits in expected:
-                    paged._check(token_ids, first, logits)
+                with stage("self-test: paged model", show_progress=show_progress):
+                    model.set_attn_implementation(attention.IMPLEMENTATION)
+                    paged = cls(model, device)
+                    for first, logits in expected:
+                        paged._check(token_ids, first, logits)
             except _REFUSALS as error:
                 raise _unsupported(directory, str(error)) from error
         return paged

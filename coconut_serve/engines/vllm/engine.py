@@ -5,21 +5,20 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from coconut_serve.checkpoint.files import one_line
 from coconut_serve.checkpoint.fit import check_weights
+from coconut_serve.checkpoint.stages import stage
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.vllm import plugin
 from coconut_serve.engines.vllm.follow import Follower
-from coconut_serve.engines.vllm.options import build_engine_args, check_adapter
+from coconut_serve.engines.vllm.options import build_engine_args, check_adapter, check_device
 from coconut_serve.engines.vllm.params import counts_by_itself, thinking_of, to_extra_args
 from coconut_serve.engines.vllm.stats import StepObserver
 from coconut_serve.errors import (
@@ -112,15 +111,17 @@ class VllmEngine:
     async def _begin(self) -> _Life:
         """Start one AsyncLLM."""
         _set_environment()
-        async with _progress(self._config):
-            try:
+        show = self._config.show_progress
+        try:
+            with stage("checking the model's files", show_progress=show):
                 await asyncio.to_thread(self._check_weights)
+            with stage("starting vLLM", show_progress=show):
                 return await self._launch()
-            except CoconutError:
-                raise
-            except Exception as error:
-                logger.debug("vLLM did not start", exc_info=True)
-                raise StartupError(f"vLLM did not start: {one_line(error)}") from error
+        except CoconutError:
+            raise
+        except Exception as error:
+            logger.debug("vLLM did not start", exc_info=True)
+            raise StartupError(f"vLLM did not start: {one_line(error)}") from error
 
     def _check_weights(self) -> None:
         """Refuse wrong weights by name: vLLM runs without some that are missing."""
@@ -136,6 +137,7 @@ class VllmEngine:
 
         def create() -> Any:
             plugin.install()
+            check_device(self._config.device)
             from coconut_serve.engines.vllm.hooks import check_config
 
             config = args.create_engine_config()
@@ -144,19 +146,19 @@ class VllmEngine:
 
         llm = await asyncio.to_thread(create)
         try:
-            adapters = await self._check_workers(llm)
+            status = await self._check_workers(llm)
         except BaseException:
             await asyncio.to_thread(llm.shutdown)
             raise
         cache = llm.vllm_config.cache_config
         observer.num_blocks = cache.num_gpu_blocks or 0
         observer.num_engines = llm.vllm_config.parallel_config.data_parallel_size
-        self._info = _describe(llm.vllm_config, self._modes, adapters, self._adapter)
+        self._info = _describe(llm.vllm_config, self._modes, status, self._adapter)
         return _Life(llm, observer)
 
-    async def _check_workers(self, llm: Any) -> tuple[str, ...]:
-        """Ask every worker whether the hooks are live; the adapters that they have."""
-        adapters: tuple[str, ...] = ()
+    async def _check_workers(self, llm: Any) -> dict[str, Any]:
+        """Ask every worker whether the hooks are live; their adapters and memory."""
+        whole: dict[str, Any] = {"adapters": (), "weights_bytes": 0, "kv_cache_bytes": 0}
         for rank, status in enumerate(await llm.collective_rpc("coconut_status")):
             logger.info("vLLM worker %s: %s", rank, status)
             if not status["is_live"]:
@@ -164,8 +166,10 @@ class VllmEngine:
                     f"the hooks are not live in vLLM worker {rank} ({status}); is coconut-serve "
                     "installed there, and is it in VLLM_PLUGINS if that is set?"
                 )
-            adapters = tuple(status["adapters"])
-        return adapters
+            whole["adapters"] = tuple(status["adapters"])
+            whole["weights_bytes"] += status["weights_bytes"]
+            whole["kv_cache_bytes"] += status["kv_cache_bytes"]
+        return whole
 
     async def check_health(self) -> None:
         """Raise EngineDeadError if vLLM cannot work."""
@@ -361,10 +365,8 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
     return outputs
 
 
-def _describe(
-    config: Any, modes: tuple[str, ...], adapters: tuple[str, ...], lora: Any
-) -> EngineInfo:
-    """Read off vLLM's configuration what it can do."""
+def _describe(config: Any, modes: tuple[str, ...], status: dict[str, Any], lora: Any) -> EngineInfo:
+    """Read off vLLM's configuration, and its workers' status, what it can do."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
         "dtype": str(model.dtype),
@@ -385,7 +387,9 @@ def _describe(
         modes=modes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(config.device_config.device_type),
-        adapters=adapters,
+        adapters=status["adapters"],
+        weights_bytes=status["weights_bytes"],
+        kv_cache_bytes=status["kv_cache_bytes"],
         unsupported_features=plugin.UNSUPPORTED,
         fingerprint=fingerprint(Path(model.model), **facts),
     )
@@ -398,23 +402,3 @@ def _set_environment() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "coconut_serve" not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = ",".join(filter(None, (allowed, "coconut_serve")))
-
-
-@contextlib.asynccontextmanager
-async def _progress(config: EngineConfig) -> AsyncIterator[None]:
-    """Show that time passes: vLLM loads, compiles and captures in other processes."""
-    bar = tqdm(
-        desc="starting vLLM", bar_format="{desc}: {elapsed}", disable=not config.show_progress
-    )
-
-    async def tick() -> None:
-        while True:
-            await asyncio.sleep(1)
-            bar.refresh()
-
-    ticking = asyncio.create_task(tick())
-    try:
-        yield
-    finally:
-        ticking.cancel()
-        bar.close()

@@ -101,6 +101,18 @@ def _read_flags(flags: tuple[str, ...]) -> dict[str, Any]:
     return given
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that vLLM was not built for: it takes the one that it finds.
+
+    Raises:
+        StartupError: CUDA is asked for, and vLLM runs elsewhere.
+    """
+    from vllm.platforms import current_platform
+
+    if device == "cuda" and not current_platform.is_cuda_alike():
+        raise StartupError("--device cuda: vLLM sees no CUDA device", param="--device")
+
+
 def check_adapter(flags: tuple[str, ...]) -> Any:
     """The LoRA adapter that all requests use, as vLLM's LoRARequest; None without one.
 

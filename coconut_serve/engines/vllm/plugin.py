@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from coconut_serve.errors import StartupError
@@ -205,6 +206,12 @@ def _wrap_block_hash() -> None:
     setattr(module, name, keys)
 
 
+def _storage_bytes(tensors: Iterable[Any]) -> int:
+    """Memory of tensors, of which some may be views of the same."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class WorkerStatus:
     """Added to vLLM's worker class: answers whether the hooks are live."""
 
@@ -218,4 +225,9 @@ class WorkerStatus:
             rows, num_saved = state.reasoning.rows, state.reasoning.num_saved
             status |= {"is_live": True, "num_rows": len(rows), "num_saved": num_saved}
             status["adapters"] = state.adapters.names
+            runner: Any = vars(self)["model_runner"]
+            # On CPU vLLM measures all that the machine uses.
+            is_known = runner.device.type != "cpu"
+            status["weights_bytes"] = int(runner.model_memory_usage) if is_known else 0
+            status["kv_cache_bytes"] = _storage_bytes(runner.kv_caches)
         return status

@@ -175,6 +175,17 @@ async def test_memory_of_the_cache_is_taken_as_it_is_used(tiny_llama: Path) -> N
         assert used == {1}, "the next request gets the blocks of the last"
 
 
+async def test_length_beyond_the_model_is_refused_before_weights_are_read(
+    tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(StartupError, match="more than the model's 256"):
+        async with native_engine(tiny_llama, max_model_len=257):
+            pass
+    assert "checking the model's files" in caplog.messages
+    assert "loading weights" not in caplog.messages
+
+
 async def test_adapter_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     """It was found by the first request, and ended the engine."""
     from safetensors.torch import load_file, save_file

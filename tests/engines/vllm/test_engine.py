@@ -90,6 +90,18 @@ async def test_missing_weights_are_named_before_vllm_starts(
             pass
 
 
+async def test_memory_is_told_and_another_device_refused(
+    wide_llama: Path, engines: Engines
+) -> None:
+    async with engines.open(wide_llama) as engine:
+        assert 0.99 < engine.info.kv_cache_bytes / (64 * 2**20) <= 1, "whole blocks"
+        assert (engine.info.weights_bytes > 0) is (engine.info.device != "cpu")
+    if engine.info.device == "cpu":
+        with pytest.raises(StartupError, match="--device cuda"):
+            async with engines.open(wide_llama, device="cuda"):
+                pass
+
+
 def test_command_line_serves_and_shows_both_kinds_of_metrics(
     wide_llama: Path, tmp_path: Path
 ) -> None:
