@@ -14,7 +14,7 @@ def example_request(service: Service, url: str) -> str:
 
     Args:
         service: Of the loaded model.
-        url: Of the API, with /v1.
+        url: Of the API, with /v1; what follows a space is for people.
     """
     tokenizer, config = service.tokenizer, service.config
     question = (service.manifest.prompt.example if service.manifest else None) or _QUESTION
@@ -28,7 +28,14 @@ def example_request(service: Service, url: str) -> str:
     else:
         endpoint = "chat/completions"
         body |= {"messages": [{"role": "user", "content": question}]}
-    words = ["curl", f"{url}/{endpoint}", "-H", "Content-Type: application/json"]
+    socket = ["--unix-socket", config.uds] if config.uds else []
+    words = [
+        "curl",
+        *socket,
+        f"{url.split()[0]}/{endpoint}",
+        "-H",
+        "Content-Type: application/json",
+    ]
     words += ["-d", json.dumps(body, ensure_ascii=False)]
     key = ' -H "Authorization: Bearer $COCONUT_API_KEY"' if config.api_keys else ""
     return shlex.join(words) + key

@@ -106,9 +106,9 @@ class Path:
 
 @functools.cache
 def paths_of(kind: type[BaseModel]) -> tuple[Path, ...]:
-    """All fields of a body at any level, but what nobody writes by hand, and `type`."""
-    skipped = ("reasoning.replay.", "replay.", "response_format.")
-    return tuple(Path(path) for path in _walk(kind, "") if not path.startswith(skipped))
+    """All fields of a body at any level, but `type`."""
+    found = _walk(kind, "")
+    return tuple(Path(path) for path in found if not path.startswith("response_format."))
 
 
 def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -129,8 +129,11 @@ def nearest(name: str, paths: Iterable[Path]) -> str | None:
     parent, _, own = name.rpartition(".")
     squeezed = _squeeze(own)
     letters, limit = Counter(squeezed), min(3, (len(squeezed) - 1) // 4)
+    limit = max(limit, 1 if parent else 0)  # an unknown name inside an object of ours is an error
     found: list[tuple[int, bool, int, str]] = []
     for index, each in enumerate(paths):
+        if "replay." in each.path and "replay." not in name:
+            continue  # nobody writes those by hand
         for spelt, known in zip(each.spellings, each.letters, strict=True):
             # A slip leaves out one letter at most, and that is cheap to count.
             if abs(len(spelt) - len(squeezed)) > limit or (known - letters).total() > limit:

@@ -158,7 +158,7 @@ async def test_harmless_fields_are_like_none_of_ours(http: httpx.AsyncClient) ->
         ({"reasoning": {"top_k": 3}}, "reasoning.top_k", "reasoning.mixture.top_k"),
         ({"reasoning": {"mixture": {"rule": "swi"}}}, "reasoning.mixture.rule",
          "reasoning.halt.rule"),
-        ({"reasoning": {"halt": {"rul": "auto"}}}, "reasoning.halt.rul", None),
+        ({"reasoning": {"halt": {"rul": "auto"}}}, "reasoning.halt.rul", "reasoning.halt.rule"),
         ({"reasoning": {"mixtur": {"top_k": 3}}}, "reasoning.mixtur", "reasoning.mixture"),
         ({"stream": True, "stream_options": {"include_usge": True}}, "stream_options.include_usge",
          "stream_options.include_usage"),

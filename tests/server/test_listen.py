@@ -38,7 +38,9 @@ async def serving(capsys: pytest.CaptureFixture[str], **config: Any) -> AsyncIte
             while not server.started or server.service is None:
                 assert not task.done(), "the server ended before it was ready"
                 await asyncio.sleep(0.01)
-        [address] = re.findall(r"https?://\S+(?=/v1)", capsys.readouterr().out)
+        listens, example = capsys.readouterr().out.splitlines()
+        [address] = re.findall(r"https?://\S+(?=/v1)", listens)
+        assert f"{address}/v1/" in example
         yield address
     finally:
         server.should_exit = True
