@@ -73,7 +73,6 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
         version=coconut_serve.__version__,
         summary="OpenAI-compatible inference server for latent reasoning",
         lifespan=lifespan,
-        root_path=config.root_path,
         docs_url=None,  # its page loads scripts from a CDN; /openapi.json is the reference
         redoc_url=None,
     )
@@ -92,7 +91,8 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
 
 
 def _add_middleware(app: FastAPI, config: ServeConfig) -> None:
-    app.add_middleware(RequestMiddleware, api_keys=config.api_keys)
+    keys, root = config.api_keys, config.root_path
+    app.add_middleware(RequestMiddleware, api_keys=keys, root_path=root)
     if config.allowed_origins:
         app.add_middleware(  # around the one above: preflights carry no key
             CORSMiddleware,

@@ -33,11 +33,13 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class RequestMiddleware:
     """Sets x-request-id and openai-processing-ms, checks the key, logs one line.
 
-    Keys are compared as hashes in constant time, all of them, whichever matches.
+    Keys are compared as hashes in constant time, all of them, whichever matches. Routes find
+    their paths whether or not a proxy has taken `root_path` off them.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
         self._keys = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,8 +48,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        if method == "HEAD":  # as GET; the server below leaves the body out
-            scope = {**scope, "method": "GET"}
+        # HEAD is served as GET; the server below leaves the body out.
+        scope = {**scope, "root_path": self._root_path or scope.get("root_path", "")}
+        scope["method"] = "GET" if method == "HEAD" else method
         request = Request(scope)
         started = time.perf_counter()
         request.state.request_id = request_id(request)
