@@ -85,14 +85,14 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> 
 
 
 def test_second_signal_ends_it_at_once(slow_stub: Server) -> None:
-    body = {"prompt": "abc", "max_tokens": 400, "stream": True}
+    body = {"prompt": "abc", "max_tokens": 1200, "stream": True}
     with httpx.stream("POST", f"{slow_stub.url}/v1/completions", json=body) as response:
         next(response.iter_lines())
         slow_stub.process.send_signal(signal.SIGTERM)
         while httpx.get(f"{slow_stub.url}/ready").status_code == 200:
             pass
         slow_stub.process.send_signal(signal.SIGTERM)
-        # Without it the answer would take ten seconds, the drain thirty.
+        # Without it the answer would take half a minute, and so would the drain.
         assert slow_stub.process.wait(timeout=4) != 0
 
 

@@ -83,7 +83,8 @@ def _check_rotary(model: Any) -> None:
     Raises:
         ValueError: Naming the type.
     """
-    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    text_config = getattr(model, "hf_text_config", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
     kinds = rope.values() if rope and all(isinstance(v, dict) for v in rope.values()) else (rope,)
     for kind in kinds:
         name, original = kind.get("rope_type"), kind.get("original_max_position_embeddings")

@@ -28,7 +28,8 @@ async def ask(url: str, mode: str, select: str) -> tuple[Any, ...]:
         answer = (await client.post("/v1/completions", json=body)).json()
     usage = answer["usage"]
     usage.pop("prompt_tokens_details")  # what was cached differs
-    usage["reasoning"].pop("forward_passes")  # vLLM does not tell of chunks
+    for name in ("forward_passes", "latent_ms"):  # vLLM does not tell of chunks; times differ
+        usage["reasoning"].pop(name)
     choices = [(c["index"], c["token_ids"], c["finish_reason"]) for c in answer["choices"]]
     return choices, usage, [choice["logprobs"] for choice in answer["choices"]]
 
