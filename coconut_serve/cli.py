@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
         flag = f"--{key.replace('_', '-')}"
         if isinstance(keys[key], bool):
             given += [flag] if sources.is_true(key, text) else []
-        elif text:
+        elif text and not (isinstance(keys[key], list) and keys[key]):  # a list is not added to
             given.append(f"{flag}={text}")
     args = parser.parse_args([words[0], *given, *words[1:]])
     args.api_key = args.api_key or api_keys

@@ -49,3 +49,10 @@ def test_misspelt_settings_get_a_suggestion(caplog: pytest.LogCaptureFixture) ->
     for name in ("COCONUT_KEY", "COCONUT_APIKEY", "COCONUT_SERVICE_KEY"):
         with pytest.raises(StartupError, match="did you mean COCONUT_API_KEY"):
             parse_args(["serve"], {name: "sk"})
+
+
+def test_lists_of_the_command_line_win_over_the_environment() -> None:
+    """A "*" of the environment could not be narrowed: lists were joined."""
+    words = ["serve", "--allowed-origins", "https://a.example"]
+    args = parse_args(words, {"COCONUT_ALLOWED_ORIGINS": "*"})
+    assert args.allowed_origins == ["https://a.example"]

@@ -54,8 +54,11 @@ def check_files(directory: Path) -> None:
 
 
 def _weights(directory: Path) -> Iterator[Path]:
-    """The files that hold the model, or several variants of it."""
-    for index in sorted(directory.glob(f"*{_INDEX_SUFFIX}")):
+    """The files that hold the model: safetensors where there are any, as engines choose too."""
+    indices = sorted(directory.glob(f"*.safetensors{_INDEX_SUFFIX}"))
+    if not indices and not list(directory.glob("*.safetensors")):
+        indices = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
+    for index in indices:
         shards = _read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise StartupError(f"{index} has no weight_map", param="MODEL")
@@ -67,7 +70,7 @@ def _weights(directory: Path) -> Iterator[Path]:
         if (directory / name).is_file():
             yield directory / name
             return
-    if not list(directory.glob(f"*{_INDEX_SUFFIX}")):  # vLLM takes any names
+    if not indices:  # vLLM takes any names
         yield from sorted(directory.glob("*.safetensors"))
 
 

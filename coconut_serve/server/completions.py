@@ -74,16 +74,18 @@ class _TextAnswer(Answer):
         super().__init__(service, generation, body)
         self._is_echoing = body.echo
         # Text and characters of each choice so far, for the offsets of log-probabilities.
-        requests = generation.prepared.requests if body.logprobs is not None else ()
+        prepared = generation.prepared
+        firsts = prepared.requests[:: prepared.num_sequences] if body.logprobs is not None else ()
         self._texts = [
             Detokenizer(
                 service.tokenizer,
                 skip_special_tokens=body.skip_special_tokens,
-                context=generation.prepared.ask.text_context(request),
+                context=prepared.ask.text_context(request),
             )
-            for request in requests
+            for request in firsts
+            for _ in range(prepared.num_choices)
         ]
-        self._lengths = [0] * len(requests)
+        self._lengths = [0] * len(self._texts)
 
     def openings(self) -> list[Any]:
         """The prompts, if they are to be repeated as text or ids."""

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_SECONDS = 5  # of a 503 that knows no better
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
+_MAX_PARAM = 200
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}  # path -> label
 _REFUSALS = (400, 404, 413, 415)  # of a request that will never be served as it is
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
@@ -27,7 +28,7 @@ def error_body(error: CoconutError) -> dict[str, Any]:
         "error": {
             "message": error.message[:_MAX_MESSAGE],
             "type": error.error_type,
-            "param": error.param,
+            "param": error.param if error.param is None else error.param[:_MAX_PARAM],
             "code": error.code,
         }
     }

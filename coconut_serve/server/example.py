@@ -27,6 +27,7 @@ def example_request(service: Service, url: str) -> str:
         body |= {"prompt": question, "max_tokens": 64}
     else:
         endpoint = "chat/completions"
+        body |= {"max_tokens": 64} if service.engine.info.engine == "stub" else {}
         body |= {"messages": [{"role": "user", "content": question}]}
     socket = ["--unix-socket", config.uds] if config.uds else []
     words = [

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from coconut_serve.errors import InvalidRequestError
 
 MAX_UNKNOWN = 64  # unknown fields of a body
+_MAX_NAME = 64  # characters of a name that could be meant to be one of ours
 
 # Accepted because clients send them; without effect: billing, routing, caching, transport, and
 # details of pictures and sounds, which messages cannot hold.
@@ -44,7 +45,7 @@ REJECTED: Mapping[str, tuple[object, ...]] = {
     "audio": (), "best_of": (1,), "function_call": (), "functions": (), "moderation": (),
     "suffix": ("",), "tool_choice": ("none",), "tools": (), "web_search_options": (),
     # vLLM
-    "cache_salt": (), "chat_template": (), "documents": ([],), "early_stopping": (False,),
+    "cache_salt": ("",), "chat_template": (), "documents": ([],), "early_stopping": (False,),
     "ec_transfer_params": ({},), "guided_choice": (), "guided_decoding_backend": (),
     "guided_grammar": (), "guided_json": (), "guided_regex": (), "guided_whitespace_pattern": (),
     "kv_transfer_params": ({},), "length_penalty": (1,), "logprob_token_ids": ([],),
@@ -72,13 +73,21 @@ REJECTED: Mapping[str, tuple[object, ...]] = {
     "return_progress": (False,), "return_tokens": (False,), "samplers": ([],),
     "t_max_predict_ms": (0,), "tfs_z": (1,), "timings_per_token": (False,), "top_n_sigma": (-1,),
     "typical_p": (1,), "xtc_probability": (0,),
+    # Names of other APIs: transformers, TGI, Anthropic, Ollama, and what Python clients unpack
+    "do_sample": (True,), "extra_body": ({},), "max_new_tokens": (), "max_tokens_to_sample": (),
+    "no_repeat_ngram_size": (0,), "num_beams": (1,), "num_predict": (), "sampling_params": (),
+    "stop_sequences": ([],), "top_n_tokens": (0,),
     # Thinking, as others call it
     "enable_thinking": (), "thinking": (), "thinking_budget": (), "thinking_budget_tokens": (-1,),
 }  # fmt: skip
 # What to send instead of a refused field.
 INSTEAD: Mapping[str, str] = {
-    "enable_thinking": "reasoning_mode", "input_ids": "prompt", "n_cmpl": "n",
-    "n_predict": "max_tokens", "n_probs": "logprobs", "no_stop_trim": "include_stop_str_in_output",
+    "do_sample": "temperature", "enable_thinking": "reasoning_mode",
+    "extra_body": "its fields beside the others", "input_ids": "prompt", "n_cmpl": "n",
+    "max_new_tokens": "max_tokens", "max_tokens_to_sample": "max_tokens",
+    "n_predict": "max_tokens", "num_predict": "max_tokens", "stop_sequences": "stop",
+    "top_n_tokens": "top_logprobs", "n_probs": "logprobs",
+    "no_stop_trim": "include_stop_str_in_output",
     "reasoning_budget": "reasoning.steps", "reasoning_budget_tokens": "reasoning.steps",
     "repeat_penalty": "repetition_penalty", "return_prompt_token_ids": "return_token_ids",
     "return_tokens": "return_token_ids", "thinking": "reasoning_mode",
@@ -197,7 +206,8 @@ def ignored_fields(body: BaseModel, others: frozenset[str]) -> list[str]:
             )
         if len(ignored) == MAX_UNKNOWN:
             raise InvalidRequestError(f"more than {MAX_UNKNOWN} unknown fields", param=name)
-        if nearest(name, paths) or any(map(_is_ours, name.split("_"))):
+        is_like = len(name) <= _MAX_NAME
+        if is_like and (nearest(name, paths) or any(map(_is_ours, name.split("_")))):
             raise unknown_error(name, paths)
         ignored.append(name)
     return ignored

@@ -20,7 +20,7 @@ from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
 from coconut_serve.server.state import Service, get_service, ignored_header
 from coconut_serve.server.usage import token_text
 from coconut_serve.service.presets import EFFORTS
-from coconut_serve.service.tokenizer import require_tokenizer
+from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 
 router = APIRouter()
 _NAME = Path(description="The served name, alone or with a mode: NAME:latent.")
@@ -182,8 +182,13 @@ async def tokenize(request: Request) -> Response:
         "tokens": ids,
     }
     if body.return_token_strs:
-        answer["token_strs"] = [token_text(i, tokenizer) for i in ids]
+        answer["token_strs"] = await asyncio.to_thread(_name_all, ids, tokenizer)
     return JSONResponse(answer, headers=ignored_header(service, ignored))
+
+
+def _name_all(ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    names = {token_id: token_text(token_id, tokenizer) for token_id in set(ids)}
+    return [names[token_id] for token_id in ids]
 
 
 @router.post(

@@ -42,6 +42,9 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
+BadWord = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+
+
 class StreamOptions(Body):
     """stream_options."""
 
@@ -83,7 +86,7 @@ class GenerationBody(NamedBody):
     allowed_token_ids: (
         Annotated[Items[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None
     ) = say("The only token ids that are drawn or mixed, thinking included.")
-    bad_words: Annotated[Items[str], Field(max_length=MAX_BAD_WORDS)] | None = say(
+    bad_words: Annotated[Items[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = say(
         "Texts whose tokens are never completed, thinking included."
     )
     seed: Seed | None = say("Repeats the random numbers of a request.")

@@ -14,6 +14,8 @@ from coconut_serve.service.generation import Generation, TokenDelta, TraceStep
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import HaltReason, SequenceCounts
 
+_OF_MODEL = ("default", "generation_config", "manifest")  # sources of what nobody asked for
+
 
 class ReasoningInfo(BaseModel):
     """`usage.reasoning` and `reasoning_info`: how the first choice shown was thought."""
@@ -53,7 +55,7 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
         "changed": {
             name: each["value"]
             for name, each in prepared.resolved.parameters.items()
-            if each["source"] not in ("default", "manifest") and name != "mode"
+            if each["source"] not in _OF_MODEL and name != "mode"
         },
     }
     return info | {"resolved": prepared.resolved.parameters} if prepared.ask.explains else info

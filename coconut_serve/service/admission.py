@@ -90,11 +90,11 @@ class Admission:
                 param="n",
             )
 
-    def release(self, places: Places) -> None:
-        """Give a call's places back."""
+    def release(self, places: Places, *, has_ended: bool = True) -> None:
+        """Give a call's places back; one that was cut off says nothing of how long calls are."""
         del self._calls[places]
         self.num_in_flight -= places.count
-        if places.num_done:
+        if places.num_done and has_ended:
             self._used_shares.append(places.num_done / places.max_positions)
 
     def retry_after_seconds(self, count: int = 1) -> int:

@@ -78,12 +78,6 @@ class GenerationAsk:
         return request.prompt_token_ids if self.is_continued else ()
 
     @property
-    def most_prompt_tokens(self) -> int:
-        """Prompt tokens that are kept, where the client says how many."""
-        count = self.truncate_prompt_tokens
-        return 2**31 if count is None or count < 0 else count
-
-    @property
     def text_field(self) -> str:
         """The field that holds the text."""
         return "prompt" if self.messages is None else "messages"
@@ -92,4 +86,5 @@ class GenerationAsk:
     def num_characters(self) -> int:
         """About how much text there is to tokenise."""
         texts = [str(m.get("content")) for m in self.messages or ()]
-        return sum(map(len, texts)) + sum(len(p) for p in self.prompts if isinstance(p, str))
+        texts += [*self.sampling.bad_words, *(p for p in self.prompts if isinstance(p, str))]
+        return sum(map(len, texts))

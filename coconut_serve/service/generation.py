@@ -130,6 +130,7 @@ class Generation:
             span.end({}, error)
             raise
         self._places: Places | None = places
+        self._has_ended = False
 
     async def __aenter__(self) -> Self:
         """Start the sequences."""
@@ -155,7 +156,7 @@ class Generation:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             if places is not None:
-                self._admission.release(places)
+                self._admission.release(places, has_ended=self._has_ended)
                 self._metrics.shift(self._metrics.buffered, -self._deltas.qsize())
                 self._span.end(self._cost(), self._error)
 
@@ -183,6 +184,7 @@ class Generation:
             if isinstance(delta, Exception):
                 raise delta
             num_open -= delta.finish_reason is not None
+            self._has_ended = num_open == 0
             yield delta
 
     async def _run(self, index: int, request: Request) -> None:

@@ -15,7 +15,7 @@ from coconut_serve.service import presets, reasoning
 from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.prompt_text import bad_word_ids, keep_last
+from coconut_serve.service.prompt_text import bad_word_ids, keep_last, notes_on
 from coconut_serve.service.reasoning import Resolved
 from coconut_serve.service.replay import add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
@@ -106,7 +106,7 @@ class PromptBuilder:
             self._model,
             effort=ask.effort,
             trace_bounds=self._trace_bounds,
-            num_prompt_tokens=min(max(map(len, prompts)), ask.most_prompt_tokens),
+            num_prompt_tokens=min(max(map(len, prompts)), self._most_prompt_tokens(ask)),
             max_tokens=given.max_tokens or fallback or 1,
             has_speed=self._model.takes_speed and ask.messages is not None,
             is_open=may_think,
@@ -119,8 +119,8 @@ class PromptBuilder:
         seeds = [random.getrandbits(_SEED_BITS) if asked is None else asked for _ in prompts]
         of_thinking = [seed if resolved.seed is None else resolved.seed for seed in seeds]
         resolved = resolved.seeded(seeds[0], "server" if asked is None else "request")
-        notes = self._notes(ask, prompts)
-        prompts = self._truncate(ask, prompts, resolved)
+        prompts = self._truncate(ask, prompts, resolved, given.max_tokens or fallback or 1)
+        notes = notes_on(ask, prompts, self._model, self._tokenizer)
         prompts = [self._start(p, resolved.suffix_ids) for p in prompts]
         default = fallback or self.sampling_defaults.get("max_tokens")
         both = zip(seeds, of_thinking, strict=True)
@@ -139,23 +139,6 @@ class PromptBuilder:
             ask=ask,
         )
 
-    def _notes(self, ask: GenerationAsk, prompts: Sequence[tuple[int, ...]]) -> list[str]:
-        """What a client should know of how its prompt was read."""
-        notes = []
-        if self._model.question_template and len(ask.messages or ()) > 1:
-            notes.append("this model takes one question: only the last user message was used")
-        if self._model.question_template and ask.chat_template_options:
-            notes.append("without effect, this model has no chat template: chat_template_kwargs")
-        unknown = self._tokenizer.unknown_token_id if self._tokenizer else None
-        num_unknown = 0 if unknown is None else sum(p.count(unknown) for p in prompts)
-        if num_unknown:
-            total = sum(map(len, prompts))
-            note = f"{num_unknown} of {total} prompt tokens are unknown to this model"
-            manifest = self._model.manifest
-            example = manifest.prompt.example if manifest else None
-            notes.append(note + (f"; it answers questions such as: {example}" if example else ""))
-        return notes
-
     def _requests(
         self,
         ask: GenerationAsk,
@@ -168,6 +151,7 @@ class PromptBuilder:
         """Build what the engine is given, prompt by prompt; seeds are of answer and thinking."""
         # Engine ids are ours: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex
+        bad_words = bad_word_ids(ask.sampling.bad_words, self._tokenizer, self._info.vocab_size)
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
         for index, (prompt, (seed, thinking_seed)) in enumerate(zip(prompts, seeds, strict=True)):
             params = resolved.params
@@ -175,7 +159,9 @@ class PromptBuilder:
                 # Others of this call do end in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             max_tokens = self._answer_tokens(prompt, params, default, ask)
-            sampling = self._sampling(ask.sampling, max_tokens, needs_logprobs=by_logprob)
+            sampling = self._sampling(
+                ask.sampling, max_tokens, bad_words, needs_logprobs=by_logprob
+            )
             num_sequences = ask.n * resolved.branches
             for number in range(num_sequences):
                 answer = replace(sampling, seed=_derive_seed(seed, number), **resolved.after)
@@ -237,8 +223,17 @@ class PromptBuilder:
             detail = f"the prompt has {longest}. Please shorten it."
             raise ContextLengthError(limit, detail, param=ask.text_field)
 
+    def _most_prompt_tokens(self, ask: GenerationAsk) -> int:
+        """Prompt tokens that are kept; of what shall fit beside thinking, half the context."""
+        count, limit = ask.truncate_prompt_tokens, self._info.max_model_len
+        return limit if count is None else limit // 2 if count < 0 else count
+
     def _truncate(
-        self, ask: GenerationAsk, prompts: list[tuple[int, ...]], resolved: Resolved
+        self,
+        ask: GenerationAsk,
+        prompts: list[tuple[int, ...]],
+        resolved: Resolved,
+        num_answer: int,
     ) -> list[tuple[int, ...]]:
         """Cut prompts to truncate_prompt_tokens; what starts a phase comes behind them."""
         count, limit = ask.truncate_prompt_tokens, self._info.max_model_len
@@ -247,8 +242,8 @@ class PromptBuilder:
         is_possible = count == -1 or 1 <= count <= limit
         require(is_possible, "truncate_prompt_tokens", f"must be -1 or in 1..{limit}")
         if count == -1:
-            taken = len(resolved.suffix_ids) + self._num_thinking(resolved.params)
-            count = max(1, limit - taken - (ask.sampling.max_tokens or 1))
+            taken = len(resolved.suffix_ids) + resolved.params.max_thinking
+            count = max(1, limit - taken - num_answer)
         head = self._ids("", ask.add_special_tokens) if self._tokenizer and ask.prompts else ()
         return [keep_last(p, count, head) for p in prompts]
 
@@ -418,7 +413,12 @@ class PromptBuilder:
         return asked or min(room, default or room)
 
     def _sampling(
-        self, ask: SamplingAsk, max_tokens: int, *, needs_logprobs: bool
+        self,
+        ask: SamplingAsk,
+        max_tokens: int,
+        bad_words: tuple[tuple[int, ...], ...],
+        *,
+        needs_logprobs: bool,
     ) -> SamplingParams:
         """Resolve the sampling fields; OpenAI's defaults."""
         last = self._info.vocab_size - 1
@@ -431,7 +431,7 @@ class PromptBuilder:
             max_tokens=max_tokens,
             logit_bias=tuple(ask.logit_bias.items()),
             allowed_token_ids=ask.allowed_token_ids,
-            bad_words=bad_word_ids(ask.bad_words, self._tokenizer, last + 1),
+            bad_words=bad_words,
             banned_token_ids=tuple(manifest.tokens.never_emit) if manifest else (),
             stop_token_ids=frozenset((*eos, *ask.stop_token_ids)),
             num_logprobs=0 if needs_logprobs and ask.num_logprobs is None else ask.num_logprobs,

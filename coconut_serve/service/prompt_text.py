@@ -1,8 +1,10 @@
-"""From texts of a request to token ids: bad words, and prompts that are cut."""
+"""Texts and token ids of a request: bad words, prompts that are cut, what is noted of them."""
 
 from collections.abc import Sequence
 
 from coconut_serve.errors import require
+from coconut_serve.service.ask import GenerationAsk
+from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 
 
@@ -30,6 +32,28 @@ def bad_word_ids(
     is_inside = all(i < vocab_size for ids in found for i in ids)
     require(is_inside, "bad_words", "has tokens that the model does not have")
     return tuple(found)
+
+
+def notes_on(
+    ask: GenerationAsk,
+    prompts: Sequence[tuple[int, ...]],
+    model: ModelReasoning,
+    tokenizer: Tokenizer | None,
+) -> list[str]:
+    """What a client should know of how its prompts were read."""
+    notes = []
+    if model.question_template and len(ask.messages or ()) > 1:
+        notes.append("this model takes one question: only the last user message was used")
+    if model.question_template and ask.chat_template_options:
+        notes.append("without effect, this model has no chat template: chat_template_kwargs")
+    unknown = tokenizer.unknown_token_id if tokenizer else None
+    num_unknown = 0 if unknown is None else sum(p.count(unknown) for p in prompts)
+    if num_unknown:
+        total = sum(map(len, prompts))
+        note = f"{num_unknown} of {total} prompt tokens are unknown to this model"
+        example = model.manifest.prompt.example if model.manifest else None
+        notes.append(note + (f"; it answers questions such as: {example}" if example else ""))
+    return notes
 
 
 def keep_last(ids: tuple[int, ...], count: int, head: tuple[int, ...]) -> tuple[int, ...]:

@@ -179,3 +179,14 @@ async def test_wrong_contents_are_one_line(
         await load(tmp_path)
     assert str(tmp_path) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_an_index_of_weights_that_are_not_loaded_is_not_looked_at(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Repositories with safetensors beside pytorch_model.bin shards, which nobody fetches."""
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    index = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00002.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    check_files(tmp_path)

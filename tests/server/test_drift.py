@@ -1,5 +1,6 @@
 """Each request field of OpenAI, vLLM, SGLang and llama.cpp is supported, accepted or rejected."""
 
+import time
 import typing
 from typing import Any
 
@@ -239,3 +240,21 @@ async def test_restrictions_out_of_range_are_refused(
     assert response.json()["error"]["param"] == name
     kept = {**TEXT, "allowed_token_ids": [5], "bad_words": ["ab"], "add_special_tokens": False}
     assert (await http.post("/v1/completions", json=kept)).status_code == 200
+
+
+async def test_a_name_of_many_words_costs_nothing(http: httpx.AsyncClient) -> None:
+    """Each word was compared with ours: 270 kB of them stopped the server for three seconds."""
+    name = "_".join(["thinkxxx"] * 30_000)
+    started = time.perf_counter()
+    response = await http.post("/v1/chat/completions", json={**CHAT, name: 1})
+    assert response.status_code == 200
+    assert time.perf_counter() - started < 1
+    long = await http.post("/v1/chat/completions", json={**CHAT, "reasoning": {"think" * 999: 1}})
+    assert len(long.text) < 4000
+
+
+async def test_what_is_kept_fits_beside_the_default_answer(http: httpx.AsyncClient) -> None:
+    """truncate_prompt_tokens -1 left one token for an answer that has sixteen by default."""
+    body = {"prompt": "x" * 600, "truncate_prompt_tokens": -1}
+    usage = (await http.post("/v1/completions", json=body)).json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (512 - 16, 16)

@@ -97,3 +97,14 @@ def test_refusals_stay_cheap() -> None:
             admission.check(1)
 
     assert min(timeit.repeat(refuse, number=100, repeat=5)) / 100 < 0.0002
+
+
+def test_calls_that_were_cut_off_say_nothing_of_how_long_calls_are() -> None:
+    """Clients that hung up under overload made Retry-After 1."""
+    admission = Admission(max_running=1, max_queue=0, step_seconds=lambda: 0.05)
+    for _ in range(10):
+        places = admission.acquire(1, max_positions=1000)
+        places.num_done = 1
+        admission.release(places, has_ended=False)
+    admission.acquire(1, max_positions=1000)
+    assert admission.retry_after_seconds() == 50
