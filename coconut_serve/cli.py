@@ -241,7 +241,11 @@ async def load_service(
         await engine.start()
     else:
         directory = await asyncio.to_thread(resolve_model, model, _shows_progress(values))
-        await asyncio.to_thread(check_files, directory)
+        # vLLM's own formats are vLLM's to read.
+        is_own = any(
+            flag.startswith(("--load-format", "--load_format")) for flag in values["more_flags"]
+        )
+        await asyncio.to_thread(check_files, directory, needs_weights=not is_own)
         manifest = load_manifest(directory)
         choose_modes(
             manifest,

@@ -27,7 +27,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_files(directory: Path) -> None:
+def check_files(directory: Path, *, needs_weights: bool = True) -> None:
     """Check that the files can be read and are whole.
 
     Raises:
@@ -44,8 +44,8 @@ def check_files(directory: Path) -> None:
     for name in ("tokenizer.model", "spiece.model"):
         if (directory / name).is_file():
             _check_content(directory / name)
-    weights = list(_weights(directory))
-    if not weights:
+    weights = list(_weights(directory)) if needs_weights else []
+    if not weights and needs_weights:
         raise StartupError(f"{directory} has no weights (model.safetensors)", param="MODEL")
     for path in (*weights, *sorted(directory.glob("latent/*.safetensors"))):
         _check_content(path)
@@ -54,24 +54,26 @@ def check_files(directory: Path) -> None:
 
 
 def _weights(directory: Path) -> Iterator[Path]:
-    """The files that hold the model: safetensors where there are any, as engines choose too."""
-    indices = sorted(directory.glob(f"*.safetensors{_INDEX_SUFFIX}"))
-    if not indices and not list(directory.glob("*.safetensors")):
-        indices = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
-    for index in indices:
-        shards = _read_object(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise StartupError(f"{index} has no weight_map", param="MODEL")
-        for name in sorted({str(shard) for shard in shards.values()}):
-            if not (directory / name).is_file():
-                raise StartupError(f"{index} names {name}, which is not there", param="MODEL")
-            yield directory / name
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            yield directory / name
+    """The files that hold the model, of several formats the one that engines take."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{stem}{_INDEX_SUFFIX}"
+        if (directory / stem).is_file():
+            yield directory / stem
             return
-    if not indices:  # vLLM takes any names
-        yield from sorted(directory.glob("*.safetensors"))
+        if index.is_file():
+            yield from _shards(index)
+            return
+    yield from sorted(directory.glob("*.safetensors"))  # vLLM takes any names
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    shards = _read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise StartupError(f"{index} has no weight_map", param="MODEL")
+    for name in sorted({str(shard) for shard in shards.values()}):
+        if not (index.parent / name).is_file():
+            raise StartupError(f"{index} names {name}, which is not there", param="MODEL")
+        yield index.parent / name
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -59,13 +59,39 @@ def check_weights(directory: Path) -> None:
             if merged:  # experts, which become one tensor: the loader does not say which are wrong
                 raise _misfit(directory, [f"parts of {_some(merged)} do not fit"], []) from error
             raise StartupError(f"cannot load {directory}: {one_line(error)}") from error
-    name = type(model).__name__
-    unexpected = [key for key in info["unexpected_keys"] if not _OLD_BUFFERS.search(key)]
+    drafts = _draft_layers(config)
+    info["unexpected_keys"] = [
+        key
+        for key in info["unexpected_keys"]
+        if not _OLD_BUFFERS.search(key) and not drafts.search(key)
+    ]
+    refuse_misfits(directory, type(model).__name__, info)
+
+
+def refuse_misfits(directory: Path, name: str, info: dict[str, Any]) -> None:
+    """Refuse what transformers' loader tells of, where it tells of anything.
+
+    Args:
+        directory: Of the model.
+        name: Its class.
+        info: What `from_pretrained` returns with output_loading_info.
+
+    Raises:
+        StartupError: Tensors are missing, unexpected or of another shape; the text names them.
+    """
     shapes = [f"{key} {list(a)} for {list(b)}" for key, a, b in info["mismatched_keys"]]
-    found = {"missing": info["missing_keys"], "unexpected": unexpected, "misshapen": shapes}
+    found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
     faults = [f"{what}: {_some(keys)}" for what, keys in found.items() if keys]
+    faults += [f"misshapen: {_some(shapes)}"] if shapes else []
     if faults:
         raise _misfit(directory, [f"are not those of {name}", *faults], info["unexpected_keys"])
+
+
+def _draft_layers(config: Any) -> re.Pattern[str]:
+    """Names of layers that predict several tokens (MTP), which no class of transformers has."""
+    first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
+    numbers = "|".join(str(first + i) for i in range(count)) or "none"
+    return re.compile(rf"(^|\.)mtp\b|\blayers\.({numbers})\.")
 
 
 def _misfit(directory: Path, faults: list[str], names: Any) -> StartupError:

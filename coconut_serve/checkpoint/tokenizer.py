@@ -18,6 +18,7 @@ from coconut_serve.errors import InvalidRequestError, StartupError
 _FILE = "tokenizer.json"
 _FILES = (_FILE, "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
+_MAX_PARTS = 4  # bytes of a character
 _NUM_CONTEXT = 4  # visible ids before a token that its text may depend on
 # What tokenizers are known to read differently: leading and double spaces, line breaks, code,
 # digits, capitals, contractions, accents, other scripts.
@@ -52,6 +53,7 @@ class HFTokenizer:
         kinds = _decoder_kinds(tokenizer.backend_tokenizer)
         self._is_byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
+        self.splits_characters = "ByteLevel" in kinds  # and does more, unless it is byte-level
         self._added: dict[int, str] = {}
         self._special_ids: set[int] = set()
         for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -92,12 +94,12 @@ class HFTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to a text; they may be part of a character."""
-        if token_id in self._added:
+        if token_id in self._special_ids:
             return self._added[token_id].encode()
         data = self.raw_bytes(token_id)
         if data is not None:
             return data
-        return self.text_after(self._anchor, token_id, skip_special_tokens=False).encode()
+        return self.text_after(self._anchor, [token_id]).encode()
 
     def raw_bytes(self, token_id: int) -> bytes | None:
         """The bytes of a token that stands for bytes; None if it stands for text."""
@@ -112,15 +114,13 @@ class HFTokenizer:
         match = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(match[1], 16)]) if match else None
 
-    def text_after(
-        self, context: Sequence[int], token_id: int, *, skip_special_tokens: bool
-    ) -> str:
-        """What a token adds to the text of ids before it; alone it may lose its first space."""
-        before = self.decode(context, skip_special_tokens=skip_special_tokens)
-        whole = self.decode([*context, token_id], skip_special_tokens=skip_special_tokens)
+    def text_after(self, context: Sequence[int], token_ids: Sequence[int]) -> str:
+        """What tokens add to the text of ids before them; alone they may lose a first space."""
+        before = self.decode(context, skip_special_tokens=False)
+        whole = self.decode([*context, *token_ids], skip_special_tokens=False)
         if whole.startswith(before):
             return whole[len(before) :]
-        return self.decode([token_id], skip_special_tokens=skip_special_tokens)
+        return self.decode(token_ids, skip_special_tokens=False)
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -183,6 +183,7 @@ class _PieceStream:
     def __init__(self, tokenizer: HFTokenizer, skipped: set[int], context: list[int]) -> None:
         self._tokenizer, self._skipped = tokenizer, skipped
         self._context: list[int] = []
+        self._held: list[int] = []  # parts of a character that stand for no bytes of their own
         self._bytes = b""  # the beginning of a character
         for token_id in context:
             self.push(token_id)
@@ -195,10 +196,16 @@ class _PieceStream:
         if data is not None:
             text, self._bytes = _take_characters(self._bytes + data)
         else:
-            text = "\ufffd" * len(self._bytes) + self._tokenizer.text_after(
-                self._context, token_id, skip_special_tokens=False
-            )
+            self._held.append(token_id)
+            text = self._tokenizer.text_after(self._context, self._held)
+            is_part = self._tokenizer.splits_characters and text.endswith("\ufffd")
+            if is_part and len(self._held) < _MAX_PARTS:
+                return ""
+            text = "\ufffd" * len(self._bytes) + text
             self._bytes = b""
+            self._context = [*self._context, *self._held][-_NUM_CONTEXT:]
+            self._held.clear()
+            return text
         self._context = [*self._context[1 - _NUM_CONTEXT :], token_id]
         return text
 
@@ -252,6 +259,11 @@ def load_tokenizer(directory: Path) -> HFTokenizer | None:
         raise StartupError(
             f"cannot load the tokenizer of {directory}: {one_line(error)}"
         ) from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        kind = type(tokenizer).__name__
+        raise StartupError(f"the tokenizer of {directory} ({kind}) has no tokenizer.json to serve")
+    if not tokenizer.encode(_SAMPLES[0], add_special_tokens=False):
+        raise StartupError(f"the tokenizer of {directory} has no vocabulary")
     eos = list(read_eos_token_ids(directory))
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in eos:
         eos.append(tokenizer.eos_token_id)
@@ -282,6 +294,8 @@ def _obey(tokenizer: Any, file: Path) -> None:
     own = Tokenizer.from_file(str(file))
     own.no_truncation()
     own.no_padding()
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        own.add_tokens([token])
     tokenizer.clean_up_tokenization_spaces = False
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         setattr(tokenizer.backend_tokenizer, part, getattr(own, part))

@@ -1,6 +1,5 @@
 """From a normalised API request to engine requests: tokens, limits, reasoning."""
 
-import hashlib
 import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from coconut_serve.service import presets, reasoning
 from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
-from coconut_serve.service.prompt_text import bad_word_ids, keep_last, notes_on
+from coconut_serve.service.prompt_text import bad_word_ids, derive_seed, keep_last, notes_on
 from coconut_serve.service.reasoning import Resolved
 from coconut_serve.service.replay import add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
@@ -164,8 +163,8 @@ class PromptBuilder:
             )
             num_sequences = ask.n * resolved.branches
             for number in range(num_sequences):
-                answer = replace(sampling, seed=_derive_seed(seed, number), **resolved.after)
-                thinking = replace(sampling, seed=_derive_seed(thinking_seed, number))
+                answer = replace(sampling, seed=derive_seed(seed, number), **resolved.after)
+                thinking = replace(sampling, seed=derive_seed(thinking_seed, number))
                 yield Request(
                     request_id=f"{ask.request_id}-{index * num_sequences + number}.{unique}",
                     prompt_token_ids=prompt,
@@ -427,6 +426,12 @@ class PromptBuilder:
             require(is_inside, name, f"has token ids outside 0..{last}")
         manifest = self._model.manifest
         eos = () if ask.ignore_eos else self._model.eos_token_ids
+        if ask.allowed_token_ids:
+            refused = {word[0] for word in bad_words if len(word) == 1}
+            refused |= {*manifest.tokens.never_emit} if manifest else set()
+            refused |= {*eos, *ask.stop_token_ids} if ask.params.get("min_tokens") else set()
+            is_left = bool({*ask.allowed_token_ids} - refused)
+            require(is_left, "allowed_token_ids", "has none but what other fields forbid")
         return SamplingParams(
             max_tokens=max_tokens,
             logit_bias=tuple(ask.logit_bias.items()),
@@ -437,11 +442,3 @@ class PromptBuilder:
             num_logprobs=0 if needs_logprobs and ask.num_logprobs is None else ask.num_logprobs,
             **ask.params,
         )
-
-
-def _derive_seed(seed: int, number: int) -> int:
-    """A seed for each choice: the request's own for the first, unrelated ones for the others."""
-    if number == 0:
-        return seed
-    data = f"{seed}:{number}".encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

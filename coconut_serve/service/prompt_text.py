@@ -1,5 +1,6 @@
-"""Texts and token ids of a request: bad words, prompts that are cut, what is noted of them."""
+"""Parts of a prompt: bad words, what is cut, what is noted, seeds of its choices."""
 
+import hashlib
 from collections.abc import Sequence
 
 from coconut_serve.errors import require
@@ -62,3 +63,11 @@ def keep_last(ids: tuple[int, ...], count: int, head: tuple[int, ...]) -> tuple[
         return ids
     head = head[:count] if ids[: len(head)] == head else ()
     return head + ids[len(ids) - count + len(head) :]
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """A seed for each choice: the request's own for the first, unrelated ones for the others."""
+    if number == 0:
+        return seed
+    data = f"{seed}:{number}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

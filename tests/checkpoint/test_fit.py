@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coconut_serve.checkpoint.fit import check_weights
+from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.errors import StartupError
 from tests.models import save_tiny
 
@@ -143,3 +144,33 @@ def test_what_transformers_cannot_judge_is_left_to_the_engine(
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | settings))
     check_weights(directory)
+
+
+def test_layers_that_only_draft_are_no_fault(tmp_path: Path) -> None:
+    """transformers' own lists name the layer numbers of one published depth alone."""
+    settings = {
+        "num_nextn_predict_layers": 1, "first_k_dense_replace": 2, "n_routed_experts": 4,
+        "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "head_dim": 64,
+    }  # fmt: skip
+    model = save_tiny("deepseek_v3", tmp_path, **settings)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.enorm.weight"] = torch.ones(64)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    check_weights(model)
+    weights["model.layers.3.enorm.weight"] = torch.ones(64)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StartupError, match=r"unexpected: model\.layers\.3\.enorm\.weight"):
+        check_weights(model)
+
+
+def test_what_the_loader_misses_stops_the_engine_too(tiny_llama: Path, tmp_path: Path) -> None:
+    """Models that are not checked beforehand were served with random numbers."""
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    cpu = torch.device("cpu")
+    with pytest.raises(StartupError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        PagedModel.load(tmp_path, dtype=torch.float32, device=cpu)

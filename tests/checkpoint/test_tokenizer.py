@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from coconut_serve.checkpoint.tokenizer import HFTokenizer, load_tokenizer
+from coconut_serve.checkpoint.tokenizer import HFTokenizer, _obey, load_tokenizer
 from coconut_serve.errors import StartupError
 from tests import tokenizer_files
 
@@ -50,11 +51,42 @@ def test_the_file_says_how_text_is_read(tmp_path: Path, name: str, kind: str) ->
         assert tokenizer.encode(text, add_special_tokens=True) == own.encode(text).ids
 
 
-def test_tokens_of_the_config_that_change_plain_text_are_refused(tmp_path: Path) -> None:
-    added = {"7": {"content": "hello", "special": False}}
+def test_added_tokens_of_the_config_are_tokens(tmp_path: Path) -> None:
+    own = tokenizer_files.byte_level(tmp_path)
+    number = own.get_vocab_size()
+    added = {str(number): {"content": "quick brown", "special": False}}
     tokenizer_files.byte_level(tmp_path, added_tokens_decoder=added)
+    assert load(tmp_path).encode("quick brown", add_special_tokens=False) == [number]
+
+
+def test_samples_that_are_read_otherwise_refuse_the_start(tmp_path: Path) -> None:
+    tokenizer_files.byte_level(tmp_path / "a")
+    tokenizer_files.llama2(tmp_path / "b")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
     with pytest.raises(StartupError, match=r"tokenizer\.json: tokenizer_config\.json changes"):
+        _obey(tokenizer, tmp_path / "b" / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "ByT5Tokenizer"])
+def test_a_class_without_a_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    """A download that stopped: every prompt was empty, or a traceback."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(StartupError, match="tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_characters_in_parts_are_held_whatever_the_decoder(tmp_path: Path) -> None:
+    tokenizer_files.byte_level(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": "@"}, "content": "@"}
+    data["decoder"] = {"type": "Sequence", "decoders": [replace, data["decoder"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load(tmp_path)
+    text = "\u00e9 \u4f60\u597d a"
+    stream = tokenizer.stream()
+    shown = "".join(map(stream.push, tokenizer.encode(text, add_special_tokens=False)))
+    assert shown == text
 
 
 def test_a_limit_of_the_file_cuts_no_prompt(tmp_path: Path) -> None:

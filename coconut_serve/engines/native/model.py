@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from coconut_serve.checkpoint.files import one_line
+from coconut_serve.checkpoint.fit import refuse_misfits
 from coconut_serve.checkpoint.stages import stage
 from coconut_serve.engines.native import attention
 from coconut_serve.engines.native.attention import AttentionPlan, Chunk, LayerAttention, Plan
@@ -281,11 +282,17 @@ def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load with transformers; errors name the directory."""
     config = read_config(directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation="eager"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
         )
     except Exception as error:
         raise _unreadable(directory, error) from error
+    # Of models that see or hear too, the rest of the file is not expected here.
+    refuse_misfits(directory, type(model).__name__, {**info, "unexpected_keys": ()})
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

@@ -116,6 +116,7 @@ class Scheduler:
         """Plan the next step."""
         plan = Schedule()
         self._lengthen(plan)
+        num_longer = len(plan.preemptions)
         rows: dict[Sequence, ScheduledRow] = {}
         budget = self._budget
         decoding = [s for s in self.running if s.is_decoding]
@@ -127,7 +128,10 @@ class Scheduler:
             if end > sequence.num_computed and self._grow(sequence, end, plan, rows):
                 rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
                 budget = self._budget - sum(row.end - row.start for row in rows.values())
-        self.wait_reason = "kv" if plan.preemptions else self._admit_waiting(plan, rows, budget)
+        if plan.preemptions:  # nobody comes in the step in which somebody goes
+            self.wait_reason = "kv" if len(plan.preemptions) > num_longer else "capacity"
+        else:
+            self.wait_reason = self._admit_waiting(plan, rows, budget)
         plan.rows = sorted(rows.values(), key=lambda row: not row.is_decode)
         return plan
 
@@ -136,6 +140,7 @@ class Scheduler:
         for sequence in reversed(self.running[:]):
             if not sequence.is_long and self._is_long(sequence):
                 self._preempt(sequence, plan)
+                self.num_preemptions -= 1  # no block was wanting
                 sequence.is_long = True
 
     def _grow(
