@@ -86,8 +86,10 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(slow_stub: Server) -> 
 
 def test_second_signal_ends_it_at_once(slow_stub: Server) -> None:
     body = {"prompt": "abc", "max_tokens": 1200, "stream": True}
-    with httpx.stream("POST", f"{slow_stub.url}/v1/completions", json=body) as response:
-        next(response.iter_lines())
+    url = f"{slow_stub.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = response.iter_lines()  # dropped, it would close the response
+        next(lines)
         slow_stub.process.send_signal(signal.SIGTERM)
         while httpx.get(f"{slow_stub.url}/ready").status_code == 200:
             pass
@@ -132,12 +134,13 @@ def engine_of(server: Server) -> int:
 @pytest.mark.parametrize("end", ["killed", "told twice"])
 def test_engine_ends_with_the_server(end: str) -> None:
     server = Server("demo", "--max-model-len", "256")
-    with ended(server), httpx.Client(base_url=server.url) as client:
+    with ended(server), httpx.Client(base_url=server.url, timeout=60) as client:
         own = children(server.process.pid)
         assert own
         body = {"prompt": [5, 6], "max_tokens": 200, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             if end == "killed":
                 server.process.kill()
             else:
@@ -154,7 +157,7 @@ def test_engine_ends_with_the_server(end: str) -> None:
 @pytest.mark.torch
 def test_server_whose_engine_is_killed_says_so() -> None:
     server = Server("demo")
-    with ended(server), httpx.Client(base_url=server.url) as client:
+    with ended(server), httpx.Client(base_url=server.url, timeout=60) as client:
         assert client.get("/health").status_code == 200
         os.kill(engine_of(server), signal.SIGKILL)
         deadline = time.monotonic() + 10

@@ -61,7 +61,8 @@ async def test_retry_after_tells_how_long_what_runs_will_take() -> None:
     async with listening(app) as url, httpx.AsyncClient(base_url=url) as http:
         body = {"prompt": "abc", "max_tokens": 400, "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as running:
-            await anext(running.aiter_lines())
+            lines = running.aiter_lines()  # dropped, it would close the response
+            await anext(lines)
             refused = await http.post("/v1/completions", json=body)
             full = await http.get("/ready")
     assert (refused.status_code, full.status_code) == (429, 503)
