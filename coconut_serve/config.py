@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from coconut_serve.errors import StartupError
-from coconut_serve.types import TraceLevel
+from coconut_serve.params import TraceLevel
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from coconut_serve.config import Device, DType, EngineName, LogFormat, ReasoningField
 from coconut_serve.errors import StartupError
 from coconut_serve.metrics import BUCKETS, parse_buckets
+from coconut_serve.params import TraceLevel
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.types import TraceLevel
 
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s*]+")
 

@@ -18,18 +18,12 @@ from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
 from coconut_serve.engines.base import Engine
 from coconut_serve.engines.stub import StubEngine
 from coconut_serve.metrics import Metrics
+from coconut_serve.params import Phase, ReasoningParams, SamplingParams
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
 from coconut_serve.server.state import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
-from coconut_serve.types import (
-    Phase,
-    ReasoningParams,
-    Request,
-    RequestOutput,
-    SamplingParams,
-    StepStats,
-)
+from coconut_serve.types import Request, RequestOutput, StepStats
 
 GOLDEN = Path(__file__).parent / "golden" / "coconut_reference"
 START, END, LATENT = 125, 126, 127  # of the golden models

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams, SamplingParams
+from coconut_serve.params import HaltParams, MixtureParams, ReasoningParams, SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from coconut_serve.errors import InvalidRequestError, StartupError
-from coconut_serve.types import SamplingParams
+from coconut_serve.params import SamplingParams
 
 # A key of the file -> the field of SamplingParams that it sets; `do_sample` is not looked at.
 SAMPLING_KEYS: Mapping[str, str] = {

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coconut_serve.errors import StartupError
-from coconut_serve.limits import MAX_STEPS
-from coconut_serve.types import AdapterSpec, Source
+from coconut_serve.params import MAX_STEPS, Source
+from coconut_serve.types import AdapterSpec
 
 FILE_NAME = "latent_config.json"
 

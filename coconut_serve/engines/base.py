@@ -4,8 +4,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from coconut_serve.declare import token_ids
 from coconut_serve.errors import ContextLengthError, InvalidRequestError, require
-from coconut_serve.types import ReasoningParams, Request, RequestOutput, StepStats
+from coconut_serve.types import Request, RequestOutput, StepStats
 
 OnStep = Callable[[StepStats], None]  # called from the engine's own thread
 
@@ -61,26 +62,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
     num_given = length // size if size else 0
     is_whole = length == num_given * size and len(reasoning.replay_token_ids) in (0, num_given)
     require(is_whole, "reasoning.replay", f"must hold vectors of {info.hidden_size} numbers")
-    for key, token_ids in _named_tokens(reasoning).items():
-        is_inside = all(0 <= token_id <= last for token_id in token_ids)
-        require(is_inside, f"reasoning.{key}", f"names token ids outside 0..{last}")
-
-
-def _named_tokens(reasoning: ReasoningParams) -> dict[str, tuple[int, ...]]:
-    """The token ids that a way of thinking names, by the key of a request that names them."""
-    halt, switch = reasoning.halt, reasoning.switch
-    said = {
-        "start": reasoning.enter_token_id,
-        "source": reasoning.constant_token_id,
-        "switch": max(switch.think_token_id, switch.end_token_id, switch.newline_token_id, 0),
-    }
-    return {key: (token_id,) for key, token_id in said.items() if token_id is not None} | {
-        "end": reasoning.end_token_ids,
-        "replay": reasoning.replay_token_ids,
-        "halt.stop_tokens": halt.stop_token_ids,
-        "halt.learned": halt.learned_token_ids,
-        "switch.hard_tokens": switch.hard_token_ids,
-    }
+    for param, ids in token_ids(reasoning):
+        is_inside = all(0 <= token_id <= last for token_id in ids)
+        require(is_inside, param, f"names token ids outside 0..{last}")
 
 
 class Engine(Protocol):

@@ -13,11 +13,11 @@ from dataclasses import replace
 from coconut_serve.config import StubConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.errors import EngineDeadError, GenerationError
+from coconut_serve.params import Phase
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.types import (
     FinishReason,
     HaltReason,
-    Phase,
     ReasoningTrace,
     Request,
     RequestOutput,

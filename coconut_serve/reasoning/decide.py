@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_FORCED_TOKENS
+from coconut_serve.params import MAX_FORCED_TOKENS, ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
@@ -17,7 +17,7 @@ from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecisio
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
-from coconut_serve.types import HaltReason, ReasoningParams
+from coconut_serve.types import HaltReason
 
 
 class Decider:

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_STOP_TOKENS
+from coconut_serve.params import MAX_STOP_TOKENS, ConvergeMetric, HaltParams, ReasoningParams
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
-from coconut_serve.types import ConvergeMetric, HaltParams, HaltReason, ReasoningParams
+from coconut_serve.types import HaltReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

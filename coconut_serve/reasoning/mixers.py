@@ -11,12 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_MIXTURE_TOP_K
+from coconut_serve.params import MAX_MIXTURE_TOP_K, MixtureParams, ReasoningParams
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.adapters import Gate
 from coconut_serve.reasoning.mode import StepContext
 from coconut_serve.reasoning.slots import Slots, upload
-from coconut_serve.types import MixtureParams, ReasoningParams
 
 _NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
 _FEW_MIXED = 16  # rows that mix no more tokens than that look up no more

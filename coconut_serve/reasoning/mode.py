@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
-from coconut_serve.types import ReasoningParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

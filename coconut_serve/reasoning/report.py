@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_LOGPROBS
+from coconut_serve.params import MAX_LOGPROBS, Phase
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.rows import RowResult, StepRows, Wanted
-from coconut_serve.types import HaltReason, Phase, ReasoningTrace, TokenLogprobs
+from coconut_serve.types import HaltReason, ReasoningTrace, TokenLogprobs
 
 _NUM_FLAGS = 5
 _NUM_SCORES = 5

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coconut_serve.params import Phase
 from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.slots import Slots, index_of, take_both, upload
-from coconut_serve.types import HaltReason, Phase, ReasoningTrace, Request, TokenLogprobs
+from coconut_serve.types import HaltReason, ReasoningTrace, Request, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

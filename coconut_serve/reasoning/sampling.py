@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_BAD_WORD_TOKENS
+from coconut_serve.params import MAX_BAD_WORD_TOKENS, SamplingParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.slots import Slots, index_of, upload
-from coconut_serve.types import SamplingParams
 
 _NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_FORCED_TOKENS
-from coconut_serve.types import ReasoningParams
+from coconut_serve.params import MAX_FORCED_TOKENS, ReasoningParams
 
 EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from coconut_serve.params import Phase, ReasoningParams
 from coconut_serve.reasoning import report
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
@@ -18,7 +19,7 @@ from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
 from coconut_serve.reasoning.sampling import Drawer, Sampler
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot
-from coconut_serve.types import HaltReason, Phase, ReasoningParams, Request
+from coconut_serve.types import HaltReason, Request
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,11 +1,14 @@
-"""What the parts of request bodies are made of: strict types, and ranges that the schema tells."""
+"""What the parts of request bodies are made of: strict types, and fields made from settings."""
 
+import functools
+import operator
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic.annotated_handlers import GetJsonSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from coconut_serve.declare import MAX_INT, Setting
 
 MAX_ENTRIES = 1024  # of an object that maps names to values
 
@@ -30,34 +33,81 @@ V = TypeVar("V")
 Items = Annotated[list[T], Field(fail_fast=True)]
 Values = Annotated[dict[str, V], BeforeValidator(_bounded), Field(max_length=MAX_ENTRIES)]
 Number = Annotated[float, BeforeValidator(_strict_number)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-# Bounds come before the validator: behind it they would hold, but be in no schema.
-Temperature = Annotated[float, Field(ge=0, le=2), BeforeValidator(_strict_number)]
-TopP = Annotated[float, Field(gt=0, le=1), BeforeValidator(_strict_number)]
-TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(0, k))]  # -1: all, too
-MinP = Annotated[float, Field(ge=0, le=1), BeforeValidator(_strict_number)]
-RepetitionPenalty = Annotated[float, Field(gt=0, le=2), BeforeValidator(_strict_number)]
-Penalty = Annotated[float, Field(ge=-2, le=2), BeforeValidator(_strict_number)]
 
 
 class Body(BaseModel):
     """An object of a request. Unknown fields are kept, to be told of."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}  # that types.py checks
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """Add the ranges that are checked elsewhere."""
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        for name, (low, high) in cls.ranges.items():
-            if name in schema["properties"]:
-                schema["properties"][name] |= {"minimum": low, "maximum": high}
-        return schema
 
 
 def say(text: str, **options: Any) -> Any:
     """An optional field: what it is, for the reference at /openapi.json."""
     return Field(default=None, description=text, **options)
+
+
+def body_of(
+    name: str,
+    about: str,
+    settings: Mapping[str, Setting],
+    examples: Mapping[str, list[str]] | None = None,
+    **objects: type[Body],
+) -> Any:
+    """Make a body whose fields are settings.
+
+    Args:
+        name: What the schema calls it.
+        about: What it is for.
+        settings: Its fields.
+        examples: Values for people, by field.
+        objects: Fields that are bodies themselves.
+
+    Returns:
+        The class, as Any: a type checker knows no class that is made as the program runs.
+    """
+    shown = examples or {}
+    made: dict[str, Any] = {
+        field: (request_type(own) | None, _declared(own, shown.get(field)))
+        for field, own in settings.items()
+    }
+    made |= {field: (body | None, say(str(body.__doc__))) for field, body in objects.items()}
+    return create_model(name, __base__=Body, __doc__=about, **made)
+
+
+def _declared(own: Setting, examples: list[str] | None) -> Any:
+    """The field of a setting, with the range that its type checks."""
+    bounds: dict[str, Any] = {}
+    if own.low is not None and own.high is not None:
+        least = own.low if own.also is None else min(own.also, own.low)
+        bounds = {"exclusiveMinimum" if own.is_open else "minimum": least}
+        bounds |= {"maximum": own.high} if own.high < MAX_INT else {}
+    return say(own.doc, examples=examples, json_schema_extra=bounds or None)
+
+
+def request_type(own: Setting) -> Any:
+    """The type of a setting in a request, which checks its range."""
+    kind = _strict(own.type if own.takes is None else own.takes)
+    if own.low is None and own.longest is None and not own.shortest:
+        return kind
+
+    def check(value: Any) -> Any:
+        if own.also is not None and value == own.also:
+            return own.default
+        if text := own.complaint(value):
+            raise ValueError(text)
+        return value
+
+    return Annotated[kind, AfterValidator(check)]
+
+
+def _strict(kind: Any) -> Any:
+    """A type as bodies have it: 1 is a number, "1" and true are none; lists fail at once."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is float:
+        return Number
+    if origin in (list, tuple):
+        item = _strict(parts[0])
+        return Annotated[list[item], Field(fail_fast=True)]  # type: ignore[valid-type]
+    if origin in (UnionType, Union):
+        return functools.reduce(operator.or_, map(_strict, parts))
+    return kind

@@ -10,22 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.limits import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS
+from coconut_serve.params import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS, SAMPLED
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.server.body import (
-    Body,
-    Items,
-    MinP,
-    Number,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    Values,
-    say,
-)
+from coconut_serve.server.body import Body, Items, Number, Values, body_of, say
 from coconut_serve.server.reasoning_body import ReasoningBody
 from coconut_serve.service.presets import EFFORTS
 
@@ -35,12 +22,9 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_PROMPTS = 128
 MAX_MESSAGES = 1024
 
+_Sampled: Any = body_of("_Sampled", "Settings of how tokens are drawn.", SAMPLED)
 # Fields that go into SamplingParams under their own name when they are given.
-SAMPLING_FIELDS = (
-    "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty",
-)  # fmt: skip
-
+SAMPLING_FIELDS = tuple(name for name in SAMPLED if name not in ("max_tokens", "seed"))
 
 BadWord = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
@@ -65,23 +49,12 @@ class NamedBody(Body):
     model: str | None = say("The served model, or its name and a mode: NAME:latent.")
 
 
-class GenerationBody(NamedBody):
+class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from params.py
     """Fields that chat and completions share."""
 
     n: Annotated[int, Field(ge=1)] | None = say("Choices of each prompt; default 1.")
     stream: bool | None = say("Send server-sent events.")
     stream_options: StreamOptions | None = say("Of a stream.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = say("Answer tokens, at most.")
-    min_tokens: Annotated[int, Field(ge=0)] | None = say("Answer tokens before it may end.")
-    temperature: Temperature | None = say("0 takes the likeliest token; default 1.")
-    top_p: TopP | None = say("Probability that the tokens drawn from must cover; default 1.")
-    top_k: TopK | None = say("Likeliest tokens drawn from; 0, -1: all.")
-    min_p: MinP | None = say("Least probability drawn, as a share of the largest; default 0.")
-    repetition_penalty: RepetitionPenalty | None = say(
-        "Divides logits of tokens seen in prompt or output; default 1."
-    )
-    presence_penalty: Penalty | None = say("Taken from logits of tokens said before; default 0.")
-    frequency_penalty: Penalty | None = say("The same for each time they were said; default 0.")
     logit_bias: Values[Number] | None = say("Token id -> what to add to its logit, -100..100.")
     allowed_token_ids: (
         Annotated[Items[int], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None
@@ -89,7 +62,6 @@ class GenerationBody(NamedBody):
     bad_words: Annotated[Items[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = say(
         "Texts whose tokens are never completed, thinking included."
     )
-    seed: Seed | None = say("Repeats the random numbers of a request.")
     stop: str | Items[str] | None = say(
         f"Texts that end the answer; {MAX_STOP_STRINGS} of {MAX_STOP_LENGTH} characters at most."
     )

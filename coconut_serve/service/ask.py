@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coconut_serve.checkpoint.generation_config import SAMPLING_KEYS
+from coconut_serve.params import SamplingParams
 from coconut_serve.service.replay import ReplayAsk
 from coconut_serve.service.tokenizer import ChatMessage
-from coconut_serve.types import Request, SamplingParams
+from coconut_serve.types import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

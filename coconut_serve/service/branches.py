@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from coconut_serve.types import ReasoningParams, Select
+from coconut_serve.params import ReasoningParams, Select
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Self
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, GenerationError
 from coconut_serve.metrics import Metrics
+from coconut_serve.params import Phase
 from coconut_serve.service.admission import Admission, Places
 from coconut_serve.service.ask import GenerationAsk
 from coconut_serve.service.detokenize import Detokenizer
@@ -21,7 +22,6 @@ from coconut_serve.service.tracing import Span, Value
 from coconut_serve.types import (
     FinishReason,
     HaltReason,
-    Phase,
     ReasoningTrace,
     Request,
     RequestOutput,

@@ -9,7 +9,14 @@ from typing import Any
 
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import ContextLengthError, InvalidRequestError, require
-from coconut_serve.limits import MAX_FORCED_TOKENS, MIN_TEMPERATURE
+from coconut_serve.params import (
+    MAX_FORCED_TOKENS,
+    MIN_TEMPERATURE,
+    HaltParams,
+    ReasoningParams,
+    SamplingParams,
+    TraceLevel,
+)
 from coconut_serve.service import presets, reasoning
 from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.branches import has_noise
@@ -18,7 +25,7 @@ from coconut_serve.service.prompt_text import bad_word_ids, derive_seed, keep_la
 from coconut_serve.service.reasoning import Resolved
 from coconut_serve.service.replay import add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
-from coconut_serve.types import HaltParams, ReasoningParams, Request, SamplingParams, TraceLevel
+from coconut_serve.types import Request
 
 # The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
 _TEMPLATE_TAIL = 4
@@ -398,8 +405,7 @@ class PromptBuilder:
         A default is cut to what is left.
         """
         limit, thinking = self._info.max_model_len, self._num_thinking(params)
-        room = limit - len(prompt) - thinking
-        asked = ask.sampling.max_tokens
+        asked, room = ask.sampling.max_tokens, limit - len(prompt) - thinking
         if room < (asked or 1):
             thought = f", {thinking} in thinking" if thinking else ""
             raise ContextLengthError(
@@ -420,10 +426,10 @@ class PromptBuilder:
         needs_logprobs: bool,
     ) -> SamplingParams:
         """Resolve the sampling fields; OpenAI's defaults."""
-        last = self._info.vocab_size - 1
+        size = self._info.vocab_size
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
-            is_inside = all(0 <= i <= last for i in getattr(ask, name))
-            require(is_inside, name, f"has token ids outside 0..{last}")
+            outside = [i for i in getattr(ask, name) if not 0 <= i < size]
+            require(not outside, name, f"has token ids outside 0..{size - 1}")
         manifest = self._model.manifest
         eos = () if ask.ignore_eos else self._model.eos_token_ids
         if ask.allowed_token_ids:

@@ -6,7 +6,18 @@ from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, require
-from coconut_serve.limits import MAX_BRANCHES, MAX_FORCED_TOKENS, MAX_STEPS
+from coconut_serve.params import (
+    MAX_BRANCHES,
+    MAX_FORCED_TOKENS,
+    MAX_STEPS,
+    HaltParams,
+    MixtureParams,
+    ReasoningParams,
+    Select,
+    Source,
+    SwitchParams,
+    TraceLevel,
+)
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import (
     DEFAULT_KIND,
@@ -18,15 +29,6 @@ from coconut_serve.service.presets import (
     PRESETS,
 )
 from coconut_serve.service.settings import Picker, check_asked, make_picker, unused
-from coconut_serve.types import (
-    HaltParams,
-    MixtureParams,
-    ReasoningParams,
-    Select,
-    Source,
-    SwitchParams,
-    TraceLevel,
-)
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _SWI = "swi"  # the rule of `auto` that has no mixture

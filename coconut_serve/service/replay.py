@@ -8,8 +8,8 @@ import numpy as np
 
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import require
+from coconut_serve.params import TraceLevel
 from coconut_serve.service.reasoning import Resolved
-from coconut_serve.types import TraceLevel
 
 _PATH = "reasoning.replay"
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from coconut_serve.checkpoint.manifest import Manifest
-from coconut_serve.limits import REASONING_RANGES, check_range
+from coconut_serve.params import ASKED, HaltParams, MixtureParams, SwitchParams
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS, UNTRAINED
-from coconut_serve.types import HaltParams, MixtureParams, SwitchParams
 
 _PARTS = {"mixture.": MixtureParams, "halt.": HaltParams, "switch.": SwitchParams}
 _OF_NOISE = {f"mixture.{name}" for settings in NOISES.values() for name in settings}
@@ -49,9 +48,9 @@ def check_asked(asked: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequestError: A setting is out of range.
     """
-    for name, bounds in REASONING_RANGES.items():
-        if name in asked:
-            check_range(asked[name], f"reasoning.{name}", bounds)
+    for name, value in asked.items():
+        if name in ASKED:
+            ASKED[name].check(value, f"reasoning.{name}")
     for prefix, part in _PARTS.items():
         names = {f.name for f in fields(part)}
         part(**{name: asked[prefix + name] for name in names if prefix + name in asked})

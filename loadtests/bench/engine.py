@@ -25,15 +25,9 @@ from coconut_serve.checkpoint.weights import resolve_model
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.native.device import default_num_threads, resolve_device, resolve_dtype
 from coconut_serve.engines.native.engine import NativeEngine
+from coconut_serve.params import MixtureParams, ReasoningParams, SamplingParams, SwitchParams
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.types import (
-    MixtureParams,
-    ReasoningParams,
-    Request,
-    SamplingParams,
-    StepStats,
-    SwitchParams,
-)
+from coconut_serve.types import Request, StepStats
 from loadtests.bench.samples import Sample, ratio
 
 MODES = ("cot", "latent", "distribution", "mixed")

@@ -19,7 +19,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from coconut_serve.types import MixtureParams, ReasoningParams, Request, SamplingParams
+from coconut_serve.params import MixtureParams, ReasoningParams, SamplingParams
+from coconut_serve.types import Request
 from loadtests.bench.samples import Sample, ratio
 from tests import vllm_cpu
 

@@ -10,14 +10,8 @@ import pytest
 
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, InvalidRequestError
-from coconut_serve.types import (
-    FinishReason,
-    HaltParams,
-    MixtureParams,
-    Phase,
-    StepStats,
-    SwitchParams,
-)
+from coconut_serve.params import HaltParams, MixtureParams, Phase, SwitchParams
+from coconut_serve.types import FinishReason, StepStats
 from tests.fakes import make_request, run, run_all
 
 EngineFactory = Callable[..., AbstractAsyncContextManager[Engine]]

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from coconut_serve.engines.base import Engine
-from coconut_serve.types import FinishReason, MixtureParams
+from coconut_serve.params import MixtureParams
+from coconut_serve.types import FinishReason
 from tests.fakes import Result, make_request, run
 
 PROMPT = (5, 60, 7, 81, 9)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from coconut_serve.engines.base import Engine
-from coconut_serve.types import Phase, RequestOutput
+from coconut_serve.params import Phase
+from coconut_serve.types import RequestOutput
 from tests.fakes import make_request, run
 
 END = 11

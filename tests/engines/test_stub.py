@@ -11,7 +11,8 @@ from coconut_serve.config import StubConfig
 from coconut_serve.engines.base import Engine
 from coconut_serve.engines.stub import StubEngine
 from coconut_serve.errors import EngineDeadError, GenerationError
-from coconut_serve.types import HaltParams, HaltReason, StepStats
+from coconut_serve.params import HaltParams
+from coconut_serve.types import HaltReason, StepStats
 from tests.engines.contract import EngineContract
 from tests.fakes import make_request, run
 

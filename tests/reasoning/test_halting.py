@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from coconut_serve.types import HaltParams, HaltReason, Phase
+from coconut_serve.params import HaltParams, Phase
+from coconut_serve.types import HaltReason
 from tests.fakes import make_request
 from tests.reasoning.test_modes import HIDDEN, TABLE, drive, pointing_at
 
@@ -65,9 +66,9 @@ def test_stop_tokens_may_be_likely_together(mode: str) -> None:
 
 def test_sampled_stop_comes_as_often_as_its_probability() -> None:
     """4,000 rows with p(stop) near 0.3; off by 5 standard errors: p < 1e-6."""
+    from coconut_serve.params import ReasoningParams
     from coconut_serve.reasoning.halting import Controller, View
     from coconut_serve.reasoning.slots import Slots
-    from coconut_serve.types import ReasoningParams
 
     num = 4000
     slots = Slots(num, HIDDEN, dtype=torch.float32, device=torch.device("cpu"))
@@ -140,9 +141,9 @@ def test_divergence_is_of_the_distribution_before_from_the_one_now() -> None:
 
 def test_steps_of_another_block_do_not_count() -> None:
     """A row's second block starts like its first: nothing to compare with, no step counted."""
+    from coconut_serve.params import ReasoningParams
     from coconut_serve.reasoning.halting import Controller, View
     from coconut_serve.reasoning.slots import Slots
-    from coconut_serve.types import ReasoningParams
 
     slots = Slots(1, HIDDEN, dtype=torch.float32, device=torch.device("cpu"))
     controller = Controller(slots)

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from coconut_serve.params import MixtureParams
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
-from coconut_serve.types import MixtureParams
 from tests.fakes import make_request
 
 pytestmark = pytest.mark.torch

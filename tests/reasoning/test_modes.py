@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from coconut_serve.params import HaltParams, MixtureParams, Phase
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
-from coconut_serve.types import HaltParams, HaltReason, MixtureParams, Phase, Request
+from coconut_serve.types import HaltReason, Request
 from tests.fakes import make_request
 
 pytestmark = pytest.mark.torch

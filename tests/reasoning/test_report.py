@@ -3,11 +3,11 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from coconut_serve.limits import MAX_LOGPROBS
+from coconut_serve.params import MAX_LOGPROBS, Phase
 from coconut_serve.reasoning import report
 from coconut_serve.reasoning.rows import RowPlan, StepRows, Wanted
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import HaltReason, Phase
+from coconut_serve.types import HaltReason
 
 pytestmark = pytest.mark.torch
 

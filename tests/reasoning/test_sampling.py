@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from coconut_serve.params import ReasoningParams, SamplingParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.sampling import Sampler
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import ReasoningParams, SamplingParams
 
 pytestmark = pytest.mark.torch
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coconut_serve.params import HaltParams, Phase, ReasoningParams, SwitchParams
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.mode import StepContext, conclude
@@ -27,7 +28,7 @@ from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
-from coconut_serve.types import HaltParams, HaltReason, Phase, ReasoningParams, SwitchParams
+from coconut_serve.types import HaltReason
 from tests.fakes import make_request
 
 pytestmark = pytest.mark.torch

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from jsonschema import Draft202012Validator
 
-from coconut_serve.limits import MIXTURE_RANGES
+from coconut_serve.params import ASKED
 from tests.fakes import stub_app
 
 DOCUMENT: dict[str, Any] = stub_app().openapi()
@@ -98,9 +98,12 @@ def test_every_field_is_described(name: str) -> None:
 
 
 def test_ranges_are_those_that_are_checked() -> None:
-    properties = SCHEMAS["MixtureBody"]["properties"]
-    for field, (low, high) in MIXTURE_RANGES.items():
-        assert (properties[field]["minimum"], properties[field]["maximum"]) == (low, high)
+    for part in ("mixture", "halt", "switch"):
+        properties = SCHEMAS[f"{part.title()}Body"]["properties"]
+        for field, told in properties.items():
+            own = ASKED[f"{part}.{field}"]
+            if own.high is not None and own.high < 2**31 - 1:
+                assert (told["minimum"], told["maximum"]) == (own.low, own.high)
     mixture = validator("MixtureBody")
     assert mixture.is_valid({"top_k": 64})
     assert not mixture.is_valid({"top_k": 65})

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.params import HaltParams, MixtureParams, ReasoningParams, SwitchParams
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import HARD_TOKENS, PRESETS
 from coconut_serve.service.reasoning import Resolved, resolve
-from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams, SwitchParams
 
 START, END, THINK, CLOSE, EOS = 10, 11, 20, 21, 99
 BLANK, FULL_STOP = 30, 31

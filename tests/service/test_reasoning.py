@@ -7,9 +7,9 @@ import pytest
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
+from coconut_serve.params import MixtureParams, ReasoningParams
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.reasoning import Resolved, check_mode, resolve
-from coconut_serve.types import MixtureParams, ReasoningParams
 
 MANIFEST = Manifest.model_validate(
     {

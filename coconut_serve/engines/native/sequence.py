@@ -7,10 +7,11 @@ from enum import Enum, auto
 import numpy as np
 from torch import Tensor
 
+from coconut_serve.params import Phase
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.slots import SlotSnapshot
 from coconut_serve.reasoning.step import Progress
-from coconut_serve.types import Phase, Request, SequenceCounts
+from coconut_serve.types import Request, SequenceCounts
 
 
 class SequenceStatus(Enum):

@@ -3,18 +3,12 @@
 from dataclasses import replace
 
 from coconut_serve.engines.vllm.params import Thinking
+from coconut_serve.params import Phase
 from coconut_serve.reasoning import report
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.step import Progress
-from coconut_serve.types import (
-    FinishReason,
-    HaltReason,
-    Phase,
-    Request,
-    RequestOutput,
-    SequenceCounts,
-)
+from coconut_serve.types import FinishReason, HaltReason, Request, RequestOutput, SequenceCounts
 
 
 class Follower:

@@ -6,25 +6,27 @@ field of ReasoningParams, MixtureParams or HaltParams, such as `reasoning_mode`,
 """
 
 import functools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from vllm.sampling_params import SamplingParams as VllmSamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
+from coconut_serve.declare import map_token_ids, settings_of
 from coconut_serve.errors import InvalidRequestError, require
-from coconut_serve.reasoning.registry import load_mode, mode_names
-from coconut_serve.reasoning.report import width
-from coconut_serve.reasoning.rows import NOTHING, Wanted
-from coconut_serve.types import (
+from coconut_serve.params import (
     HaltParams,
     MixtureParams,
     ReasoningParams,
-    Request,
     SamplingParams,
     SwitchParams,
 )
+from coconut_serve.reasoning.registry import load_mode, mode_names
+from coconut_serve.reasoning.report import width
+from coconut_serve.reasoning.rows import NOTHING, Wanted
+from coconut_serve.types import Request
 
 _PREFIX = "reasoning_"
 _NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
@@ -42,7 +44,23 @@ _INTERNAL = (
     *(f.name for f in fields(Wanted)),
 )  # fmt: skip
 _MAX_ID = 2**31 - 1
-_SIGNED = ("seed", "think_token_id", "end_token_id", "newline_token_id")
+# -1 where the model has no such token.
+_SIGNED = {"seed", *(name for name, own in settings_of(SwitchParams).items() if own.default == -1)}
+
+
+def check_names(*groups: Iterable[str]) -> None:
+    """Raise TypeError if two settings would have one flat key: one would be written as the other.
+
+    Args:
+        groups: The names that each record brings along.
+    """
+    count = Counter(name for group in groups for name in group)
+    twice = sorted(name for name, times in count.items() if times > 1)
+    if twice:
+        raise TypeError(f"settings of two records share a name: {', '.join(twice)}")
+
+
+check_names(_PLAIN, _OWN, *((f.name for f in fields(kind)) for kind in _NESTED))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,38 +117,14 @@ class Thinking:
     def within(self, vocab_size: int) -> "Thinking":
         """The same with every id in the vocabulary: a worker must not write beyond its tables."""
 
-        def inside(ids: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(min(i, vocab_size - 1) for i in ids)
+        def inside(token_id: int) -> int:
+            return min(token_id, vocab_size - 1)
 
-        params, last = self.params, vocab_size - 1
-        constant, enter = params.constant_token_id, params.enter_token_id
-        switch, halt = params.switch, params.halt
-        switch = replace(
-            switch,
-            hard_token_ids=inside(switch.hard_token_ids),
-            final_token_ids=inside(switch.final_token_ids),
-            think_token_id=min(switch.think_token_id, last),
-            end_token_id=min(switch.end_token_id, last),
-            newline_token_id=min(switch.newline_token_id, last),
-        )
-        halt = replace(
-            halt,
-            stop_token_ids=inside(params.halt.stop_token_ids),
-            learned_token_ids=inside(params.halt.learned_token_ids),
-        )
-        params = replace(
-            params,
-            end_token_ids=inside(params.end_token_ids),
-            constant_token_id=None if constant is None else min(constant, last),
-            enter_token_id=None if enter is None else min(enter, last),
-            halt=halt,
-            switch=switch,
-        )
         return replace(
             self,
-            params=params,
-            hidden_token_id=min(self.hidden_token_id, last),
-            answer_stop_token_ids=inside(self.answer_stop_token_ids),
+            params=map_token_ids(self.params, inside),
+            hidden_token_id=inside(self.hidden_token_id),
+            answer_stop_token_ids=tuple(map(inside, self.answer_stop_token_ids)),
         )
 
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from coconut_serve.limits import MAX_HARD_TOKENS
+from coconut_serve.params import MAX_HARD_TOKENS, ReasoningParams, SwitchParams
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.mixers import Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import HaltReason, ReasoningParams, SwitchParams
+from coconut_serve.types import HaltReason
 
 _FIRST_BLEND = 0.1  # share of the newline's embedding in the first soft input
 _SAY_END, _LEAVE = 1, 2  # what the next decision must do: a switch was beyond the budget

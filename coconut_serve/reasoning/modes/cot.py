@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
+from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
-from coconut_serve.types import ReasoningParams
 
 
 class CotMode(ReasoningMode):

@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
+from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.mixers import KINDS, Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import ReasoningParams
 
 
 class DistributionMode(ReasoningMode):

@@ -5,10 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.adapters import NO_ADAPTER, Draw
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import ReasoningParams
 
 
 class LatentMode(ReasoningMode):

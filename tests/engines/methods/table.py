@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coconut_serve.types import (
-    HaltParams,
-    HaltReason,
-    MixtureParams,
-    Phase,
-    Request,
-    SwitchParams,
-    TraceLevel,
-)
+from coconut_serve.params import HaltParams, MixtureParams, Phase, SwitchParams, TraceLevel
+from coconut_serve.types import HaltReason, Request
 from tests.engines.methods import latent, soft
 from tests.engines.methods.loop import At, Parts, Say, Step, Told, loop
 from tests.fakes import ROUNDING, Result, make_request

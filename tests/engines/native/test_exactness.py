@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coconut_serve.types import (
-    FinishReason,
-    HaltParams,
-    MixtureParams,
-    Request,
-    StepStats,
-    SwitchParams,
-)
+from coconut_serve.params import HaltParams, MixtureParams, SwitchParams
+from coconut_serve.types import FinishReason, Request, StepStats
 from tests.engines import readouts
 from tests.fakes import drift, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, with_projection

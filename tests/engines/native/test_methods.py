@@ -12,14 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from coconut_serve.types import (
-    FinishReason,
-    HaltParams,
-    HaltReason,
-    MixtureParams,
-    Request,
-    SwitchParams,
-)
+from coconut_serve.params import HaltParams, MixtureParams, SwitchParams
+from coconut_serve.types import FinishReason, HaltReason, Request
 from tests.engines.methods import soft
 from tests.engines.methods.adapters import with_adapters
 from tests.engines.methods.loop import At, Fed, Parts, Told, loop

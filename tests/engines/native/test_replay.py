@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.types import HaltParams, HaltReason, MixtureParams, Request
+from coconut_serve.params import HaltParams, MixtureParams
+from coconut_serve.types import HaltReason, Request
 from tests.engines.native.test_exactness import mixed_requests, prompt, summary
 from tests.fakes import Result, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference

@@ -10,8 +10,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.scheduler import Schedule, Scheduler
 from coconut_serve.engines.native.sequence import SavedState, Sequence
+from coconut_serve.params import Phase
 from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.types import HaltReason, Phase, RequestOutput
+from coconut_serve.types import HaltReason, RequestOutput
 from tests.fakes import make_request
 
 pytestmark = pytest.mark.torch

@@ -7,7 +7,8 @@ import pytest
 
 from coconut_serve.checkpoint.tokenizer import load_tokenizer
 from coconut_serve.checkpoint.weights import resolve_model
-from coconut_serve.types import HaltParams, MixtureParams, Request
+from coconut_serve.params import HaltParams, MixtureParams
+from coconut_serve.types import Request
 from tests.engines.vllm.support import Engines
 from tests.engines.vllm.test_exactness import summary
 from tests.fakes import make_request, native_engine, run_all

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.types import (
-    FinishReason,
-    HaltParams,
-    HaltReason,
-    MixtureParams,
-    Phase,
-    SwitchParams,
-)
+from coconut_serve.params import HaltParams, MixtureParams, Phase, SwitchParams
+from coconut_serve.types import FinishReason, HaltReason
 from tests.engines.vllm.support import Engines, widen_heads
 from tests.fakes import Result, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, save_tiny

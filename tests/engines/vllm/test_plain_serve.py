@@ -82,7 +82,7 @@ async def test_modes_by_xargs_give_what_our_engines_give(server: str, wide_llama
     answers = await asyncio.gather(
         *(asyncio.to_thread(ask, server, 5 if not body else 9, **body) for body in bodies)
     )
-    from coconut_serve.types import MixtureParams
+    from coconut_serve.params import MixtureParams
 
     async with native_engine(wide_llama) as native:
         for mode, answer in zip(("none", "cot", "latent", "distribution"), answers, strict=True):

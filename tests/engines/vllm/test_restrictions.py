@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coconut_serve import limits
+from coconut_serve import params
 from tests.engines import restrictions
 from tests.engines.vllm.support import Engines, widen_heads
 
@@ -29,6 +29,6 @@ async def test_limits_are_within_vllms_own() -> None:
     from vllm import envs
     from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_ALLOWED_TOKEN_IDS
 
-    assert limits.MAX_ALLOWED_TOKENS <= MAX_NUM_ALLOWED_TOKEN_IDS
-    assert limits.MAX_BAD_WORDS <= envs.VLLM_MAX_NUM_BAD_WORDS
-    assert limits.MAX_BAD_WORD_TOKENS <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    assert params.MAX_ALLOWED_TOKENS <= MAX_NUM_ALLOWED_TOKEN_IDS
+    assert params.MAX_BAD_WORDS <= envs.VLLM_MAX_NUM_BAD_WORDS
+    assert params.MAX_BAD_WORD_TOKENS <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS

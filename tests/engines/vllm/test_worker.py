@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from coconut_serve.params import HaltParams, MixtureParams, ReasoningParams
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.types import HaltParams, MixtureParams, ReasoningParams
 
 pytestmark = pytest.mark.vllm
 NUM_PROMPT, STEPS = 7, 3
