@@ -17,13 +17,13 @@ from prometheus_client import REGISTRY, CollectorRegistry
 import coconut_serve
 from coconut_serve import flags, sources
 from coconut_serve.arguments import Parser
-from coconut_serve.checkpoint.convert import command as convert
 from coconut_serve.checkpoint.files import check_files
 from coconut_serve.checkpoint.generation_config import read_sampling_defaults
 from coconut_serve.checkpoint.manifest import Manifest, Token, Tokens, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
 from coconut_serve.commands import bench, completion, healthcheck, models
 from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
+from coconut_serve.convert import command as convert
 from coconut_serve.engines.base import Engine
 from coconut_serve.errors import CoconutError, StartupError
 from coconut_serve.evaluation import command as evaluation

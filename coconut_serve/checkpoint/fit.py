@@ -12,12 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from coconut_serve.checkpoint.convert.registry import FORMATS
 from coconut_serve.checkpoint.files import one_line
 from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
+# How names begin in the layouts that `coconut-serve convert` reads, which is a tool above this.
+FOREIGN_PREFIXES = (
+    "_base_model.", "base_causallm.", "base_model.model.", "codi.", "expainable_llm.",
+    "latent_policy.", "latent_projector.net.", "llm.", "lt_head.", "prj.", "projector.1.",
+)  # fmt: skip
 _NUM_SHOWN = 5
 # Masks and rotary tables that older versions of transformers wrote beside the weights.
 _OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.\w+$")
@@ -95,8 +99,7 @@ def _draft_layers(config: Any) -> re.Pattern[str]:
 
 
 def _misfit(directory: Path, faults: list[str], names: Any) -> StartupError:
-    marks = tuple(mark for each in FORMATS for mark in each.marks if mark.endswith("."))
-    is_foreign = any(name.startswith(marks) for name in names)
+    is_foreign = any(name.startswith(FOREIGN_PREFIXES) for name in names)
     hint = f"; coconut-serve convert {directory} DST may know their layout" if is_foreign else ""
     return StartupError(f"the weights of {directory} {'; '.join(faults)}{hint}", param="MODEL")
 
