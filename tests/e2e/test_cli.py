@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coconut_serve.cli import build_parser, parse_args
+from coconut_serve.cli import build_parser, main, parse_args
 from coconut_serve.errors import StartupError
 
 COMMAND = [sys.executable, "-m", "coconut_serve.cli"]
@@ -181,25 +181,31 @@ def test_server_whose_engine_is_killed_says_so() -> None:
         (["--custom-histogram-buckets", "[1]"], "takes a JSON object"),
     ],
 )
-def test_wrong_start_is_one_line_and_a_status(flags: list[str], message: str) -> None:
-    done = subprocess.run(
-        [*COMMAND, "serve", "--port", "0", *flags], capture_output=True, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_wrong_start_is_one_line_and_a_status(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", *flags]) == 2
+    told = capsys.readouterr().err
+    last = told.strip().splitlines()[-1]
     assert last.startswith("coconut-serve: ")
     assert message in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in told
 
 
-def test_directory_without_config_is_refused(tmp_path: Path) -> None:
+def test_status_of_a_wrong_start_is_that_of_the_process() -> None:
     done = subprocess.run(
-        [*COMMAND, "serve", "--port", "0", str(tmp_path)], capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        [*COMMAND, "serve", "/no/such/dir"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
-    assert "has no config.json" in done.stderr
+    assert done.stdout == ""
+    assert re.fullmatch(r"coconut-serve: .*no such model directory.*\n", done.stderr)
+
+
+def test_directory_without_config_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
@@ -254,27 +260,28 @@ def test_unknown_or_bad_settings_are_refused(
     assert (args.model, args.strict_params) == ("m", True)
 
 
-def test_a_port_in_use_is_one_line_and_status_2(slow_stub: Server) -> None:
-    port = slow_stub.url.rpartition(":")[2]
-    done = subprocess.run(
-        [*COMMAND, "serve", "--engine", "stub", "--port", port],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert re.fullmatch(rf"coconut-serve: --port {port}: .*in use.*\n", done.stderr)
+def test_a_port_in_use_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--engine", "stub", "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"coconut-serve: --port {port}: .*in use.*\n", told)
 
 
-def test_help_names_every_flag_of_the_contract() -> None:
+def test_help_names_every_flag_of_the_contract(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = build_parser().parse_args(["models"])
     assert text.command == "models"
-    done = subprocess.run(
-        [*COMMAND, "serve", "--help"], capture_output=True, text=True, check=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--help"])
+    assert not caught.value.code
+    told = capsys.readouterr().out
     for flag in (
         "engine", "host", "port", "served-model-name", "api-key", "dtype", "device",
         "max-model-len", "max-num-seqs", "kv-cache-memory", "block-size",
         "max-num-batched-tokens", "no-prefix-caching", "max-queue", "default-reasoning-mode",
         "config",
     ):  # fmt: skip
-        assert f"--{flag}" in done.stdout
+        assert f"--{flag}" in told
