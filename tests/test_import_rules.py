@@ -9,10 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def imported_by(module: str) -> set[str]:
-    code = f"import {module}, sys; print(' '.join(sys.modules))"
+def imported_by(*modules: str) -> dict[str, set[str]]:
+    """All that is imported after each module, one after another in one interpreter."""
+    code = "import sys\n" + "\n".join(f"import {m}; print(*sys.modules)" for m in modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return {m: set(line.split()) for m, line in zip(modules, done.stdout.splitlines(), strict=True)}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -27,15 +28,16 @@ def imports_of(file: Path) -> set[str]:
 
 
 def test_server_service_and_stub_import_no_torch() -> None:
-    for module in (
+    found = imported_by(
         "coconut_serve.server.app",
         "coconut_serve.engines.stub",
         "coconut_serve.cli",
         "coconut_serve.reasoning.registry",
         "coconut_serve.checkpoint.manifest",
         "coconut_serve.convert.command",
-    ):
-        assert not imported_by(module) & {"torch", "transformers", "vllm"}, module
+    )
+    for module, imported in found.items():
+        assert not imported & {"torch", "transformers", "vllm"}, module
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -53,7 +55,8 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_native_engine_imports_no_vllm() -> None:
-    assert "vllm" not in imported_by("coconut_serve.engines.native.engine")
+    [imported] = imported_by("coconut_serve.engines.native.engine").values()
+    assert "vllm" not in imported
 
 
 def test_nothing_unpickles_or_evaluates() -> None:
