@@ -131,6 +131,15 @@ async def native_engine(
         await engine.stop()
 
 
+def core_of(engine: Any) -> Any:
+    """What works in a native engine that has no process of its own: to look inside."""
+    from coconut_serve.engines.native.hosts import ThreadHost
+
+    host = engine._host
+    assert isinstance(host, ThreadHost)
+    return host.core
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:

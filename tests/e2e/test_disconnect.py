@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coconut_serve.engines.native.engine import NativeEngine
-from tests.fakes import listening, native_app, write_golden
+from tests.fakes import core_of, listening, native_app, write_golden
 
 pytestmark = pytest.mark.torch
 
@@ -40,15 +40,15 @@ class Gate:
         import threading
 
         self._engine = engine
-        self._step = engine.core._one_step
+        self._step = core_of(engine)._one_step
         self._allowed = threading.Semaphore(0)
         self.steps: list[set[str]] = []
-        engine.core._one_step = self._gated
+        core_of(engine)._one_step = self._gated
 
     def _gated(self) -> None:
         self._allowed.acquire()
         self._step()
-        running = self._engine.core._scheduler.running
+        running = core_of(self._engine)._scheduler.running
         self.steps.append({s.request.request_id for s in running})
 
     def allow(self, count: int) -> None:
@@ -121,15 +121,15 @@ async def test_disconnect_frees_all_blocks_within_one_step(
             assert gate.steps[-1] == before
         else:
             async with asyncio.timeout(10):
-                while engine.core._scheduler.has_work():
+                while core_of(engine)._scheduler.has_work():
                     await asyncio.sleep(0.002)
-            assert engine.core._scheduler.pool.num_used == 0
+            assert core_of(engine)._scheduler.pool.num_used == 0
         for blocker_writer in blockers:
             blocker_writer.close()
         gate.allow(1000)
         async with asyncio.timeout(20):
-            while engine.core._scheduler.has_work():
+            while core_of(engine)._scheduler.has_work():
                 await asyncio.sleep(0.002)
-        assert engine.core._scheduler.pool.num_used == 0
-        engine.core._scheduler.check_integrity()
+        assert core_of(engine)._scheduler.pool.num_used == 0
+        core_of(engine)._scheduler.check_integrity()
         assert admission.num_in_flight == 0

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
@@ -65,11 +64,6 @@ class NativeEngine:
     def pid(self) -> int:
         """The process that works."""
         return self._host.pid
-
-    @property
-    def core(self) -> Any:
-        """What works, where that is in this process."""
-        return self._host.core
 
     async def check_health(self) -> None:
         """Raise EngineDeadError if the engine cannot work."""

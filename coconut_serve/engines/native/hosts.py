@@ -10,16 +10,13 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from coconut_serve.checkpoint.stages import stage
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.engines.native.messages import Event, Message, Stop
 from coconut_serve.errors import CoconutError, EngineDeadError, StartupError
-
-if TYPE_CHECKING:
-    from coconut_serve.engines.native.core import EngineCore
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +31,6 @@ class Host(Protocol):
     @property
     def pid(self) -> int:
         """The process that works."""
-
-    @property
-    def core(self) -> "EngineCore":
-        """What works; only where that is in this process."""
 
     def start(self) -> EngineInfo:
         """Load the model and begin to work.
@@ -123,11 +116,6 @@ class ProcessHost:
     def pid(self) -> int:
         """The child's."""
         return self._process.pid or 0
-
-    @property
-    def core(self) -> "EngineCore":
-        """Not to be had."""
-        raise AttributeError("the engine works in another process")
 
     def start(self) -> EngineInfo:
         """Start the child and wait until it has loaded."""

@@ -12,7 +12,7 @@ from coconut_serve.engines.base import Engine
 from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.types import FinishReason, StepStats
 from tests.engines.contract import EngineContract
-from tests.fakes import DEVICE, make_request, native_engine, run, run_all
+from tests.fakes import DEVICE, core_of, make_request, native_engine, run, run_all
 
 pytestmark = pytest.mark.torch
 
@@ -36,7 +36,7 @@ async def test_failed_step_ends_its_requests_and_the_engine_goes_on(
 ) -> None:
     async with native_engine(tiny_llama) as engine:
         expected = await run(engine, make_request())
-        monkeypatch.setattr(engine.core._runner, "run", lambda _: 1 / 0)
+        monkeypatch.setattr(core_of(engine)._runner, "run", lambda _: 1 / 0)
         with pytest.raises(EngineDeadError, match="division"):
             await run(engine, make_request())
         assert engine.num_restarts == 1  # and with it the broken runner is gone
@@ -49,7 +49,7 @@ async def test_engine_that_keeps_failing_stays_dead(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with native_engine(tiny_llama) as engine:
-        monkeypatch.setattr(engine.core, "_one_step", lambda: 1 / 0)
+        monkeypatch.setattr(core_of(engine), "_one_step", lambda: 1 / 0)
         for _ in range(5):
             with pytest.raises(EngineDeadError):
                 await run(engine, make_request())
@@ -167,7 +167,7 @@ async def test_memory_of_the_cache_is_taken_as_it_is_used(tiny_llama: Path) -> N
         tiny_llama, kv_cache_memory="1GiB", enable_prefix_caching=False
     ) as engine:
         assert resident() - before < 200 * 2**20
-        pool = engine.core._scheduler.pool
+        pool = core_of(engine)._scheduler.pool
         used = set()
         for _ in range(3):
             await run(engine, make_request(mode="latent", steps=2))

@@ -10,7 +10,7 @@ import torch
 from coconut_serve.params import HaltParams, MixtureParams, SwitchParams
 from coconut_serve.types import FinishReason, Request, StepStats
 from tests.engines import readouts
-from tests.fakes import drift, make_request, native_engine, run, run_all
+from tests.fakes import core_of, drift, make_request, native_engine, run, run_all
 from tests.models import load_plain, reference, with_projection
 
 pytestmark = pytest.mark.torch
@@ -122,7 +122,7 @@ async def test_preemption_changes_nothing(
         enable_prefix_caching=has_prefix_cache,
     ) as engine:
         results = await run_all(engine, requests)
-        assert engine.core._scheduler.pool.num_used == 0
+        assert core_of(engine)._scheduler.pool.num_used == 0
     assert [summary(r) for r in results] == expected
     assert sum(r.counts.num_preemptions for r in results) > 0
 
@@ -160,7 +160,7 @@ async def test_group_shares_prompt_blocks_and_each_member_is_itself(tiny_llama: 
             (await run(engine, make_request("x", ids, temperature=1.0, seed=i, max_tokens=12)))
             for i in range(6)
         ]
-        assert engine.core._scheduler.pool.num_used == 0
+        assert core_of(engine)._scheduler.pool.num_used == 0
     assert together[:6] == [r.token_ids for r in alone]
     assert len({tuple(t) for t in together[:6]}) > 1
     peak = max(s.num_used_blocks for s in stats)
@@ -240,7 +240,7 @@ async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:
     async with native_engine(tiny_llama) as engine:
         mate = make_request("mate", ids, "latent", 4, (11,), max_tokens=10)
         expected = (await run(engine, mate)).token_ids
-        embedding = engine.core._model._model.get_input_embeddings()
+        embedding = core_of(engine)._model._model.get_input_embeddings()
         with torch.no_grad():
             embedding.weight[bad_token] = float("nan")
         poisoned = make_request("bad", (*ids[:4], bad_token, *ids[5:]), "latent", 4, (11,))
@@ -252,7 +252,7 @@ async def test_nan_ends_its_own_row_only(tiny_llama: Path) -> None:
         # Blocks that held NaN are handed out again.
         later = await run_all(engine, [make_request(f"l{i}", ids) for i in range(8)])
         assert len({tuple(r.token_ids) for r in later}) == 1
-        assert engine.core._scheduler.pool.num_used == 0
+        assert core_of(engine)._scheduler.pool.num_used == 0
 
 
 async def test_a_draw_from_logits_with_nan_ends_the_row(
@@ -260,7 +260,7 @@ async def test_a_draw_from_logits_with_nan_ends_the_row(
 ) -> None:
     """One bad column is enough, however the token is drawn; greedy rows alone saw it once."""
     async with native_engine(tiny_llama) as engine:
-        model = engine.core._model
+        model = core_of(engine)._model
         project = model.project
 
         def poisoned(hidden: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coconut_serve.errors import StartupError
-from tests.fakes import make_request, native_engine, run, run_all
+from tests.fakes import core_of, make_request, native_engine, run, run_all
 from tests.models import generate, load_plain, reference, save_tiny
 
 pytestmark = pytest.mark.torch
@@ -65,7 +65,7 @@ async def test_longrope_is_by_sequence(phi: Path, situation: dict[str, Any]) -> 
     async with native_engine(phi, max_model_len=120, **situation) as engine:
         results = [await run(engine, requests[0]), await run(engine, requests[2])]
         results += await run_all(engine, requests)
-        assert engine.core._scheduler.pool.num_used == 0
+        assert core_of(engine)._scheduler.pool.num_used == 0
     expected = [reference(plain, list(prompt(length)), 16, **more)[0] for length, more in ROWS]
     assert [r.token_ids for r in results] == [expected[0], expected[2], *expected]
     assert results[3].token_ids == generate(plain, list(prompt(90)), 16)
