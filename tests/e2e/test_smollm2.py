@@ -3,16 +3,19 @@
 import asyncio
 import importlib.util
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import pytest_asyncio
+from transformers import PreTrainedModel
 
-from coconut_serve.checkpoint.weights import resolve_model
 from tests.fakes import listening, make_request, native_app, native_engine, run_all
 from tests.models import generate, load_plain, reference
 
 pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.torch,
     pytest.mark.model,
     pytest.mark.slow,
@@ -31,12 +34,18 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-async def test_greedy_cot_equals_transformers_generate_on_20_prompts() -> None:
+@pytest.fixture(scope="module")
+def plain(smollm2: Path) -> PreTrainedModel:
+    return load_plain(smollm2)
+
+
+async def test_greedy_cot_equals_transformers_generate_on_20_prompts(
+    smollm2: Path, plain: PreTrainedModel
+) -> None:
     """Float32, one batch of twenty, token for token."""
     from transformers import AutoTokenizer
 
-    directory = resolve_model("smollm2")
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     prompts = []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
@@ -46,38 +55,35 @@ async def test_greedy_cot_equals_transformers_generate_on_20_prompts() -> None:
         make_request(f"{i}", p, max_tokens=24, stop_token_ids=frozenset([2]))
         for i, p in enumerate(prompts)
     ]
-    async with native_engine(
-        directory, max_model_len=128, max_num_seqs=20, block_size=16
-    ) as engine:
+    async with native_engine(smollm2, max_model_len=128, max_num_seqs=20, block_size=16) as engine:
         results = await run_all(engine, requests)
-    plain = load_plain(directory)
     for prompt, result in zip(prompts, results, strict=True):
         expected = generate(plain, prompt, 24, eos=2)
         assert result.token_ids == (expected[:-1] if expected[-1] == 2 else expected)
 
 
-async def test_soft_tokens_equal_the_plain_loop_in_a_mixed_batch() -> None:
-    directory = resolve_model("smollm2")
+async def test_soft_tokens_equal_the_plain_loop_in_a_mixed_batch(
+    smollm2: Path, plain: PreTrainedModel
+) -> None:
     prompt = tuple(range(1000, 1020))
     kinds: list[dict[str, Any]] = [
         {"mode": "none"},
         {"mode": "distribution", "steps": 4},
         {"mode": "latent", "steps": 3, "end": (5,)},
     ]
-    async with native_engine(directory, max_model_len=64, block_size=16) as engine:
+    async with native_engine(smollm2, max_model_len=64, block_size=16) as engine:
         requests = [
             make_request(f"{i}", prompt, max_tokens=6, **kind) for i, kind in enumerate(kinds)
         ]
         results = await run_all(engine, requests)
-    plain = load_plain(directory)
     for kind, result in zip(kinds, results, strict=True):
         expected, _ = reference(plain, list(prompt), 6, **kind)
         assert result.token_ids == expected, kind
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[openai.AsyncOpenAI]:
-    app = native_app(resolve_model("smollm2"), dtype="auto", max_model_len=512)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(smollm2: Path) -> AsyncIterator[openai.AsyncOpenAI]:
+    app = native_app(smollm2, dtype="auto", max_model_len=512)
     async with (
         listening(app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as stock,

@@ -47,21 +47,21 @@ def asked(tokenizer: Any) -> list[Request]:
     return requests
 
 
-async def test_24_requests_of_all_modes_are_those_of_native(engines: Engines) -> None:
+async def test_24_requests_of_all_modes_are_those_of_native(
+    engines: Engines, smollm2: Path
+) -> None:
     from coconut_serve.checkpoint.tokenizer import load_tokenizer
-    from coconut_serve.checkpoint.weights import resolve_model
 
-    model: Path = await asyncio.to_thread(resolve_model, "smollm2")
-    requests = asked(load_tokenizer(model))
+    requests = asked(load_tokenizer(smollm2))
     order = random.Random(5).sample(range(24), 24)
 
     async def ask(engine: Any, seconds: float) -> list[Any]:
         jobs = [late(engine, r, seconds * order[i]) for i, r in enumerate(requests)]
         return [summary(r) for r in await asyncio.gather(*jobs)]
 
-    async with native_engine(model, block_size=16, max_model_len=128, max_num_seqs=24) as native:
+    async with native_engine(smollm2, block_size=16, max_model_len=128, max_num_seqs=24) as native:
         expected = await ask(native, 0.05)
     settings: dict[str, Any] = {"max_num_seqs": 24, "max_model_len": 128, "kv_cache_memory": "1GiB"}
-    async with engines.open(model, lambda _: None, **settings) as engine:
+    async with engines.open(smollm2, lambda _: None, **settings) as engine:
         assert await ask(engine, 0.1) == expected
     assert {len(result[0]) for result in expected} != {0}
