@@ -31,6 +31,7 @@ from coconut_serve.engines.native.model import PagedModel, max_positions, read_c
 from coconut_serve.engines.native.runner import Runner
 from coconut_serve.engines.native.scheduler import Schedule, ScheduledRow, Scheduler
 from coconut_serve.engines.native.sequence import Sequence
+from coconut_serve.engines.restarts import RestartBudget
 from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank
 from coconut_serve.types import RequestOutput, StepStats
@@ -38,7 +39,6 @@ from coconut_serve.types import RequestOutput, StepStats
 logger = logging.getLogger(__name__)
 
 _BLOCK_SIZE = 16
-_MAX_RESTARTS = 3  # failures within the window below after which the engine stays dead
 _RESTART_WINDOW_SECONDS = 60.0
 _AUTO_CACHE_SHARE = "40%"  # of free memory
 _AUTO_CPU_CACHE_BYTES = 2 * 2**30  # at most, and no more than the requests can use
@@ -68,7 +68,7 @@ class EngineCore:
         self._send = send
         self._stats: list[StepStats] = []  # to be sent
         self._in_flight: set[str] = set()  # request ids
-        self._failures: list[float] = []  # times
+        self._restarts = RestartBudget(_RESTART_WINDOW_SECONDS)
         self._num_restarts = 0
 
     # ---- loading -------------------------------------------------------------------------
@@ -229,10 +229,7 @@ class EngineCore:
             reason = str(failure)
         else:
             return
-        now = time.monotonic()
-        self._failures = [t for t in self._failures if now - t < _RESTART_WINDOW_SECONDS]
-        self._failures.append(now)
-        if len(self._failures) > _MAX_RESTARTS:
+        if not self._restarts.allows_another():
             raise EngineDeadError(f"the engine failed too often and stays down: {reason}")
         try:
             self._reset()

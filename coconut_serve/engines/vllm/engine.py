@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from coconut_serve.checkpoint.stages import stage
 from coconut_serve.checkpoint.weights import fingerprint
 from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
+from coconut_serve.engines.restarts import RestartBudget
 from coconut_serve.engines.vllm import plugin
 from coconut_serve.engines.vllm.follow import Follower
 from coconut_serve.engines.vllm.options import build_engine_args, check_adapter, check_device
@@ -34,7 +34,6 @@ from coconut_serve.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
-_MAX_RESTARTS = 3  # deaths within the window below after which the engine stays dead
 _RESTART_WINDOW_SECONDS = 600.0
 _MAX_STOPS = 128  # vLLM's own, of a request with min_tokens
 _MAX_BIASES = 1024  # vLLM's own
@@ -47,16 +46,6 @@ class _Life:
     llm: Any
     observer: StepObserver
     death: EngineDeadError | None = None
-
-
-@dataclass(slots=True)
-class _Deaths:
-    times: list[float] = field(default_factory=list)
-
-    def is_too_often(self) -> bool:
-        now = time.monotonic()
-        self.times = [t for t in self.times if now - t < _RESTART_WINDOW_SECONDS] + [now]
-        return len(self.times) > _MAX_RESTARTS
 
 
 class VllmEngine:
@@ -82,7 +71,7 @@ class VllmEngine:
         self._flags = flags
         self._life: _Life | None = None
         self._death: EngineDeadError | None = EngineDeadError("the engine is not running")
-        self._deaths = _Deaths()
+        self._restarts = RestartBudget(_RESTART_WINDOW_SECONDS)
         self._num_restarts = 0
         self._revival: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
@@ -185,7 +174,7 @@ class VllmEngine:
         """Refuse what comes and start vLLM anew, unless it dies too often."""
         if self._life is not life or self._death is not None:
             return
-        if self._deaths.is_too_often():
+        if not self._restarts.allows_another():
             self._death = EngineDeadError("vLLM died too often and stays down")
             return
         self._death = EngineDeadError("vLLM died and is being started anew", retry_after_seconds=30)
