@@ -13,7 +13,7 @@ from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.halting import Controller, View
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, conclude
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, settle
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
@@ -107,9 +107,9 @@ class Decider:
                 groups.setdefault((row.mode, row.thinks_on_logits), []).append(i)
         modes = [self._modes[name] for name, _ in groups]
         contexts = [self._context(step, m, has_logits=has) for (_, has), m in groups.items()]
-        answers = [mode.decide(ctx) for mode, ctx in zip(modes, contexts, strict=True)]
-        decisions = conclude(answers, self._embedding.mean)
-        for each in zip(modes, groups.values(), contexts, decisions, strict=True):
+        decisions = [mode.decide(ctx) for mode, ctx in zip(modes, contexts, strict=True)]
+        vectors = settle([decision.vector for decision in decisions], self._embedding.mean)
+        for each in zip(modes, groups.values(), contexts, decisions, vectors, strict=True):
             self._assign(step, *each)
         if any(self._host_keeps_last[slot] for slot in step.host_slots):
             self._delay_halt(step)
@@ -179,10 +179,11 @@ class Decider:
         members: list[int],
         ctx: StepContext,
         decision: StepDecision,
+        vector: Tensor | None,
     ) -> None:
         """Ask the halting rules and give the step what was decided for some rows."""
         step.assign(step.text, members, decision.token)
-        halt = self._halt(ctx, decision, has_text=mode.has_text)
+        halt = self._halt(ctx, decision.token, vector, has_text=mode.has_text)
         if decision.halt is not None:
             halt = decision.halt if halt is None else torch.where(halt == 0, decision.halt, halt)
         if halt is not None:
@@ -191,10 +192,8 @@ class Decider:
             step.assign(step.is_switch, members, decision.is_switch)
         if decision.retained_mass is not None:
             step.assign(step.retained_mass, members, decision.retained_mass)
-        if decision.vector is None:
-            return
-        vector = self._add_noise(ctx, decision.vector)
-        step.assign_vectors(members, vector, decision.is_vector)
+        if vector is not None:
+            step.assign_vectors(members, self._add_noise(ctx, vector), decision.is_vector)
 
     def _replay(self, step: StepRows) -> None:
         """Let rows feed the vectors that they were given; until the last none of them halts."""
@@ -213,16 +212,18 @@ class Decider:
         step.assign(step.text, members, upload([text for _, text in given.values()], device))
         step.assign(step.halt, members, torch.zeros_like(step.halt[: len(members)]))
 
-    def _halt(self, ctx: StepContext, decision: StepDecision, *, has_text: bool) -> Tensor | None:
+    def _halt(
+        self, ctx: StepContext, token: Tensor, vector: Tensor | None, *, has_text: bool
+    ) -> Tensor | None:
         """Ask the rules that rows have on."""
         view = View(
             slots=self._slots,
             row_slots=ctx.row_slots,
             logits=ctx.logits,
             raw_logits=ctx.raw_logits,
-            token=decision.token,
+            token=token,
             has_text=has_text,
-            vector=decision.vector,
+            vector=vector,
         )
         return self._controller.check(view, ctx.host_slots)
 

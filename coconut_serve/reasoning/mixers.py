@@ -4,8 +4,7 @@ Each works on all rows that asked for it at once. Settings are kept by slot in M
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from coconut_serve.params import MAX_MIXTURE_TOP_K, MixtureParams, ReasoningParams
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.adapters import Gate
-from coconut_serve.reasoning.mode import StepContext
+from coconut_serve.reasoning.mode import Soft, StepContext, StepDecision, merge
 from coconut_serve.reasoning.slots import Slots, upload
 
 _NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
@@ -25,19 +24,6 @@ _FEW_CANDIDATES = 32  # rows whose top-k passes no more than that search for no 
 def _or_all(number: int, few: int) -> int:
     """Round a number of tokens up to a few or to all that there may be."""
     return few if number <= few else MAX_MIXTURE_TOP_K
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixed:
-    """One step of some rows."""
-
-    token: Tensor  # [num_rows] int64, the text of the step
-    vector: Tensor  # [num_rows, hidden_size]
-    square_mass: Tensor | None  # [num_rows] float32, the sum of the squared weights, if asked for
-    retained_mass: Tensor | None = None  # [num_rows] float32, probability covered; None: 1
-
-
-Mixing = Generator[Tensor, Tensor, Mixed]  # yields weights, is sent means, as a Thought does
 
 
 class Mixtures:
@@ -59,6 +45,7 @@ class Mixtures:
         }
         self.noise = slots.register(f"{owner}_noise", torch.int64)
         self.clamp = slots.register(f"{owner}_noise_clamp", torch.float32, 2)
+        self._mean_norm: Tensor | None = None  # [] float32, of an embedding
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note a sequence's settings."""
@@ -77,6 +64,14 @@ class Mixtures:
     def each(self, ctx: StepContext) -> list[MixtureParams]:
         """The settings of a step's rows."""
         return [self.host[slot] for slot in ctx.host_slots]
+
+    def mean_norm(self, ctx: StepContext) -> Tensor:
+        """The mean length of an embedding; [] float32."""
+        if self._mean_norm is None:
+            assert ctx.logits is not None
+            ids = torch.arange(ctx.logits.shape[1], device=ctx.logits.device)
+            self._mean_norm = ctx.embedding.mean_norm(ids)
+        return self._mean_norm
 
 
 class Mixer(ABC):
@@ -97,7 +92,7 @@ class Mixer(ABC):
         return ()
 
     @abstractmethod
-    def mix(self, ctx: StepContext) -> Mixed | Mixing:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Mix for each row; all have the same `sizes`."""
 
     def _sizes(self, ctx: StepContext) -> tuple[int, ...]:
@@ -106,27 +101,49 @@ class Mixer(ABC):
     def _of(self, name: str, ctx: StepContext) -> Tensor:
         return self._mixtures.of(name, ctx.row_slots)
 
-    def _square_mass(
-        self, ctx: StepContext, weights: Tensor, ids: Tensor | None = None
-    ) -> Tensor | None:
-        """Sum the squares of the weights, for rows that are divided by their root.
+    def _scale(
+        self,
+        ctx: StepContext,
+        vector: Tensor | Soft,
+        weights: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor | Soft:
+        """Give vectors the length that `norm` asks for.
 
         Args:
             ctx: The rows.
-            weights: [num_rows, width].
+            vector: [num_rows, hidden_size].
+            weights: [num_rows, width], of the mixed tokens; None: `norm` l2 changes nothing.
             ids: [num_rows, width], where a token may occur twice: its weights add up.
         """
-        if all(m.norm != "l2" for m in self._mixtures.each(ctx)):
-            return None
-        if ids is None:
-            return weights.square().sum(-1)
-        is_same = ids.unsqueeze(2) == ids.unsqueeze(1)  # [num_rows, width, width]
-        return (is_same * weights.unsqueeze(2) * weights.unsqueeze(1)).sum((1, 2))
+        norms = [mixture.norm for mixture in self._mixtures.each(ctx)]
+        if set(norms) == {"none"}:
+            return vector
+        mean_norm = self._mixtures.mean_norm(ctx)
+        ones = torch.ones(len(norms), device=ctx.hidden.device)
+        l2 = ones if weights is None else _square_mass(weights, ids).rsqrt()
+
+        def scale(fed: Tensor) -> Tensor:
+            whole = fed.float()
+            lengths = mean_norm / whole.norm(dim=-1).clamp_min(1e-12)
+            scales = {"none": ones, "l2": l2, "embed_mean": lengths}
+            factor = torch.stack([scales[norm][i] for i, norm in enumerate(norms)])
+            return (whole * factor.unsqueeze(1)).to(fed.dtype)
+
+        return vector.then(scale) if isinstance(vector, Soft) else scale(vector)
 
     def _tempered(self, ctx: StepContext) -> Tensor:
         """Logits divided by the mixture's temperature."""
         assert ctx.logits is not None
         return ctx.logits / self._of("temperature", ctx).unsqueeze(1)
+
+
+def _square_mass(weights: Tensor, ids: Tensor | None) -> Tensor:
+    """Sum the squared weights of each row; arguments as Mixer._scale's; [num_rows]."""
+    if ids is None:
+        return weights.square().sum(-1)
+    is_same = ids.unsqueeze(2) == ids.unsqueeze(1)  # [num_rows, width, width]
+    return (is_same * weights.unsqueeze(2) * weights.unsqueeze(1)).sum((1, 2))
 
 
 class TopK(Mixer):
@@ -142,7 +159,7 @@ class TopK(Mixer):
         num_mixed = min(passing, mixture.top_k)
         return _or_all(passing, _FEW_CANDIDATES), _or_all(num_mixed, _FEW_MIXED)
 
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Filter, add noise, average."""
         assert ctx.logits is not None
         num_candidates, num_mixed = self._sizes(ctx)
@@ -166,10 +183,9 @@ class TopK(Mixer):
             below = ctx.logits.gather(1, ids) - ctx.logits.amax(-1, keepdim=True)
             p = (below / temperature.unsqueeze(1)).exp() / total.unsqueeze(1)
             retained = torch.where(weights > 0, p, 0.0).sum(-1)
-        return Mixed(
+        return StepDecision(
             token=ids.gather(1, weights.argmax(-1, keepdim=True)).squeeze(1),
-            vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
-            square_mass=self._square_mass(ctx, weights),
+            vector=self._scale(ctx, mixing.mix_embeddings(weights, ids, ctx.embedding), weights),
             retained_mass=retained,
         )
 
@@ -201,12 +217,11 @@ class TopK(Mixer):
 class Full(Mixer):
     """The whole vocabulary, as one matrix product (Soft Tokens, arXiv 2509.19170)."""
 
-    def mix(self, ctx: StepContext) -> Mixing:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Average all embeddings."""
         probs = self._tempered(ctx).softmax(-1)
-        vector = yield probs
-        mass = self._square_mass(ctx, probs)
-        return Mixed(token=probs.argmax(-1), vector=vector, square_mass=mass)
+        vector = self._scale(ctx, Soft(probs, lambda means: means), probs)
+        return StepDecision(token=probs.argmax(-1), vector=vector)
 
 
 class Multiplex(Mixer):
@@ -220,7 +235,7 @@ class Multiplex(Mixer):
         """Draws."""
         return (_or_all(mixture.top_k, _FEW_MIXED),)
 
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Draw and average."""
         asked = self._mixtures.each(ctx)
         weights = self._tempered(ctx).softmax(-1)
@@ -244,11 +259,8 @@ class Multiplex(Mixer):
         rank = torch.arange(width, device=ids.device)
         shares = torch.where(rank < self._of("top_k", ctx).unsqueeze(1), shares, 0.0)
         shares = shares / shares.sum(-1, keepdim=True)
-        return Mixed(
-            token=ids[:, 0],
-            vector=mixing.mix_embeddings(shares, ids, ctx.embedding),
-            square_mass=self._square_mass(ctx, shares, ids),
-        )
+        vector = mixing.mix_embeddings(shares, ids, ctx.embedding)
+        return StepDecision(token=ids[:, 0], vector=self._scale(ctx, vector, shares, ids))
 
     def _draw(self, ctx: StepContext, weights: Tensor, width: int) -> Tensor:
         """Draw with replacement; [num_rows, width] int64."""
@@ -280,7 +292,7 @@ class MixtureOfInputs(Mixer):
         """Candidates, which are all mixed."""
         return (_or_all(mixture.top_k, _FEW_CANDIDATES),)
 
-    def mix(self, ctx: StepContext) -> Mixed:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Average distribution and sample."""
         assert ctx.logits is not None
         (width,) = self._sizes(ctx)
@@ -297,11 +309,8 @@ class MixtureOfInputs(Mixer):
         hard = torch.where(beta < 0, 0.0, 1.0 - soft)
         weights = torch.cat([soft * p, hard], dim=1)
         ids = torch.cat([ids, ctx.sampled.unsqueeze(1)], dim=1)
-        return Mixed(
-            token=ctx.sampled,
-            vector=mixing.mix_embeddings(weights, ids, ctx.embedding),
-            square_mass=self._square_mass(ctx, weights, ids),
-        )
+        vector = mixing.mix_embeddings(weights, ids, ctx.embedding)
+        return StepDecision(token=ctx.sampled, vector=self._scale(ctx, vector, weights, ids))
 
 
 class Gated(Mixer):
@@ -309,19 +318,23 @@ class Gated(Mixer):
 
     needs_sampled = True
 
-    def mix(self, ctx: StepContext) -> Mixing:
+    def mix(self, ctx: StepContext) -> StepDecision:
         """Weigh p E / |p| against the embedding of the sample."""
         probs = self._tempered(ctx).softmax(-1)
-        soft = (yield probs).float() / probs.norm(dim=-1, keepdim=True)
-        token = ctx.embedding(ctx.sampled)
-        vector = token.float()
-        names = [self._mixtures.adapters[slot] for slot in ctx.host_slots]
-        for name in sorted(set(names)):
-            gate = ctx.adapters[name]
-            assert isinstance(gate, Gate), "the service lets no other adapter through"
-            rows = upload([i for i, each in enumerate(names) if each == name], vector.device)
-            vector = vector.index_copy(0, rows, gate.mix(vector[rows], soft[rows]))
-        return Mixed(token=ctx.sampled, vector=vector.to(token.dtype), square_mass=None)
+
+        def gate(means: Tensor) -> Tensor:
+            soft = means.float() / probs.norm(dim=-1, keepdim=True)
+            token = ctx.embedding(ctx.sampled)
+            vector = token.float()
+            names = [self._mixtures.adapters[slot] for slot in ctx.host_slots]
+            for name in sorted(set(names)):
+                adapter = ctx.adapters[name]
+                assert isinstance(adapter, Gate), "the service lets no other adapter through"
+                rows = upload([i for i, each in enumerate(names) if each == name], vector.device)
+                vector = vector.index_copy(0, rows, adapter.mix(vector[rows], soft[rows]))
+            return vector.to(token.dtype)
+
+        return StepDecision(token=ctx.sampled, vector=self._scale(ctx, Soft(probs, gate)))
 
 
 KINDS: dict[str, type[Mixer]] = {
@@ -344,58 +357,18 @@ class Mixers:
     def __init__(self, slots: Slots, owner: str) -> None:
         self._mixtures = Mixtures(slots, owner)
         self._mixers = {name: kind(self._mixtures) for name, kind in KINDS.items()}
-        self._mean_norm: Tensor | None = None  # [] float32, of an embedding
 
     def admit(self, slot: int, params: ReasoningParams) -> None:
         """Note a sequence's mixture."""
         self._mixtures.admit(slot, params)
 
-    def mix(self, ctx: StepContext) -> Mixing:
-        """Mix for each row, and give the vectors the length that `norm` asks for."""
+    def mix(self, ctx: StepContext) -> StepDecision:
+        """Let each kind mix its rows of one size."""
         kinds = [(m.kind, KINDS[m.kind].sizes(m)) for m in self._mixtures.each(ctx)]
         if len(set(kinds)) == 1:
-            mixed = yield from self._mix(ctx, kinds[0][0])
-        else:
-            mixed = yield from self._mix_several(ctx, kinds)
-        return replace(mixed, vector=self._scale(ctx, mixed))
-
-    def _mix(self, ctx: StepContext, kind: str) -> Mixing:
-        mixed = self._mixers[kind].mix(ctx)
-        return mixed if isinstance(mixed, Mixed) else (yield from mixed)
-
-    def _mix_several(
-        self, ctx: StepContext, kinds: Sequence[tuple[str, tuple[int, ...]]]
-    ) -> Mixing:
-        """Let each kind do its rows of one size, and put them together."""
-        rows = ctx.row_slots
-        token, mass = torch.zeros_like(rows), torch.ones(len(kinds), device=rows.device)
-        vector, retained = torch.empty_like(ctx.hidden), torch.ones_like(mass)
+            return self._mixers[kinds[0][0]].mix(ctx)
+        parts = []
         for kind in sorted(set(kinds)):
             part, at = ctx.select([i for i, each in enumerate(kinds) if each == kind])
-            mixed = yield from self._mix(part, kind[0])
-            token[at] = mixed.token
-            if mixed.square_mass is not None:
-                mass[at] = mixed.square_mass
-            vector[at] = mixed.vector.to(vector.dtype)
-            if mixed.retained_mass is not None:
-                retained[at] = mixed.retained_mass
-        return Mixed(token=token, vector=vector, square_mass=mass, retained_mass=retained)
-
-    def _scale(self, ctx: StepContext, mixed: Mixed) -> Tensor:
-        """Give vectors the length that `norm` asks for."""
-        norms = [mixture.norm for mixture in self._mixtures.each(ctx)]
-        if set(norms) == {"none"}:
-            return mixed.vector
-        vector = mixed.vector.float()
-        if self._mean_norm is None:
-            assert ctx.logits is not None
-            ids = torch.arange(ctx.logits.shape[1], device=vector.device)
-            self._mean_norm = ctx.embedding.mean_norm(ids)
-        ones = torch.ones(len(norms), device=vector.device)
-        scales = {
-            "none": ones,
-            "l2": ones if mixed.square_mass is None else mixed.square_mass.rsqrt(),
-            "embed_mean": self._mean_norm / vector.norm(dim=-1).clamp_min(1e-12),
-        }
-        scale = torch.stack([scales[norm][i] for i, norm in enumerate(norms)])
-        return (vector * scale.unsqueeze(1)).to(mixed.vector.dtype)
+            parts.append((at, self._mixers[kind[0]].mix(part)))
+        return merge(parts, ctx.hidden)

@@ -1,7 +1,7 @@
 """What a reasoning mode is: it decides the next input of its thinking rows, all at once."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -56,6 +56,18 @@ class StepContext:
         return noise.uniform(slots.seed[rows], slots.num_decisions[rows], stream, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Soft:
+    """Vectors that need weighted means of all embeddings; a step takes all its means at once."""
+
+    weights: Tensor  # [num_rows, vocab_size] float32
+    finish: Callable[[Tensor], Tensor]  # means, [num_rows, hidden_size] -> vectors of that shape
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "Soft":
+        """Apply one more function to the vectors."""
+        return Soft(self.weights, lambda means: change(self.finish(means)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDecision:
     """What a mode decides for each of its rows.
@@ -64,45 +76,70 @@ class StepDecision:
     """
 
     token: Tensor  # [num_rows] int64: the text of the step, -1 for none
-    vector: Tensor | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
+    vector: Tensor | Soft | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
     is_vector: Tensor | None = None  # [num_rows] bool; None: all rows if `vector` is given
     retained_mass: Tensor | None = None  # [num_rows] float32; None: 1
     is_switch: Tensor | None = None  # [num_rows] bool, tokens to vectors or back; None: nobody
     halt: Tensor | None = None  # [num_rows] int64, a HaltReason of the mode's own; None: nobody
 
 
-Thought = Generator[Tensor, Tensor, StepDecision]
-"""A decision that averages all embeddings on its way.
-
-It yields weights, [num_means, vocab_size], and is sent the means, [num_means, hidden_size].
-"""
-
-
-def conclude(
-    answers: Sequence[StepDecision | Thought], mean: Callable[[Tensor], Tensor]
-) -> list[StepDecision]:
-    """Finish what modes began; the means that they wait for at one time are one product.
+def settle(
+    vectors: Sequence[Tensor | Soft | None], mean: Callable[[Tensor], Tensor]
+) -> list[Tensor | None]:
+    """Finish soft vectors with one matrix product for all of them.
 
     Args:
-        answers: Of one mode each.
+        vectors: Of one decision each.
         mean: Embedding.mean.
     """
-    done = {i: each for i, each in enumerate(answers) if isinstance(each, StepDecision)}
-    thoughts = {i: each for i, each in enumerate(answers) if not isinstance(each, StepDecision)}
-    sent: dict[int, Tensor | None] = dict.fromkeys(thoughts)
-    while sent:
-        asked: dict[int, Tensor] = {}
-        for i, means in sent.items():
-            try:
-                asked[i] = thoughts[i].send(means)  # type: ignore[arg-type]  # None starts it
-            except StopIteration as end:
-                done[i] = end.value
-        weights = list(asked.values())
-        whole = mean(torch.cat(weights) if len(weights) > 1 else weights[0]) if weights else None
-        sizes = [len(each) for each in weights]
-        parts = torch.split(whole, sizes) if whole is not None else ()
-        sent = dict(zip(asked, parts, strict=True))
-    return [done[i] for i in range(len(answers))]
+    weights = [each.weights for each in vectors if isinstance(each, Soft)]
+    if not weights:
+        return [each for each in vectors if not isinstance(each, Soft)]
+    means = mean(torch.cat(weights) if len(weights) > 1 else weights[0])
+    parts = iter(torch.split(means, [len(each) for each in weights]))
+    return [each.finish(next(parts)) if isinstance(each, Soft) else each for each in vectors]
+
+
+def merge(parts: Sequence[tuple[slice | Tensor, StepDecision]], hidden: Tensor) -> StepDecision:
+    """Join decisions about parts of some rows into one about all of them.
+
+    Args:
+        parts: Where the rows of each part are, and its decision; all feed vectors.
+        hidden: [num_rows, hidden_size], of all rows.
+    """
+
+    def joined(name: str, fill: float, dtype: torch.dtype) -> Tensor | None:
+        values = [(at, getattr(decision, name)) for at, decision in parts]
+        if all(value is None for _, value in values):
+            return None
+        whole = torch.full(hidden.shape[:1], fill, dtype=dtype, device=hidden.device)
+        for at, value in values:
+            if value is not None:
+                whole[at] = value
+        return whole
+
+    vectors = [decision.vector for _, decision in parts]
+    weights = [each.weights for each in vectors if isinstance(each, Soft)]
+
+    def finish(means: Tensor) -> Tensor:
+        split = iter(torch.split(means, [len(each) for each in weights]))
+        whole = torch.zeros_like(hidden)
+        for (at, _), each in zip(parts, vectors, strict=True):
+            assert each is not None, "all parts feed vectors"
+            vector = each.finish(next(split)) if isinstance(each, Soft) else each
+            whole[at] = vector.to(whole.dtype)
+        return whole
+
+    token = joined("token", -1, torch.int64)
+    assert token is not None
+    return StepDecision(
+        token=token,
+        vector=Soft(torch.cat(weights), finish) if weights else finish(hidden[:0]),
+        is_vector=joined("is_vector", 1, torch.bool),
+        retained_mass=joined("retained_mass", 1, torch.float32),
+        is_switch=joined("is_switch", 0, torch.bool),
+        halt=joined("halt", 0, torch.int64),
+    )
 
 
 class ReasoningMode(ABC):
@@ -140,7 +177,7 @@ class ReasoningMode(ABC):
         """Set up the mode's own buffers for a new sequence."""
 
     @abstractmethod
-    def decide(self, ctx: StepContext) -> StepDecision | Thought:
+    def decide(self, ctx: StepContext) -> StepDecision:
         """Decide the next input of each row."""
 
 

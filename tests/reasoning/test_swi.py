@@ -22,7 +22,7 @@ from torch import Tensor
 from coconut_serve.params import HaltParams, Phase, ReasoningParams, SwitchParams
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.mode import StepContext, conclude
+from coconut_serve.reasoning.mode import StepContext, settle
 from coconut_serve.reasoning.modes.auto import AutoMode
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.rows import RowResult
@@ -166,16 +166,17 @@ def test_entropies_and_drawn_tokens_give_the_table(name: str) -> None:
             embedding=EMBEDDING,
             adapters=AdapterBank(),
         )
-        [decision] = conclude([mode.decide(ctx)], EMBEDDING.mean)
+        decision = mode.decide(ctx)
+        [vectors] = settle([decision.vector], EMBEDDING.mean)
         slots.num_decisions += 1
         assert decision.halt is not None
-        assert decision.vector is not None
+        assert vectors is not None
         assert decision.is_vector is not None
         halts = int(decision.halt) == HaltReason.SWITCHES
         assert halts == (kind == "halt"), step
         if halts:
             continue
-        vector = decision.vector[0] if decision.is_vector[0] else EYE[decision.token[0]]
+        vector = vectors[0] if decision.is_vector[0] else EYE[decision.token[0]]
         assert int(decision.token) == said, step
         torch.testing.assert_close(vector, fed(kind, step, k, said), msg=f"step {step}")
 

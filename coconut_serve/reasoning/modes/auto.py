@@ -9,7 +9,7 @@ from torch import Tensor
 from coconut_serve.params import MAX_HARD_TOKENS, ReasoningParams, SwitchParams
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.mixers import Mixers
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
+from coconut_serve.reasoning.mode import ReasoningMode, Soft, StepContext, StepDecision, merge
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason
 
@@ -77,60 +77,34 @@ class AutoMode(ReasoningMode):
         self._reference[slot] = 0.0
         self._host_is_swi[slot] = switch.rule == "swi"
 
-    def decide(self, ctx: StepContext) -> Thought:
+    def decide(self, ctx: StepContext) -> StepDecision:
         """Let each rule decide its rows."""
         is_swi = [self._host_is_swi[slot] for slot in ctx.host_slots]
         if all(is_swi):
-            return (yield from self._swi(ctx))
+            return self._swi(ctx)
         if not any(is_swi):
-            return (yield from self._confidence(ctx))
-        vector = torch.zeros_like(ctx.hidden)
-        flags = torch.zeros_like(ctx.row_slots, dtype=torch.bool)
-        switches, halt = flags.clone(), torch.zeros_like(ctx.row_slots)
-        token, retained = ctx.sampled.clone(), torch.ones(len(is_swi), device=vector.device)
-        for wanted in (True, False):
+            return self._confidence(ctx)
+        parts = []
+        for wanted, rule in ((True, self._swi), (False, self._confidence)):
             part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
-            decision = yield from self._swi(part) if wanted else self._confidence(part)
-            assert decision.vector is not None
-            assert decision.is_vector is not None
-            token[at] = decision.token
-            vector[at] = decision.vector.to(vector.dtype)
-            flags[at] = decision.is_vector
-            if decision.retained_mass is not None:
-                retained[at] = decision.retained_mass
-            if decision.is_switch is not None:
-                switches[at] = decision.is_switch
-            if decision.halt is not None:
-                halt[at] = decision.halt
-        return StepDecision(
-            token=token,
-            vector=vector,
-            is_vector=flags,
-            retained_mass=retained,
-            is_switch=switches,
-            halt=halt,
-        )
+            parts.append((at, rule(part)))
+        return merge(parts, ctx.hidden)
 
     def _of(self, name: str, ctx: StepContext) -> Tensor:
         return self._settings[name][ctx.row_slots]
 
-    def _confidence(self, ctx: StepContext) -> Thought:
+    def _confidence(self, ctx: StepContext) -> StepDecision:
         """Soft or hard by the likeliest token's probability in the raw distribution."""
         assert ctx.raw_logits is not None
-        mixed = yield from self._mixers.mix(ctx)
+        mixed = self._mixers.mix(ctx)
         is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= self._of("p_max", ctx)
         is_soft = is_sure == self._goes_soft_sure[ctx.row_slots]
         is_first = self.slots.num_decisions[ctx.row_slots] == 0
         was_soft, self._is_soft[ctx.row_slots] = self._is_soft[ctx.row_slots], is_soft
-        return StepDecision(
-            token=ctx.sampled,
-            vector=mixed.vector,
-            is_vector=is_soft,
-            is_switch=(is_soft != was_soft) & ~is_first,
-            retained_mass=mixed.retained_mass,
-        )
+        is_switch = (is_soft != was_soft) & ~is_first
+        return replace(mixed, token=ctx.sampled, is_vector=is_soft, is_switch=is_switch)
 
-    def _swi(self, ctx: StepContext) -> Thought:
+    def _swi(self, ctx: StepContext) -> StepDecision:
         """Follow the entropy of the raw distribution."""
         assert ctx.raw_logits is not None
         rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
@@ -140,14 +114,19 @@ class AutoMode(ReasoningMode):
         self._is_locked[rows] |= (ctx.sampled == end) & (end >= 0)
         ctx = replace(ctx, sampled=torch.where(pending == _SAY_END, end, ctx.sampled))
         to_hard, to_soft = self._switch(ctx, mixing.entropy(log_probs), is_first)
-        soft = (yield log_probs.exp()).float()
-        vector, blends = self._blend(ctx, soft, to_hard=to_hard, to_soft=to_soft, is_first=is_first)
+        blends = to_hard & (end >= 0)
+
+        def blend(means: Tensor) -> Tensor:
+            soft = means.float()
+            vector = self._blend(ctx, soft, blends=blends, to_soft=to_soft, is_first=is_first)
+            return vector.to(ctx.hidden.dtype)
+
         is_hard_token = (ctx.sampled.unsqueeze(1) == self._hard[rows]).any(1)
         is_soft = self._is_soft[rows] & ~is_hard_token
         self._pending[rows] = self._exceed(ctx, to_hard, has_end=end >= 0)
         return StepDecision(
             token=ctx.sampled,
-            vector=vector.to(ctx.hidden.dtype),
+            vector=Soft(log_probs.exp(), blend),
             is_vector=is_soft | blends,
             is_switch=to_hard | to_soft,
             halt=(pending == _LEAVE) * int(HaltReason.SWITCHES),
@@ -177,13 +156,19 @@ class AutoMode(ReasoningMode):
         return to_hard, to_soft
 
     def _blend(
-        self, ctx: StepContext, soft: Tensor, *, to_hard: Tensor, to_soft: Tensor, is_first: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, ctx: StepContext, soft: Tensor, *, blends: Tensor, to_soft: Tensor, is_first: Tensor
+    ) -> Tensor:
         """Mix the think tokens in at switches and a newline at the start.
 
+        Args:
+            ctx: The rows.
+            soft: [num_rows, hidden_size] float32, the means.
+            blends: [num_rows] bool, which switch to tokens and feed a blend with </think>.
+            to_soft: [num_rows] bool.
+            is_first: [num_rows] bool.
+
         Returns:
-            What soft rows and rows at a switch are fed, [num_rows, hidden_size] float32; which
-            token rows are fed it too, [num_rows] bool.
+            What soft rows and rows at a switch are fed, [num_rows, hidden_size] float32.
         """
         progress = self.slots.num_decisions[ctx.row_slots] / self._horizon[ctx.row_slots]
 
@@ -197,11 +182,10 @@ class AutoMode(ReasoningMode):
 
         alpha, beta = self._of("alpha", ctx), self._of("beta", ctx)
         think, has_think = mark("think_token_id")
-        end, has_end = mark("end_token_id")
+        end, _ = mark("end_token_id")
         newline, has_newline = mark("newline_token_id")
         soft = mix(soft, think, alpha + (1 - alpha) * progress, to_soft & has_think)
         first = torch.full_like(alpha, 1.0 - _FIRST_BLEND)
         soft = mix(soft, newline, first, is_first & has_newline)
-        blends = to_hard & has_end
         hard = mix(ctx.embedding(ctx.sampled).float(), end, beta + (1 - beta) * progress, blends)
-        return torch.where(blends.unsqueeze(1), hard, soft), blends
+        return torch.where(blends.unsqueeze(1), hard, soft)

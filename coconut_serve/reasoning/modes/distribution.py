@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.mixers import KINDS, Mixers
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
 from coconut_serve.reasoning.slots import Slots
 
 
@@ -29,9 +29,6 @@ class DistributionMode(ReasoningMode):
         """Note the mixture."""
         self._mixers.admit(slot, params)
 
-    def decide(self, ctx: StepContext) -> Thought:
+    def decide(self, ctx: StepContext) -> StepDecision:
         """Feed what the mixture makes."""
-        mixed = yield from self._mixers.mix(ctx)
-        return StepDecision(
-            token=mixed.token, vector=mixed.vector, retained_mass=mixed.retained_mass
-        )
+        return self._mixers.mix(ctx)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.adapters import NO_ADAPTER, Draw
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, Thought
+from coconut_serve.reasoning.mode import ReasoningMode, Soft, StepContext, StepDecision
 from coconut_serve.reasoning.slots import Slots
 
 
@@ -48,21 +48,29 @@ class LatentMode(ReasoningMode):
         self._host_is_constant[slot] = is_constant
         self._host_is_softened[slot] = params.soft_weight > 0
 
-    def decide(self, ctx: StepContext) -> Thought:
+    def decide(self, ctx: StepContext) -> StepDecision:
         """Feed the hidden state; there is no text."""
-        rows = ctx.row_slots
         vector = self._adapt(ctx, ctx.hidden)
-        # SIM-CoT adds w times the soft token, through the same adapter. Rows without a weight stand
-        # apart from those with one: they have no logits.
-        if ctx.logits is not None and any(self._host_is_softened[s] for s in ctx.host_slots):
-            soft = self._adapt(ctx, (yield ctx.logits.softmax(-1)))
-            weight = self._soft_weight[rows].unsqueeze(1)
-            vector = (vector.float() + weight * soft.float()).to(vector.dtype)
-        if any(self._host_is_constant[slot] for slot in ctx.host_slots):
-            constant = self._constant[rows]
-            fed = ctx.embedding(constant.clamp_min(0)).to(vector.dtype)
-            vector = torch.where((constant >= 0).unsqueeze(1), fed, vector)
-        return StepDecision(token=torch.full_like(rows, -1), vector=vector)
+        token = torch.full_like(ctx.row_slots, -1)
+        # Rows without a weight stand apart from those with one: they have no logits.
+        if ctx.logits is None or not any(self._host_is_softened[s] for s in ctx.host_slots):
+            return StepDecision(token=token, vector=self._or_constant(ctx, vector))
+
+        def add(means: Tensor) -> Tensor:
+            """Add w times the soft token, through the same adapter (SIM-CoT)."""
+            weight = self._soft_weight[ctx.row_slots].unsqueeze(1)
+            added = weight * self._adapt(ctx, means).float()
+            return self._or_constant(ctx, (vector.float() + added).to(vector.dtype))
+
+        return StepDecision(token=token, vector=Soft(ctx.logits.softmax(-1), add))
+
+    def _or_constant(self, ctx: StepContext, vector: Tensor) -> Tensor:
+        """Feed the constant instead where the source says so."""
+        if not any(self._host_is_constant[slot] for slot in ctx.host_slots):
+            return vector
+        constant = self._constant[ctx.row_slots]
+        fed = ctx.embedding(constant.clamp_min(0)).to(vector.dtype)
+        return torch.where((constant >= 0).unsqueeze(1), fed, vector)
 
     def _adapt(self, ctx: StepContext, hidden: Tensor) -> Tensor:
         rows, slots = ctx.row_slots, self.slots
