@@ -5,19 +5,21 @@ The core that both real engines share. It works on device tensors alone and neve
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_FORCED_TOKENS, ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.halting import Controller, View
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, settle
 from coconut_serve.reasoning.registry import load_mode
-from coconut_serve.reasoning.rows import StepRows
-from coconut_serve.reasoning.slots import Slots, SlotSnapshot, upload
+from coconut_serve.reasoning.rows import RowPlan, StepRows
+from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import HaltReason
+
+_VECTOR_TYPE = np.dtype("<f4")  # of replayed vectors
 
 
 class Decider:
@@ -43,54 +45,7 @@ class Decider:
         self._controller = Controller(slots)
         self._embedding = embedding
         self._adapters = adapters
-        self._noise_std = slots.register("noise_std", torch.float32)  # [num_slots]
-        self._end_adds = slots.register("end_adds_vector", torch.bool)  # [num_slots]
-        self._keeps_last = slots.register("keeps_last", torch.bool)  # [num_slots]
         self._pending_halt = slots.register("pending_halt", torch.int64)  # of rows that keep it
-        self._final = slots.register("final", torch.int64, MAX_FORCED_TOKENS)  # as `Slots.end`
-        self._num_final = slots.register("num_final", torch.int64)  # 0: the end tokens serve
-        self._mixes_answer = slots.register("mixes_answer", torch.bool)  # [num_slots]
-        # What the host must know to skip work that no row asked for.
-        self._host_has_final = [False] * slots.num_slots
-        self._host_has_noise = [False] * slots.num_slots
-        self._host_end_adds = [False] * slots.num_slots
-        self._host_keeps_last = [False] * slots.num_slots
-        self._host_may_enter = [False] * slots.num_slots
-        self._host_mixes_answer = [False] * slots.num_slots
-        self._host_replay: list[list[tuple[Tensor, int]]] = [[]] * slots.num_slots
-
-    def admit(
-        self,
-        slot: int,
-        params: ReasoningParams,
-        *,
-        seed: int,
-        next_token_id: int,
-        snapshot: SlotSnapshot | None = None,
-    ) -> None:
-        """Set a slot up for a sequence; with a snapshot, go on where it was taken."""
-        self._slots.admit(slot, params, seed, next_token_id)
-        self._modes[params.mode].admit(slot, params)
-        self._controller.admit(slot, params)
-        self._noise_std[slot] = params.noise_std
-        self._end_adds[slot] = params.end_adds_vector
-        self._keeps_last[slot] = params.keeps_last
-        self._pending_halt[slot] = 0
-        self._mixes_answer[slot] = params.mixture.in_answer
-        final = params.switch.final_token_ids
-        self._final[slot] = upload(
-            final + (0,) * (MAX_FORCED_TOKENS - len(final)), self._final.device
-        )
-        self._num_final[slot] = len(final)
-        self._host_has_final[slot] = bool(final)
-        self._host_has_noise[slot] = params.noise_std > 0
-        self._host_end_adds[slot] = params.end_adds_vector
-        self._host_keeps_last[slot] = params.keeps_last
-        self._host_may_enter[slot] = params.enter_token_id is not None
-        self._host_mixes_answer[slot] = params.mixture.in_answer
-        self._host_replay[slot] = _read_replay(params, self._slots.hidden_size)
-        if snapshot is not None:
-            self._slots.restore(slot, snapshot)
 
     def decide(self, step: StepRows) -> None:
         """Decide the next input of each row and write it to the row's slot.
@@ -99,6 +54,7 @@ class Decider:
             step: With the logits and the drawn tokens of the rows that need them.
         """
         slots, rows = self._slots, step.row_slots
+        host, settings = slots.host(step.host_slots), slots.settings(rows)
         is_thinking = slots.is_thinking[rows]
         has_steps = slots.steps_left[rows] > 0
         groups: dict[tuple[str, bool], list[int]] = {}
@@ -111,23 +67,23 @@ class Decider:
         vectors = settle([decision.vector for decision in decisions], self._embedding.mean)
         for each in zip(modes, groups.values(), contexts, decisions, vectors, strict=True):
             self._assign(step, *each)
-        if any(self._host_keeps_last[slot] for slot in step.host_slots):
+        if host.keeps_last.any():
             self._delay_halt(step)
         self._replay(step)
         step.halt = torch.where(is_thinking & ~has_steps, int(HaltReason.CAP), step.halt)
         step.halt = torch.where(is_thinking, step.halt, 0)
         step.thinks = is_thinking & (step.halt == 0)
         step.is_switch &= step.thinks
-        if any(self._host_has_final[slot] for slot in step.host_slots):
+        if (host.final_token_ids >= 0).any():
             self._force_final(step)
         has_forced = slots.forced_left[rows] > 0
         step.is_forced = ~step.thinks & has_forced
         is_last = (step.halt > 0) & step.is_forced  # the first end token is fed next
-        if any(self._host_end_adds[slot] for slot in step.host_slots):
-            self._add_end(step, is_last & self._end_adds[rows] & step.is_vector)
+        if host.end_adds_vector.any():
+            self._add_end(step, is_last & settings.end_adds_vector & step.is_vector)
         feeds = step.thinks | step.adds_end
-        if any(self._host_mixes_answer[slot] for slot in step.host_slots):
-            feeds |= self._mixes_answer[rows] & ~step.is_forced
+        if host.in_answer.any():
+            feeds |= settings.in_answer & ~step.is_forced
         step.is_vector &= feeds
         token = torch.where(step.thinks, step.text, step.answer)
         step.token = torch.where(step.is_forced, slots.forced[rows, 0], token)
@@ -138,20 +94,22 @@ class Decider:
     def _force_final(self, step: StepRows) -> None:
         """Queue the words that end a phase whose switches are spent, in place of the end tokens."""
         slots, rows = self._slots, step.row_slots
-        swaps = (step.halt == int(HaltReason.SWITCHES)) & (self._num_final[rows] > 0)
-        slots.forced[rows] = torch.where(swaps.unsqueeze(1), self._final[rows], slots.forced[rows])
-        slots.forced_left[rows] = torch.where(swaps, self._num_final[rows], slots.forced_left[rows])
+        final = slots.settings(rows).final_token_ids
+        count = (final >= 0).sum(1)
+        swaps = (step.halt == int(HaltReason.SWITCHES)) & (count > 0)
+        slots.forced[rows] = torch.where(swaps.unsqueeze(1), final, slots.forced[rows])
+        slots.forced_left[rows] = torch.where(swaps, count, slots.forced_left[rows])
 
     def _delay_halt(self, step: StepRows) -> None:
         """Let rows that keep the last vector halt one step after their rule held."""
         rows = step.row_slots
-        keeps, pending = self._keeps_last[rows], self._pending_halt[rows]
+        keeps, pending = self._slots.settings(rows).keeps_last, self._pending_halt[rows]
         self._pending_halt[rows] = torch.where(keeps & (pending == 0), step.halt, 0)
         step.halt = torch.where(keeps, pending, step.halt)
 
     def _add_end(self, step: StepRows, adds: Tensor) -> None:
         """Let the first end token come on top of the last vector, where `adds`."""
-        end = self._embedding(self._slots.forced[step.row_slots, 0])
+        end = self._embedding(self._slots.forced[step.row_slots, 0].clamp_min(0))
         whole = (step.vector.float() + end.float()).to(step.vector.dtype)
         step.vector = torch.where(adds.unsqueeze(1), whole, step.vector)
         step.adds_end = adds
@@ -183,7 +141,7 @@ class Decider:
     ) -> None:
         """Ask the halting rules and give the step what was decided for some rows."""
         step.assign(step.text, members, decision.token)
-        halt = self._halt(ctx, decision.token, vector, has_text=mode.has_text)
+        halt = self._halt(mode, ctx, decision.token, vector)
         if decision.halt is not None:
             halt = decision.halt if halt is None else torch.where(halt == 0, decision.halt, halt)
         if halt is not None:
@@ -198,22 +156,31 @@ class Decider:
     def _replay(self, step: StepRows) -> None:
         """Let rows feed the vectors that they were given; until the last none of them halts."""
         given = {
-            i: self._host_replay[row.slot][row.num_steps]
+            i: fed
             for i, row in enumerate(step.rows)
-            if row.may_think and row.num_steps < len(self._host_replay[row.slot])
+            if row.may_think and (fed := self._replayed(row)) is not None
         }
         if not given:
             return
         members, device = list(given), step.hidden.device
-        vectors = torch.stack([vector for vector, _ in given.values()])
+        vectors = torch.from_numpy(np.stack([vector for vector, _ in given.values()]))
         if device.type != "cpu":
             vectors = vectors.pin_memory().to(device, non_blocking=True)
         step.assign_vectors(members, vectors)
         step.assign(step.text, members, upload([text for _, text in given.values()], device))
         step.assign(step.halt, members, torch.zeros_like(step.halt[: len(members)]))
 
+    def _replayed(self, row: RowPlan) -> tuple[np.ndarray, int] | None:
+        """The vector that a request gives one of its steps to feed, and that step's text."""
+        params, size = self._slots.admitted[row.slot].reasoning, self._slots.hidden_size
+        at = row.num_steps * size
+        if at * _VECTOR_TYPE.itemsize >= len(params.replay_vectors):
+            return None
+        vector = np.frombuffer(params.replay_vectors, _VECTOR_TYPE)[at : at + size]
+        return vector, params.replay_token_ids[row.num_steps] if params.replay_token_ids else -1
+
     def _halt(
-        self, ctx: StepContext, token: Tensor, vector: Tensor | None, *, has_text: bool
+        self, mode: ReasoningMode, ctx: StepContext, token: Tensor, vector: Tensor | None
     ) -> Tensor | None:
         """Ask the rules that rows have on."""
         view = View(
@@ -222,21 +189,22 @@ class Decider:
             logits=ctx.logits,
             raw_logits=ctx.raw_logits,
             token=token,
-            has_text=has_text,
+            has_text=mode.has_text,
             vector=vector,
+            is_tempered=mode.is_tempered,
         )
         return self._controller.check(view, ctx.host_slots)
 
     def _add_noise(self, ctx: StepContext, vector: Tensor) -> Tensor:
         """Add Gaussian noise to the rows that want it (LatentTTS, Soft Tokens 2509.19170)."""
-        if not any(self._host_has_noise[slot] for slot in ctx.host_slots):
+        if not ctx.host.noise_std.any():
             return vector
         columns = torch.arange(vector.shape[1], device=vector.device).unsqueeze(0)
         rows, slots = ctx.row_slots, self._slots
         drawn = noise.normal(
             slots.seed[rows], slots.num_decisions[rows], noise.VECTOR_STREAM, columns
         )
-        return vector.float() + self._noise_std[rows].unsqueeze(1) * drawn
+        return vector.float() + ctx.settings.noise_std.unsqueeze(1) * drawn
 
     def _write(self, step: StepRows) -> None:
         """Write the next input and the counters of every row."""
@@ -251,17 +219,9 @@ class Decider:
         rolled = slots.forced[rows].roll(-1, dims=1)
         slots.forced[rows] = torch.where(step.is_forced.unsqueeze(1), rolled, slots.forced[rows])
         slots.forced_left[rows] -= step.is_forced.to(torch.int64)
-        if any(self._host_may_enter[slot] for slot in step.host_slots):
-            is_said = ~step.thinks & ~step.is_forced & (step.token == slots.enter_token[rows])
+        if (slots.host(step.host_slots).enter_token_id >= 0).any():
+            enter = slots.settings(rows).enter_token_id
+            is_said = ~step.thinks & ~step.is_forced & (step.token == enter)
             opens = is_said & (slots.blocks_left[rows] > 0)
             slots.open_blocks(rows, opens)
             self._controller.restart(rows, opens)
-
-
-def _read_replay(params: ReasoningParams, hidden_size: int) -> list[tuple[Tensor, int]]:
-    """What a request gives its first steps to feed: vectors, on the host, and their texts."""
-    if not params.replay_vectors:
-        return []
-    vectors = torch.frombuffer(bytearray(params.replay_vectors), dtype=torch.float32)
-    rows = list(vectors.view(-1, hidden_size))
-    return list(zip(rows, params.replay_token_ids or (-1,) * len(rows), strict=True))

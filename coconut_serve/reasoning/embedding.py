@@ -37,6 +37,7 @@ class Embedding:
         self._first_id = first_id
         self._reduce = reduce
         self._multiply = multiply
+        self._mean_norm: Tensor | None = None  # [] float32, of the whole vocabulary
         self._scale: Tensor | None = None  # [] float32, what the call multiplies rows by
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -85,6 +86,12 @@ class Embedding:
         starts = range(0, len(ids), ROWS_AT_ONCE)
         parts = (self._call(ids[low : low + ROWS_AT_ONCE]) for low in starts)
         return torch.stack([part.float().norm(dim=-1).sum() for part in parts]).sum() / len(ids)
+
+    def mean_norm_of_all(self, vocab_size: int, device: torch.device) -> Tensor:
+        """The same of the whole vocabulary, computed once; [] float32."""
+        if self._mean_norm is None:
+            self._mean_norm = self.mean_norm(torch.arange(vocab_size, device=device))
+        return self._mean_norm
 
     def _mean_by_rows(self, weights: Tensor) -> Tensor:
         """The same, by calls for a part of the vocabulary at a time."""

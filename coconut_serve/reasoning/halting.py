@@ -9,13 +9,22 @@ from dataclasses import dataclass
 from math import log
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_STOP_TOKENS, ConvergeMetric, HaltParams, ReasoningParams
+from coconut_serve.params import ConvergeMetric, HaltParams
 from coconut_serve.reasoning import mixing, noise
+from coconut_serve.reasoning.settings import Rows, choice
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
 from coconut_serve.types import HaltReason
+
+_STOP_TEST = {name: choice(HaltParams, "stop_test", name) for name in ("argmax", "sampled", "prob")}
+_METRIC = {
+    name: choice(HaltParams, "converge_metric", name)
+    for name in ("cosine", "rel_l2", "kl", "argmax_stable")
+}
+_NORMALIZED = choice(HaltParams, "entropy_unit", "normalized")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +38,17 @@ class View:
     token: Tensor  # [num_rows] int64, the text of the step
     has_text: bool  # False: the mode's steps have none
     vector: Tensor | None  # [num_rows, hidden_size], what would be fed
+    is_tempered: bool = False  # True: entropy is taken at the mixture's temperature
+
+    @property
+    def settings(self) -> Rows[Tensor]:
+        """What each row asks for."""
+        return self.slots.settings(self.row_slots)
 
     @property
     def is_first(self) -> Tensor:
         """Whether it is the first step of a phase; [num_rows] bool."""
-        return self.slots.steps_left[self.row_slots] == self.slots.block_steps[self.row_slots]
+        return self.slots.steps_left[self.row_slots] == self.settings.steps
 
     def uniform(self) -> Tensor:
         """One number in (0, 1) for each row; [num_rows]."""
@@ -53,77 +68,62 @@ class Rule(ABC):
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
 
-    def _buffer(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        return self._slots.register(f"{type(self).__name__}_{name}", dtype, *shape)
-
     @staticmethod
     @abstractmethod
-    def is_asked(halt: HaltParams) -> bool:
-        """Whether a request has this rule on."""
-
-    @abstractmethod
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Set the rule's buffers for a new sequence."""
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
+        """Which rows have this rule on; [num_rows] bool."""
 
     @abstractmethod
     def holds(self, view: View) -> Tensor:
         """Decide for each row; [num_rows] bool."""
 
-    def _lasts(self, count: Tensor, patience: Tensor, view: View, is_hit: Tensor) -> Tensor:
+    def _count(self) -> Tensor:
+        """Register the steps for which a condition has held."""
+        return self._slots.register(f"{type(self).__name__}_count", torch.int64)
+
+    @staticmethod
+    def _lasts(count: Tensor, patience: Tensor, view: View, is_hit: Tensor) -> Tensor:
         """Whether a condition has held for `patience` steps of a phase; counts in `count`."""
         rows = view.row_slots
         before = torch.where(view.is_first, 0, count[rows])
         count[rows] = torch.where(is_hit, before + 1, 0)
-        return count[rows] >= patience[rows]
+        return count[rows] >= patience
 
 
 class StopToken(Rule):
     """The text of the step is a stop token; without text, what the logits give is one.
 
-    Drawing a token and looking whether it is a stop token is done by drawing that alone.
+    Sampling reduces to one draw against the stop tokens' total probability.
     """
 
     reason = HaltReason.STOP_TOKEN
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__(slots)
-        self._ids = self._buffer("ids", torch.int64, MAX_STOP_TOKENS)  # padded with -2
-        self._is_argmax = self._buffer("is_argmax", torch.bool)
-        self._is_sampled = self._buffer("is_sampled", torch.bool)
-        self._temperature = self._buffer("temperature", torch.float32)
-
     @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
         """Whether there are stop tokens."""
-        return bool(halt.stop_token_ids)
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the tokens and the test."""
-        halt = params.halt
-        self._ids[slot] = -2
-        for i, token_id in enumerate(dict.fromkeys(halt.stop_token_ids)):
-            self._ids[slot, i] = token_id
-        self._is_argmax[slot] = halt.stop_test == "argmax"
-        self._is_sampled[slot] = halt.stop_test == "sampled"
-        self._temperature[slot] = halt.stop_temperature
+        return host.stop_token_ids[:, 0] >= 0
 
     def holds(self, view: View) -> Tensor:
         """Compare."""
-        rows = view.row_slots
+        settings = view.settings
         if view.has_text:
-            return self._is_stop(view.token, rows)
+            return self._is_stop(view.token, view)
         assert view.raw_logits is not None
-        likeliest = self._is_stop(view.raw_logits.argmax(-1), rows) & self._is_argmax[rows]
-        return torch.where(self._is_sampled[rows], view.uniform() < self._mass(view), likeliest)
+        is_likeliest = self._is_stop(view.raw_logits.argmax(-1), view)
+        is_drawn = view.uniform() < self._mass(view)
+        is_likeliest &= settings.stop_test == _STOP_TEST["argmax"]
+        return torch.where(settings.stop_test == _STOP_TEST["sampled"], is_drawn, is_likeliest)
 
-    def _is_stop(self, token: Tensor, rows: Tensor) -> Tensor:
-        return (token.unsqueeze(1) == self._ids[rows]).any(1)
+    @staticmethod
+    def _is_stop(token: Tensor, view: View) -> Tensor:
+        return (token.unsqueeze(1) == view.settings.stop_token_ids).any(1)
 
-    def _mass(self, view: View) -> Tensor:
+    @staticmethod
+    def _mass(view: View) -> Tensor:
         """The probability of all stop tokens together; [num_rows] float32."""
         assert view.raw_logits is not None
-        ids = self._ids[view.row_slots]  # [num_rows, MAX_STOP_TOKENS]
-        log_probs = view.raw_logits / self._temperature[view.row_slots].unsqueeze(1)
+        ids = view.settings.stop_token_ids  # [num_rows, MAX_STOP_TOKENS]
+        log_probs = view.raw_logits / view.settings.stop_temperature.unsqueeze(1)
         probs = log_probs.softmax(-1).gather(1, ids.clamp_min(0))
         return torch.where(ids >= 0, probs, 0.0).sum(1)
 
@@ -131,23 +131,16 @@ class StopToken(Rule):
 class LikelyStop(StopToken):
     """The stop tokens together are likely enough, whatever the text of the step is."""
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__(slots)
-        self._least = self._buffer("least", torch.float32)
-
     @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
         """Whether there are stop tokens, and a probability is what counts."""
-        return bool(halt.stop_token_ids) and halt.stop_test == "prob"
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the tokens and the threshold."""
-        super().admit(slot, params)
-        self._least[slot] = params.halt.stop_prob
+        has_stops: np.ndarray = host.stop_token_ids[:, 0] >= 0
+        has_stops &= host.stop_test == _STOP_TEST["prob"]
+        return has_stops
 
     def holds(self, view: View) -> Tensor:
         """Compare the probability with the threshold."""
-        return self._mass(view) >= self._least[view.row_slots]
+        return self._mass(view) >= view.settings.stop_prob
 
 
 class Learned(Rule):
@@ -155,34 +148,18 @@ class Learned(Rule):
 
     reason = HaltReason.LEARNED
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__(slots)
-        self._ids = self._buffer("ids", torch.int64, 2)  # continue, stop
-        self._temperature = self._buffer("temperature", torch.float32)
-        self._least = self._buffer("least", torch.float32)
-        self._is_sampled = self._buffer("is_sampled", torch.bool)
-
     @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
         """Whether the rows are named."""
-        return bool(halt.learned_token_ids)
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the rows and the threshold."""
-        halt = params.halt
-        for i, token_id in enumerate(halt.learned_token_ids):
-            self._ids[slot, i] = token_id
-        self._temperature[slot] = halt.stop_temperature
-        self._least[slot] = halt.stop_prob
-        self._is_sampled[slot] = halt.sample
+        return host.learned_token_ids[:, 0] >= 0
 
     def holds(self, view: View) -> Tensor:
         """Compare the probability of stopping with the threshold, or draw."""
         assert view.raw_logits is not None
-        rows = view.row_slots
-        pair = view.raw_logits.gather(1, self._ids[rows]) / self._temperature[rows].unsqueeze(1)
-        stop = pair.softmax(-1)[:, 1]
-        return torch.where(self._is_sampled[rows], view.uniform() < stop, stop >= self._least[rows])
+        settings = view.settings
+        pair = view.raw_logits.gather(1, settings.learned_token_ids)  # continue, stop
+        stop = (pair / settings.stop_temperature.unsqueeze(1)).softmax(-1)[:, 1]
+        return torch.where(settings.sample, view.uniform() < stop, stop >= settings.stop_prob)
 
 
 class Entropy(Rule):
@@ -191,29 +168,16 @@ class Entropy(Rule):
     Taken at the mixture's temperature, before its filters, as Soft Thinking does.
     """
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__(slots)
-        self._temperature = self._buffer("temperature", torch.float32)
-        self._bound = self._buffer("bound", torch.float32)  # nats, or a share of ln vocab_size
-        self._is_share = self._buffer("is_share", torch.bool)
-        self._count = self._buffer("count", torch.int64)
-        self._patience = self._buffer("patience", torch.int64)
-
-    def _admit(self, slot: int, params: ReasoningParams, bound: float, patience: int) -> None:
-        is_soft = params.mode == "distribution"
-        self._temperature[slot] = params.mixture.temperature if is_soft else 1.0
-        self._bound[slot] = bound
-        self._is_share[slot] = params.halt.entropy_unit == "normalized"
-        self._patience[slot] = patience
-
-    def _distance(self, view: View) -> Tensor:
-        """Entropy minus bound; [num_rows] float32."""
+    @staticmethod
+    def _distance(view: View, bound: Tensor) -> Tensor:
+        """Entropy minus bound, in nats or as shares of ln vocab_size; [num_rows] float32."""
         assert view.logits is not None
-        rows = view.row_slots
-        log_probs = (view.logits / self._temperature[rows].unsqueeze(1)).log_softmax(-1)
-        whole = log(view.logits.shape[1])
-        found = mixing.entropy(log_probs)
-        return found / torch.where(self._is_share[rows], whole, 1.0) - self._bound[rows]
+        logits, settings = view.logits, view.settings
+        if view.is_tempered:
+            logits = logits / settings.temperature.unsqueeze(1)
+        found = mixing.entropy(logits.log_softmax(-1))
+        is_share = settings.entropy_unit == _NORMALIZED
+        return found / torch.where(is_share, log(logits.shape[1]), 1.0) - bound
 
 
 class ColdStop(Entropy):
@@ -221,19 +185,20 @@ class ColdStop(Entropy):
 
     reason = HaltReason.COLD_STOP
 
-    @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
-        """Whether there is a lower bound."""
-        return halt.entropy_below > 0
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots)
+        self._num_cold = self._count()
 
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the bound."""
-        halt = params.halt
-        self._admit(slot, params, halt.entropy_below, halt.entropy_patience)
+    @staticmethod
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
+        """Whether there is a lower bound."""
+        return host.entropy_below > 0
 
     def holds(self, view: View) -> Tensor:
         """Count steps below the bound."""
-        return self._lasts(self._count, self._patience, view, self._distance(view) < 0)
+        settings = view.settings
+        is_cold = self._distance(view, settings.entropy_below) < 0
+        return self._lasts(self._num_cold, settings.entropy_patience, view, is_cold)
 
 
 class Uncertain(Entropy):
@@ -242,17 +207,13 @@ class Uncertain(Entropy):
     reason = HaltReason.UNCERTAIN
 
     @staticmethod
-    def is_asked(halt: HaltParams) -> bool:
+    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
         """Whether there is an upper bound."""
-        return halt.entropy_above > 0
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the bound."""
-        self._admit(slot, params, params.halt.entropy_above, 1)
+        return host.entropy_above > 0
 
     def holds(self, view: View) -> Tensor:
         """Look at this step alone."""
-        return self._distance(view) > 0
+        return self._distance(view, view.settings.entropy_above) > 0
 
 
 class Converged(Rule):
@@ -263,24 +224,17 @@ class Converged(Rule):
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._bound = self._buffer("bound", torch.float32)
-        self._count = self._buffer("count", torch.int64)
-        self._patience = self._buffer("patience", torch.int64)
+        self._num_near = self._count()
 
     @classmethod
-    def is_asked(cls, halt: HaltParams) -> bool:
+    def is_asked(cls, host: Rows[np.ndarray]) -> np.ndarray:
         """Whether one of its metrics is chosen."""
-        return halt.converge_metric in cls.metrics
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the bound."""
-        self._bound[slot] = params.halt.converge_below
-        self._patience[slot] = params.halt.converge_patience
+        return np.isin(host.converge_metric, [_METRIC[metric] for metric in cls.metrics])
 
     def holds(self, view: View) -> Tensor:
         """Count steps that are near the one before."""
         is_near = self._is_near(view) & ~view.is_first
-        return self._lasts(self._count, self._patience, view, is_near)
+        return self._lasts(self._num_near, view.settings.converge_patience, view, is_near)
 
     @abstractmethod
     def _is_near(self, view: View) -> Tensor:
@@ -295,22 +249,14 @@ class SameVector(Converged):
 
     metrics = ("cosine", "rel_l2")
 
-    def __init__(self, slots: Slots) -> None:
-        super().__init__(slots)
-        self._is_cosine = self._buffer("is_cosine", torch.bool)
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note metric and bound."""
-        super().admit(slot, params)
-        self._is_cosine[slot] = params.halt.converge_metric == "cosine"
-
     def _is_near(self, view: View) -> Tensor:
         assert view.vector is not None, "ReasoningParams lets no other mode through"
-        rows, slots = view.row_slots, view.slots
+        rows, slots, settings = view.row_slots, view.slots, view.settings
         new, old = view.vector.float(), slots.vector[rows].float()
         angle = 1 - torch.cosine_similarity(new, old, dim=-1)
         relative = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-12)
-        is_near = torch.where(self._is_cosine[rows], angle, relative) < self._bound[rows]
+        is_cosine = settings.converge_metric == _METRIC["cosine"]
+        is_near = torch.where(is_cosine, angle, relative) < settings.converge_below
         return is_near & slots.is_vector[rows]  # there is a vector before this one
 
 
@@ -321,7 +267,7 @@ class SameToken(Converged):
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._likeliest = self._buffer("likeliest", torch.int64)
+        self._likeliest = slots.register("likeliest", torch.int64)
 
     def _is_near(self, view: View) -> Tensor:
         assert view.logits is not None
@@ -341,10 +287,10 @@ class SameDistribution(Converged):
         assert view.raw_logits is not None
         rows, new = view.row_slots, view.raw_logits.log_softmax(-1)
         if self._log_probs is None:
-            self._log_probs = self._buffer("log_probs", torch.float32, new.shape[1])
+            self._log_probs = self._slots.register_large("log_probs", torch.float32, new.shape[1])
         old = self._log_probs[rows]
         self._log_probs[rows] = new
-        return (old.exp() * (old - new)).sum(-1) < self._bound[rows]
+        return (old.exp() * (old - new)).sum(-1) < view.settings.converge_below
 
 
 RULES: tuple[type[Rule], ...] = (
@@ -356,24 +302,16 @@ class Controller:
     """Asks the rules that rows have on, in order."""
 
     def __init__(self, slots: Slots) -> None:
+        self._slots = slots
         self._rules = [rule(slots) for rule in RULES]
-        self._min_left = slots.register("min_steps_left", torch.int64)
-        self._min_steps = slots.register("min_steps", torch.int64)
-        self._asked: list[tuple[bool, ...]] = [()] * slots.num_slots  # by slot, for each rule
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note which rules a sequence has on and set those up."""
-        asked = tuple(rule.is_asked(params.halt) for rule in self._rules)
-        for rule, is_asked in zip(self._rules, asked, strict=True):
-            if is_asked:
-                rule.admit(slot, params)
-        self._min_left[slot] = self._min_steps[slot] = params.min_steps
-        self._asked[slot] = asked
+        self._min_left = slots.register(
+            "min_steps_left", torch.int64, start=lambda a: a.reasoning.min_steps
+        )
 
     def restart(self, row_slots: Tensor, opens: Tensor) -> None:
         """Count `min_steps` anew where a block opens; [num_rows] int64, [num_rows] bool."""
-        left, whole = self._min_left[row_slots], self._min_steps[row_slots]
-        self._min_left[row_slots] = torch.where(opens, whole, left)
+        whole = self._slots.settings(row_slots).min_steps
+        self._min_left[row_slots] = torch.where(opens, whole, self._min_left[row_slots])
 
     def check(self, view: View, host_slots: tuple[int, ...]) -> Tensor | None:
         """Find the first rule that holds for each row.
@@ -385,12 +323,13 @@ class Controller:
         Returns:
             [num_rows] int64, a HaltReason, 0 to go on; None if no row has a rule.
         """
-        if not any(any(self._asked[slot]) for slot in host_slots):
+        host = self._slots.host(host_slots)
+        if not host.may_halt.any():
             return None
         rows = view.row_slots
         halt = torch.zeros_like(rows)
-        for i, rule in enumerate(self._rules):
-            members = [k for k, slot in enumerate(host_slots) if self._asked[slot][i]]
+        for rule in self._rules:
+            members = np.flatnonzero(rule.is_asked(host)).tolist()
             if not members:
                 continue
             at = index_of(members, rows.device)
@@ -412,4 +351,5 @@ def _take(view: View, at: slice | Tensor) -> View:
         token=view.token[at],
         has_text=view.has_text,
         vector=view.vector[at] if view.vector is not None else None,
+        is_tempered=view.is_tempered,
     )

@@ -1,22 +1,24 @@
 """What a soft step feeds: ways to average embeddings. A new one is a class and a line in KINDS.
 
-Each works on all rows that asked for it at once. Settings are kept by slot in Mixtures.
+Each works on all rows that asked for it at once.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_MIXTURE_TOP_K, MixtureParams, ReasoningParams
+from coconut_serve.params import MAX_MIXTURE_TOP_K, MixtureParams
 from coconut_serve.reasoning import mixing, noise
 from coconut_serve.reasoning.adapters import Gate
 from coconut_serve.reasoning.mode import Soft, StepContext, StepDecision, merge
-from coconut_serve.reasoning.slots import Slots, upload
+from coconut_serve.reasoning.settings import choice
+from coconut_serve.reasoning.slots import upload
 
-_NOISE = {"none": 0, "gumbel": 1, "dirichlet": 2}
+_NOISE = {name: choice(MixtureParams, "noise", name) for name in ("gumbel", "dirichlet")}
+_NORM = {name: choice(MixtureParams, "norm", name) for name in ("none", "l2", "embed_mean")}
+_EQUAL = choice(MixtureParams, "weights", "equal")
 _FEW_MIXED = 16  # rows that mix no more tokens than that look up no more
 _FEW_CANDIDATES = 32  # rows whose top-k passes no more than that search for no more
 
@@ -26,61 +28,10 @@ def _or_all(number: int, few: int) -> int:
     return few if number <= few else MAX_MIXTURE_TOP_K
 
 
-class Mixtures:
-    """MixtureParams by slot, on the device and on the host.
-
-    Args:
-        slots: Where the buffers are.
-        owner: The mode they are of.
-    """
-
-    def __init__(self, slots: Slots, owner: str) -> None:
-        self.host = [MixtureParams()] * slots.num_slots
-        self.adapters = ["none"] * slots.num_slots
-        kinds = {int: torch.int64, float: torch.float32}
-        self._buffers = {
-            f.name: slots.register(f"{owner}_{f.name}", kinds[type(f.default)])
-            for f in fields(MixtureParams)
-            if type(f.default) in kinds
-        }
-        self.noise = slots.register(f"{owner}_noise", torch.int64)
-        self.clamp = slots.register(f"{owner}_noise_clamp", torch.float32, 2)
-        self._mean_norm: Tensor | None = None  # [] float32, of an embedding
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note a sequence's settings."""
-        mixture = params.mixture
-        self.host[slot], self.adapters[slot] = mixture, params.adapter
-        for name, buffer in self._buffers.items():
-            buffer[slot] = getattr(mixture, name)
-        self.noise[slot] = _NOISE[mixture.noise]
-        low, high = mixture.noise_clamp or (-torch.inf, torch.inf)
-        self.clamp[slot, 0], self.clamp[slot, 1] = low, high
-
-    def of(self, name: str, rows: Tensor) -> Tensor:
-        """One setting of some rows; [num_rows]."""
-        return self._buffers[name][rows]
-
-    def each(self, ctx: StepContext) -> list[MixtureParams]:
-        """The settings of a step's rows."""
-        return [self.host[slot] for slot in ctx.host_slots]
-
-    def mean_norm(self, ctx: StepContext) -> Tensor:
-        """The mean length of an embedding; [] float32."""
-        if self._mean_norm is None:
-            assert ctx.logits is not None
-            ids = torch.arange(ctx.logits.shape[1], device=ctx.logits.device)
-            self._mean_norm = ctx.embedding.mean_norm(ids)
-        return self._mean_norm
-
-
 class Mixer(ABC):
     """One way to make a vector out of a distribution."""
 
     needs_sampled: ClassVar[bool] = False  # the drawn token takes part
-
-    def __init__(self, mixtures: Mixtures) -> None:
-        self._mixtures = mixtures
 
     @classmethod
     def sizes(cls, mixture: MixtureParams) -> tuple[int, ...]:
@@ -96,10 +47,7 @@ class Mixer(ABC):
         """Mix for each row; all have the same `sizes`."""
 
     def _sizes(self, ctx: StepContext) -> tuple[int, ...]:
-        return self.sizes(self._mixtures.host[ctx.host_slots[0]])
-
-    def _of(self, name: str, ctx: StepContext) -> Tensor:
-        return self._mixtures.of(name, ctx.row_slots)
+        return self.sizes(ctx.params[0].mixture)
 
     def _scale(
         self,
@@ -116,18 +64,19 @@ class Mixer(ABC):
             weights: [num_rows, width], of the mixed tokens; None: `norm` l2 changes nothing.
             ids: [num_rows, width], where a token may occur twice: its weights add up.
         """
-        norms = [mixture.norm for mixture in self._mixtures.each(ctx)]
-        if set(norms) == {"none"}:
+        if (ctx.host.norm == _NORM["none"]).all():
             return vector
-        mean_norm = self._mixtures.mean_norm(ctx)
-        ones = torch.ones(len(norms), device=ctx.hidden.device)
+        assert ctx.logits is not None
+        norm, device = ctx.settings.norm, ctx.hidden.device
+        mean_norm = ctx.embedding.mean_norm_of_all(ctx.logits.shape[1], device)
+        ones = torch.ones(len(norm), device=device)
         l2 = ones if weights is None else _square_mass(weights, ids).rsqrt()
 
         def scale(fed: Tensor) -> Tensor:
             whole = fed.float()
             lengths = mean_norm / whole.norm(dim=-1).clamp_min(1e-12)
-            scales = {"none": ones, "l2": l2, "embed_mean": lengths}
-            factor = torch.stack([scales[norm][i] for i, norm in enumerate(norms)])
+            factor = torch.where(norm == _NORM["l2"], l2, ones)
+            factor = torch.where(norm == _NORM["embed_mean"], lengths, factor)
             return (whole * factor.unsqueeze(1)).to(fed.dtype)
 
         return vector.then(scale) if isinstance(vector, Soft) else scale(vector)
@@ -135,7 +84,7 @@ class Mixer(ABC):
     def _tempered(self, ctx: StepContext) -> Tensor:
         """Logits divided by the mixture's temperature."""
         assert ctx.logits is not None
-        return ctx.logits / self._of("temperature", ctx).unsqueeze(1)
+        return ctx.logits / ctx.settings.temperature.unsqueeze(1)
 
 
 def _square_mass(weights: Tensor, ids: Tensor | None) -> Tensor:
@@ -162,17 +111,17 @@ class TopK(Mixer):
     def mix(self, ctx: StepContext) -> StepDecision:
         """Filter, add noise, average."""
         assert ctx.logits is not None
+        settings, temperature = ctx.settings, ctx.settings.temperature
         num_candidates, num_mixed = self._sizes(ctx)
-        temperature = self._of("temperature", ctx)
         total = None
-        if ctx.has_trace or any(m.filter_top_k == 0 for m in self._mixtures.each(ctx)):
+        if ctx.has_trace or (ctx.host.filter_top_k == 0).any():
             total = mixing.total_weight(ctx.logits, temperature)
         kept, ids = mixing.filter_candidates(
             ctx.logits,
             temperature=temperature,
-            filter_top_k=self._of("filter_top_k", ctx),
-            top_p=self._of("top_p", ctx),
-            min_p=self._of("min_p", ctx),
+            filter_top_k=settings.filter_top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
             total=total,
             width=num_candidates,
         )
@@ -194,22 +143,22 @@ class TopK(Mixer):
 
         Weights and tokens come heaviest first; those that weigh something stay in front.
         """
-        rows, slots = ctx.row_slots, ctx.slots
-        asked = {m.noise for m in self._mixtures.each(ctx)}
-        kind = self._mixtures.noise[rows].unsqueeze(1)  # [num_rows, 1]
-        if "dirichlet" in asked:
+        rows, slots, settings = ctx.row_slots, ctx.slots, ctx.settings
+        asked, kind = ctx.host.noise, settings.noise.unsqueeze(1)  # [num_rows, 1]
+        if (asked == _NOISE["dirichlet"]).any():
             seed, counter = slots.seed[rows], slots.num_decisions[rows]
-            alpha = self._of("dirichlet_alpha", ctx)
+            alpha = settings.dirichlet_alpha
             drawn = mixing.dirichlet_weights(weights, ids, alpha, seed, counter)
             drawn, order = drawn.sort(dim=-1, descending=True, stable=True)
             is_drawn = kind == _NOISE["dirichlet"]
             weights = torch.where(is_drawn, drawn, weights)
             ids = torch.where(is_drawn, ids.gather(1, order), ids)
-        weights = mixing.keep_first(weights, self._of("top_k", ctx))
-        if "gumbel" in asked:
+        weights = mixing.keep_first(weights, settings.top_k)
+        if (asked == _NOISE["gumbel"]).any():
             u = ctx.uniform(noise.GUMBEL_STREAM, ids)
-            temperature, clamp = self._of("noise_temperature", ctx), self._mixtures.clamp[rows]
-            drawn = mixing.gumbel_weights(weights, temperature, u, clamp)
+            low, high = settings.noise_clamp.unbind(1)  # NaN: no bound
+            clamp = torch.stack([low.nan_to_num(-torch.inf), high.nan_to_num(torch.inf)], dim=1)
+            drawn = mixing.gumbel_weights(weights, settings.noise_temperature, u, clamp)
             weights = torch.where(kind == _NOISE["gumbel"], drawn, weights)
         return weights, ids
 
@@ -237,27 +186,23 @@ class Multiplex(Mixer):
 
     def mix(self, ctx: StepContext) -> StepDecision:
         """Draw and average."""
-        asked = self._mixtures.each(ctx)
+        host, settings = ctx.host, ctx.settings
         weights = self._tempered(ctx).softmax(-1)
-        if any(m.filter_top_k > 0 or m.top_p < 1 or m.min_p > 0 for m in asked):
+        if (host.filter_top_k > 0).any() or (host.top_p < 1).any() or (host.min_p > 0).any():
             weights = mixing.filter_vocabulary(
-                weights,
-                top_k=self._of("filter_top_k", ctx),
-                top_p=self._of("top_p", ctx),
-                min_p=self._of("min_p", ctx),
+                weights, top_k=settings.filter_top_k, top_p=settings.top_p, min_p=settings.min_p
             )
         width = min(*self._sizes(ctx), weights.shape[1])
         ids = self._draw(ctx, weights, width)
-        if not all(m.replacement for m in asked):
+        if not host.replacement.all():
             distinct = self._draw_distinct(ctx, weights, width)
-            has = upload([float(m.replacement) for m in asked], ids.device) > 0
-            ids = torch.where(has.unsqueeze(1), ids, distinct)
+            ids = torch.where(settings.replacement.unsqueeze(1), ids, distinct)
         shares = weights.gather(1, ids)
-        is_equal = upload([float(m.weights == "equal") for m in asked], ids.device) > 0
+        is_equal = settings.weights == _EQUAL
         # Where fewer are left than are drawn, some that the filters dropped fill up.
         shares = torch.where(is_equal.unsqueeze(1) & (shares > 0), 1.0, shares)
         rank = torch.arange(width, device=ids.device)
-        shares = torch.where(rank < self._of("top_k", ctx).unsqueeze(1), shares, 0.0)
+        shares = torch.where(rank < settings.top_k.unsqueeze(1), shares, 0.0)
         shares = shares / shares.sum(-1, keepdim=True)
         vector = mixing.mix_embeddings(shares, ids, ctx.embedding)
         return StepDecision(token=ids[:, 0], vector=self._scale(ctx, vector, shares, ids))
@@ -296,15 +241,15 @@ class MixtureOfInputs(Mixer):
         """Average distribution and sample."""
         assert ctx.logits is not None
         (width,) = self._sizes(ctx)
-        count = self._of("top_k", ctx)
+        count = ctx.settings.top_k
         ones, zeros = torch.ones_like(count.float()), torch.zeros_like(count.float())
         p, ids = mixing.filter_candidates(
-            ctx.logits, temperature=self._of("temperature", ctx), filter_top_k=count,
+            ctx.logits, temperature=ctx.settings.temperature, filter_top_k=count,
             top_p=ones, min_p=zeros, total=None, width=width,
         )  # fmt: skip
         entropy = mixing.entropy(p.clamp_min(1e-38).log())
         share = (entropy / count.float().log().clamp_min(1e-9)).unsqueeze(1)
-        beta = self._of("moi_beta", ctx).unsqueeze(1)
+        beta = ctx.settings.moi_beta.unsqueeze(1)
         soft = torch.where(beta < 0, 1.0, share / (beta + 1.0))
         hard = torch.where(beta < 0, 0.0, 1.0 - soft)
         weights = torch.cat([soft * p, hard], dim=1)
@@ -326,7 +271,7 @@ class Gated(Mixer):
             soft = means.float() / probs.norm(dim=-1, keepdim=True)
             token = ctx.embedding(ctx.sampled)
             vector = token.float()
-            names = [self._mixtures.adapters[slot] for slot in ctx.host_slots]
+            names = [params.adapter for params in ctx.params]
             for name in sorted(set(names)):
                 adapter = ctx.adapters[name]
                 assert isinstance(adapter, Gate), "the service lets no other adapter through"
@@ -347,24 +292,15 @@ KINDS: dict[str, type[Mixer]] = {
 
 
 class Mixers:
-    """Mixes rows of any kind, each kind for all its rows at once.
+    """Mixes rows of any kind, each kind for all its rows at once."""
 
-    Args:
-        slots: Where the settings are kept.
-        owner: The mode that mixes.
-    """
-
-    def __init__(self, slots: Slots, owner: str) -> None:
-        self._mixtures = Mixtures(slots, owner)
-        self._mixers = {name: kind(self._mixtures) for name, kind in KINDS.items()}
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note a sequence's mixture."""
-        self._mixtures.admit(slot, params)
+    def __init__(self) -> None:
+        self._mixers = {name: kind() for name, kind in KINDS.items()}
 
     def mix(self, ctx: StepContext) -> StepDecision:
         """Let each kind mix its rows of one size."""
-        kinds = [(m.kind, KINDS[m.kind].sizes(m)) for m in self._mixtures.each(ctx)]
+        mixtures = [params.mixture for params in ctx.params]
+        kinds = [(m.kind, KINDS[m.kind].sizes(m)) for m in mixtures]
         if len(set(kinds)) == 1:
             return self._mixers[kinds[0][0]].mix(ctx)
         parts = []

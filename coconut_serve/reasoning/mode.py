@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.settings import Rows
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
 
 
@@ -24,7 +26,7 @@ class StepContext:
 
     slots: Slots
     row_slots: Tensor  # [num_rows] int64
-    host_slots: tuple[int, ...]  # the same, for branches on what `admit` noted on the host
+    host_slots: tuple[int, ...]  # the same on the host
     hidden: Tensor  # [num_rows, hidden_size], after the final norm
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
     # neither the mode nor a halting rule looks at them
@@ -34,6 +36,21 @@ class StepContext:
     embedding: Embedding
     adapters: AdapterBank
     has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
+
+    @property
+    def settings(self) -> Rows[Tensor]:
+        """What each row asks for, by the names of the parameters; [num_rows] or [num_rows, n]."""
+        return self.slots.settings(self.row_slots)
+
+    @property
+    def host(self) -> Rows[np.ndarray]:
+        """The same on the host, to branch on: `if ctx.host.noise_std.any()`."""
+        return self.slots.host(self.host_slots)
+
+    @property
+    def params(self) -> list[ReasoningParams]:
+        """The same as records, a row each."""
+        return [self.slots.admitted[slot].reasoning for slot in self.host_slots]
 
     def select(self, members: list[int]) -> tuple["StepContext", slice | Tensor]:
         """Take some rows; also their index in a tensor of all."""
@@ -145,14 +162,16 @@ def merge(parts: Sequence[tuple[slice | Tensor, StepDecision]], hidden: Tensor) 
 class ReasoningMode(ABC):
     """One way of thinking. It never sees requests, blocks, positions, HTTP or vLLM.
 
-    `admit` sets every slot buffer the mode owns (slots are reused); buffers come from
-    `Slots.register`, so preemption keeps them. `decide` runs once a step for all rows of the mode
-    and must not wait for the device: no .item(), no .cpu(), no Python branch on a tensor.
+    Settings are columns that a mode reads (`ctx.settings`, `ctx.host`); what changes is state that
+    it registers with the slots, which say what an admission sets it to and keep it over
+    preemptions. `decide` runs once a step for all rows of the mode and must not wait for the
+    device: no .item(), no .cpu(), no Python branch on a tensor.
     """
 
     name: ClassVar[str]
     feeds_vectors: ClassVar[bool] = True  # False: every input is the token that is reported
     has_text: ClassVar[bool] = True  # False: a step stands for no token
+    is_tempered: ClassVar[bool] = False  # True: entropy is taken at the mixture's temperature
     takes_samples: ClassVar[bool] = False  # True: every step is the drawn token, whatever it is
 
     def __init__(self, slots: Slots) -> None:
@@ -172,9 +191,6 @@ class ReasoningMode(ABC):
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Whether thinking steps draw a token."""
         return False
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:  # noqa: B027 (optional hook)
-        """Set up the mode's own buffers for a new sequence."""
 
     @abstractmethod
     def decide(self, ctx: StepContext) -> StepDecision:

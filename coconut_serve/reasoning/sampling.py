@@ -4,14 +4,16 @@ Every operation works along the vocabulary, so a row's token is the same in any 
 comes from its own seed (noise.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_BAD_WORD_TOKENS, SamplingParams
+from coconut_serve.params import MAX_BAD_WORD_TOKENS
 from coconut_serve.reasoning import noise
+from coconut_serve.reasoning.settings import Admission, Rows
 from coconut_serve.reasoning.slots import Slots, index_of, upload
 
 _NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
@@ -64,30 +66,17 @@ def apply_changes(
 class Drawer:
     """Draws tokens by each slot's temperature, filters and seed.
 
-    The host keeps each slot's settings too, so a step runs only what some row asks for.
-
     Args:
         slots: The engine's slots.
-        name: What its buffers are called after.
+        name: Which of a slot's settings it reads: answer or thinking.
     """
 
     def __init__(self, slots: Slots, name: str) -> None:
         self._slots = slots
-        self._params: list[SamplingParams] = [SamplingParams()] * slots.num_slots
-        self._temperature = slots.register(f"{name}_temperature", torch.float32)  # [num_slots]
-        self._top_p = slots.register(f"{name}_top_p", torch.float32)
-        self._top_k = slots.register(f"{name}_top_k", torch.int64)
-        self._min_p = slots.register(f"{name}_min_p", torch.float32)
-        self._seed = slots.register(f"{name}_seed", torch.int64)
+        self._prefix = f"{name}_"
 
-    def admit(self, slot: int, params: SamplingParams) -> None:
-        """Set the slot up for a new sequence."""
-        self._params[slot] = params
-        self._temperature[slot] = params.temperature
-        self._top_p[slot] = params.top_p
-        self._top_k[slot] = params.top_k
-        self._min_p[slot] = params.min_p
-        self._seed[slot] = params.seed
+    def _settings(self, row_slots: Tensor) -> Rows[Tensor]:
+        return self._slots.settings(row_slots, self._prefix)
 
     def sample(
         self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]
@@ -103,11 +92,11 @@ class Drawer:
             [num_rows] int64; [num_rows] bool, whether NaN or Inf among the logits made the draw
             mean nothing, or no token was fit.
         """
-        params = [self._params[slot] for slot in host_slots]
+        host = self._slots.host(host_slots, self._prefix)
         drawn = logits.argmax(-1)  # of NaN, if there is one
         is_bad = ~logits.gather(1, drawn.unsqueeze(1)).squeeze(1).isfinite()
-        random = [i for i, p in enumerate(params) if not p.is_greedy and not p.has_filters]
-        filtered = [i for i, p in enumerate(params) if not p.is_greedy and p.has_filters]
+        random = np.flatnonzero(~host.is_greedy & ~host.has_filters).tolist()
+        filtered = np.flatnonzero(~host.is_greedy & host.has_filters).tolist()
         for indices, draw in ((random, self._draw), (filtered, self._draw_filtered)):
             if indices:
                 rows = index_of(indices, logits.device)
@@ -115,12 +104,12 @@ class Drawer:
         return drawn, is_bad
 
     def _probs(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        return (logits / self._temperature[row_slots].unsqueeze(1)).softmax(-1)
+        return (logits / self._settings(row_slots).temperature.unsqueeze(1)).softmax(-1)
 
     def _uniform(self, row_slots: Tensor, columns: Tensor) -> Tensor:
         """Numbers in (0, 1) of this decision; [num_rows, width]."""
         counter = self._slots.num_decisions[row_slots]
-        return noise.uniform(self._seed[row_slots], counter, noise.SAMPLE_STREAM, columns)
+        return noise.uniform(self._settings(row_slots).seed, counter, noise.SAMPLE_STREAM, columns)
 
     def _draw(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         """Invert the cumulative distribution over the whole vocabulary."""
@@ -138,7 +127,8 @@ class Drawer:
         # On the CPU a partial sort is many times cheaper, and looking at it waits for nothing.
         # Each row chooses for itself, so batch mates do not change how its ties are ordered.
         p, ids = probs.topk(_NUM_CANDIDATES, dim=-1)
-        top_k, top_p = self._top_k[row_slots], self._top_p[row_slots]
+        settings = self._settings(row_slots)
+        top_k, top_p = settings.top_k, settings.top_p
         is_enough = ((top_k > 0) & (top_k <= _NUM_CANDIDATES)) | (
             (top_k == 0) & (p.sum(-1) >= top_p + 1e-4)
         )
@@ -155,12 +145,13 @@ class Drawer:
         The largest of ln p + Gumbel noise, which belongs to the token: rounding that swaps ranks
         or moves a token across a bound changes the draw only where that token would win.
         """
-        top_k, top_p = self._top_k[row_slots].unsqueeze(1), self._top_p[row_slots].unsqueeze(1)
+        settings = self._settings(row_slots)
+        top_k, top_p = settings.top_k.unsqueeze(1), settings.top_p.unsqueeze(1)
         rank = torch.arange(p.shape[1], device=p.device)
         p = torch.where((top_k > 0) & (rank >= top_k), 0.0, p)
         mass = torch.where(top_k > 0, p.sum(-1, keepdim=True), 1.0)
         is_kept = (p.cumsum(-1) - p) < top_p * mass  # the token that crosses top_p stays
-        is_kept &= p >= self._min_p[row_slots].unsqueeze(1) * p[:, :1]
+        is_kept &= p >= settings.min_p.unsqueeze(1) * p[:, :1]
         is_kept[:, 0] = True  # however small top_p is
         noise_of_ids = noise.gumbel(self._uniform(row_slots, ids))
         scores = torch.where(is_kept, p.log() + noise_of_ids, -torch.inf)
@@ -176,21 +167,25 @@ class BadWords:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._words: list[tuple[tuple[int, ...], ...]] = [()] * slots.num_slots
         self._said: Tensor | None = None  # [num_slots, MAX_BAD_WORD_TOKENS] int64, latest last;
         # -1: no token. Made when the first request with bad words comes
 
-    def admit(self, slot: int, words: tuple[tuple[int, ...], ...]) -> None:
-        """Set the slot up for a new sequence."""
-        self._words[slot] = words
-        if words and self._said is None:
-            self._said = self._slots.register("said", torch.int64, MAX_BAD_WORD_TOKENS)
-        if words and self._said is not None:
-            self._said[slot] = -1
+    def _words(self, slot: int) -> tuple[tuple[int, ...], ...]:
+        return self._slots.admitted[slot].sampling.bad_words
+
+    def clear(self, admissions: Sequence[Admission]) -> None:
+        """Forget what the last owners of slots said."""
+        for each in admissions:
+            if each.sampling.bad_words:
+                if self._said is None:
+                    self._said = self._slots.register_large(
+                        "said", torch.int64, MAX_BAD_WORD_TOKENS
+                    )
+                self._said[each.slot] = -1
 
     def forbid(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
         """Take the tokens that would complete a sequence away; arguments as Sampler.adjust's."""
-        found = [(row, word) for row, slot in enumerate(host_slots) for word in self._words[slot]]
+        found = [(row, word) for row, slot in enumerate(host_slots) for word in self._words(slot)]
         if not found or self._said is None:
             return logits
         width = max(len(word) for _, word in found) - 1
@@ -206,7 +201,7 @@ class BadWords:
 
     def note(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
         """Follow what rows say; [num_rows] int64, -1 for a step without text."""
-        if self._said is None or not any(self._words[slot] for slot in host_slots):
+        if self._said is None or not any(map(self._words, host_slots)):
             return
         kept = self._said[row_slots][:, 1:]
         self._said[row_slots] = torch.cat([kept, tokens.unsqueeze(1)], dim=1)
@@ -217,47 +212,48 @@ class Sampler(Drawer):
 
     def __init__(self, slots: Slots, vocab_size: int) -> None:
         super().__init__(slots, "answer")
-        self._vocab_size = vocab_size
-        self._repetition = slots.register("repetition_penalty", torch.float32)
-        self._presence = slots.register("presence_penalty", torch.float32)
-        self._frequency = slots.register("frequency_penalty", torch.float32)
+        self._shape = slots.num_slots, vocab_size
         # Made when the first request with penalties comes: they are as large as the logits.
         self._counts: Tensor | None = None  # [num_slots, vocab_size] int32, emitted tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
         self._is_allowed: Tensor | None = None  # the same; where allowed_token_ids is given
         self.bad_words = BadWords(slots)
 
-    def admit(
-        self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...] = ()
-    ) -> None:
-        """Set the slot up for a new sequence."""
-        super().admit(slot, params)
-        if params.has_penalties:
-            self._admit_penalties(slot, params, prompt_token_ids)
-        if params.allowed_token_ids:
-            self._admit_allowed(slot, params.allowed_token_ids)
-        self.bad_words.admit(slot, params.bad_words)
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Set slots up for new sequences, all that a step admits."""
+        self.bad_words.clear(admissions)
+        penalised = [each for each in admissions if each.sampling.has_penalties]
+        bounded = [each for each in admissions if each.sampling.allowed_token_ids]
+        if penalised and self._counts is None:
+            self._counts = self._slots.register_large("token_counts", torch.int32, self._shape[1])
+        for each in penalised:  # before a snapshot brings its own counts back
+            assert self._counts is not None
+            self._counts[each.slot] = 0
+        prompts = self._flat_ids(penalised, lambda each: each.prompt_token_ids)
+        allowed = self._flat_ids(bounded, lambda each: each.sampling.allowed_token_ids)
+        in_prompt, is_fit = self._slots.admit(admissions, (prompts, allowed))
+        self._is_in_prompt = self._mark(self._is_in_prompt, penalised, in_prompt)
+        self._is_allowed = self._mark(self._is_allowed, bounded, is_fit)
 
-    def _admit_allowed(self, slot: int, token_ids: tuple[int, ...]) -> None:
-        if self._is_allowed is None:
-            self._is_allowed = self._slots.register("is_allowed", torch.bool, self._vocab_size)
-        self._is_allowed[slot] = False
-        self._is_allowed[slot, upload(token_ids, self._is_allowed.device)] = True
+    def _flat_ids(
+        self, admissions: Sequence[Admission], ids: Callable[[Admission], tuple[int, ...]]
+    ) -> list[int]:
+        """Where the ids of slots are in a flat [num_slots, vocab_size]."""
+        size = self._shape[1]
+        return [each.slot * size + i for each in admissions for i in ids(each)]
 
-    def _admit_penalties(
-        self, slot: int, params: SamplingParams, prompt_token_ids: tuple[int, ...]
-    ) -> None:
-        self._repetition[slot] = params.repetition_penalty
-        self._presence[slot] = params.presence_penalty
-        self._frequency[slot] = params.frequency_penalty
-        if self._counts is None or self._is_in_prompt is None:
-            size = self._vocab_size
-            self._counts = self._slots.register("token_counts", torch.int32, size)
-            self._is_in_prompt = self._slots.register("is_in_prompt", torch.bool, size)
-        self._counts[slot] = 0
-        self._is_in_prompt[slot] = False
-        ids = torch.tensor(prompt_token_ids, device=self._counts.device)
-        self._is_in_prompt[slot, ids] = True
+    def _mark(
+        self, mask: Tensor | None, admissions: Sequence[Admission], at: Tensor
+    ) -> Tensor | None:
+        """Set slots' rows of a mask, made when it is first needed, at their ids alone."""
+        if not admissions:
+            return mask
+        if mask is None:
+            mask = torch.zeros(self._shape, dtype=torch.bool, device=at.device)
+        for each in admissions:
+            mask[each.slot] = False
+        mask.view(-1).index_fill_(0, at, 1)
+        return mask
 
     def adjust(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
         """Apply allowed ids, penalties, logit bias, banned ids, bad words and min_tokens.
@@ -270,14 +266,14 @@ class Sampler(Drawer):
         Returns:
             [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
         """
-        params = [self._params[slot] for slot in host_slots]
+        params = [self._slots.admitted[slot].sampling for slot in host_slots]
         has_allowed = [bool(p.allowed_token_ids) for p in params]
         if self._is_allowed is not None and any(has_allowed):
             is_free = ~upload(has_allowed, logits.device, torch.bool).unsqueeze(1)
             is_fit = self._is_allowed[row_slots] | is_free  # [num_rows, vocab_size]
             logits = torch.where(is_fit, logits, -torch.inf)
-        if any(p.has_penalties for p in params):
-            logits = self._penalise(logits, row_slots, [p.has_penalties for p in params])
+        if self._slots.host(host_slots, self._prefix).has_penalties.any():
+            logits = self._penalise(logits, row_slots)
         changes = []
         for row, p in enumerate(params):
             biases = (*p.logit_bias, *((i, -torch.inf) for i in p.banned_token_ids))
@@ -286,19 +282,19 @@ class Sampler(Drawer):
         logits = apply_changes(logits, changes, self._slots, row_slots)
         return self.bad_words.forbid(logits, row_slots, host_slots)
 
-    def _penalise(self, logits: Tensor, row_slots: Tensor, has_penalties: list[bool]) -> Tensor:
+    def _penalise(self, logits: Tensor, row_slots: Tensor) -> Tensor:
         """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""
         assert self._counts is not None
         assert self._is_in_prompt is not None
+        settings = self._settings(row_slots)
         counts = self._counts[row_slots]  # [num_rows, vocab_size]
         is_seen = (counts > 0) | self._is_in_prompt[row_slots]
-        factor = self._repetition[row_slots].unsqueeze(1)
+        factor = settings.repetition_penalty.unsqueeze(1)
         scaled = torch.where(logits > 0, logits / factor, logits * factor)
         changed = torch.where(is_seen, scaled, logits)
-        changed = changed - counts * self._frequency[row_slots].unsqueeze(1)
-        changed = changed - (counts > 0) * self._presence[row_slots].unsqueeze(1)
-        is_on = torch.tensor(has_penalties, device=logits.device).unsqueeze(1)
-        return torch.where(is_on, changed, logits)
+        changed = changed - counts * settings.frequency_penalty.unsqueeze(1)
+        changed = changed - (counts > 0) * settings.presence_penalty.unsqueeze(1)
+        return torch.where(settings.has_penalties.unsqueeze(1), changed, logits)
 
     def count(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
         """Note emitted tokens for the penalties.
@@ -308,7 +304,8 @@ class Sampler(Drawer):
             host_slots: The same on the host.
             tokens: [num_rows] int64, -1 for rows that emitted none.
         """
-        if self._counts is None or not any(self._params[s].has_penalties for s in host_slots):
+        host = self._slots.host(host_slots, self._prefix)
+        if self._counts is None or not host.has_penalties.any():
             return
         one = (tokens >= 0).to(torch.int32)
         self._counts.index_put_((row_slots, tokens.clamp_min(0)), one, accumulate=True)

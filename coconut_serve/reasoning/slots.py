@@ -1,18 +1,30 @@
 """Device buffers with one row per running sequence: what the next forward pass reads.
 
 The reasoning step writes a slot, the next forward reads it; the host never sees the input in
-between. Slots are reused: `admit` of the step, the sampler and each mode set everything.
+between. A row of the table holds settings, which the host mirrors, and then state. Slots are
+reused: `admit` sets all of both, with one upload for all rows of a step.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_FORCED_TOKENS, ReasoningParams
+from coconut_serve.params import MAX_FORCED_TOKENS
+from coconut_serve.reasoning.settings import (
+    WORD_BYTES,
+    Admission,
+    Rows,
+    SlotSnapshot,
+    settings_layout,
+)
 
 EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
+Start = float | Callable[[Admission], float | Iterable[float]]  # of state
+
+_MAX_STATE_WORDS = 128  # of a row; more than the modes and rules there are need
 
 
 def upload(
@@ -44,18 +56,17 @@ def take_both(
     return taken, taken if raw is None or raw is logits else raw[index]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotSnapshot:
-    """Everything a sequence needs to go on in another slot after preemption."""
-
-    rows: dict[str, Tensor]  # buffer name -> that slot's row
+def send(words: np.ndarray, device: torch.device) -> Tensor:
+    """Copy what an admission writes to the device: its only upload; int64 -> the same."""
+    sent = torch.from_numpy(words)
+    return sent if device.type == "cpu" else sent.pin_memory().to(device, non_blocking=True)
 
 
 class Slots:
-    """Per-slot state of the reasoning step, on the device.
+    """Settings and state of the rows of the reasoning step.
 
-    Buffers made by `register` survive preemption: `save` copies a slot's rows, `restore` writes
-    them into another slot.
+    State made by `register` and `register_large` survives preemption: `save` copies a slot's, and
+    the next admission of the sequence writes it into another slot.
     """
 
     def __init__(
@@ -64,52 +75,105 @@ class Slots:
         self.num_slots = num_slots
         self.hidden_size = hidden_size
         self.device = device
+        self.admitted = [Admission(slot=slot) for slot in range(num_slots)]  # the last of each
+        self._layout = settings_layout()
+        self._state_at = self._layout.num_words
+        num_words = self._state_at + _MAX_STATE_WORDS
+        self._table = torch.zeros(num_slots, num_words, dtype=torch.int64, device=device)
+        self._mirror = np.zeros((num_slots, self._state_at), dtype=np.int64)
+        columns = self._layout.columns.items()
+        self._settings = {name: column.of(self._table) for name, column in columns}
+        self._host = {name: column.of_host(self._mirror) for name, column in columns}
         self._buffers: dict[str, Tensor] = {}
-        self.token = self.register("token", torch.int64)  # [num_slots]
-        self.vector = self.register("vector", dtype, hidden_size)  # [num_slots, hidden_size]
-        self.is_vector = self.register("is_vector", torch.bool)  # [num_slots]
-        self.is_thinking = self.register("is_thinking", torch.bool)  # [num_slots]
-        self.is_exact = self.register("is_exact", torch.bool)  # the steps are counted out
-        self.steps_left = self.register("steps_left", torch.int64)  # [num_slots]
+        self.seed = self._settings["seed"]  # [num_slots] int64
+        self.vector = self.register_large("vector", dtype, hidden_size)
+        # [num_slots] each:
+        self.token = self.register("token", torch.int64, start=lambda a: a.next_token_id)
+        self.is_vector = self.register("is_vector", torch.bool)
+        self.is_thinking = self.register("is_thinking", torch.bool, start=_thinks)
+        self.steps_left = self.register("steps_left", torch.int64, start=_num_steps)
         self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
         self.num_output_tokens = self.register("num_output_tokens", torch.int64)  # of the answer
-        self.seed = self.register("seed", torch.int64)  # of the thinking phase
-        self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS)  # queue, as a ring
-        self.forced_left = self.register("forced_left", torch.int64)  # [num_slots]
-        self.enter_token = self.register("enter_token", torch.int64)  # -1: none opens a block
-        self.blocks_left = self.register("blocks_left", torch.int64)  # that may still be opened
-        self.block_steps = self.register("block_steps", torch.int64)  # what steps_left starts at
-        self.end = self.register("end", torch.int64, MAX_FORCED_TOKENS)  # what `forced` starts as
-        self.num_end = self.register("num_end", torch.int64)  # what forced_left starts at
+        self.forced_left = self.register("forced_left", torch.int64, start=_num_forced)
+        self.blocks_left = self.register("blocks_left", torch.int64, start=_num_blocks)
+        # The queue is read from the front by rolling it, so no read position is kept.
+        self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS, start=_forced)
 
-    def register(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Create a buffer [num_slots, *shape] of zeros that survives preemption."""
+    def register(
+        self, name: str, dtype: torch.dtype, width: int | None = None, *, start: Start = 0
+    ) -> Tensor:
+        """Create state of some numbers a slot.
+
+        Args:
+            name: Of the state.
+            dtype: int64, float32 or bool.
+            width: Of lists; None: one number.
+            start: What an admission sets it to, or how that is read off the admission.
+
+        Returns:
+            A view of the table, [num_slots] or [num_slots, width].
+
+        Raises:
+            ValueError: The name is taken, or a row has no more room.
+        """
+
+        def read(admission: Admission) -> Iterable[float]:
+            value = start(admission) if callable(start) else start
+            return value if isinstance(value, Iterable) else (value,) * (width or 1)
+
+        column = self._layout.add(name, dtype, width, read)
+        if self._layout.num_words > self._table.shape[1]:
+            raise ValueError(f"no room for {name!r}: raise _MAX_STATE_WORDS, or register_large")
+        return column.of(self._table)
+
+    def register_large(self, name: str, dtype: torch.dtype, width: int) -> Tensor:
+        """Create state of a tensor of its own, [num_slots, width] of zeros; no admission sets it.
+
+        Raises:
+            ValueError: The name is taken.
+        """
         if name in self._buffers:
             raise ValueError(f"slot buffer {name!r} exists")
-        buffer = torch.zeros(self.num_slots, *shape, dtype=dtype, device=self.device)
+        buffer = torch.zeros(self.num_slots, width, dtype=dtype, device=self.device)
         self._buffers[name] = buffer
         return buffer
 
-    def admit(self, slot: int, params: ReasoningParams, seed: int, next_token_id: int) -> None:
-        """Set the slot up for a new sequence whose next input is `next_token_id`."""
-        self.token[slot] = next_token_id
-        self.is_vector[slot] = False
-        opens_at_once = params.enter_token_id is None
-        self.is_thinking[slot] = params.steps > 0 and opens_at_once
-        self.is_exact[slot] = params.is_fixed
-        self.steps_left[slot] = params.steps
-        self.num_decisions[slot] = 0
-        self.num_output_tokens[slot] = 0
-        self.seed[slot] = seed
-        self.enter_token[slot] = -1 if params.enter_token_id is None else params.enter_token_id
-        self.blocks_left[slot] = 0 if opens_at_once else params.max_blocks
-        self.block_steps[slot] = params.steps
-        end = params.end_token_ids
-        # The queue is read from the front by rolling it, so no read position is kept.
-        self.end[slot] = upload(end + (0,) * (MAX_FORCED_TOKENS - len(end)), self.device)
-        self.num_end[slot] = params.num_forced
-        self.forced[slot] = self.end[slot]
-        self.forced_left[slot] = params.num_forced if opens_at_once else 0
+    def settings(self, row_slots: Tensor, prefix: str = "") -> Rows[Tensor]:
+        """Settings of some rows on the device; [num_rows] int64."""
+        return Rows(self._settings, row_slots, prefix)
+
+    def host(self, host_slots: Sequence[int], prefix: str = "") -> Rows[np.ndarray]:
+        """The same on the host, so that a step can skip kernels no row needs."""
+        return Rows(self._host, list(host_slots), prefix)
+
+    def admit(
+        self, admissions: Sequence[Admission], lists: Sequence[Sequence[int]] = ()
+    ) -> list[Tensor]:
+        """Set slots up, all that a step admits at once.
+
+        Args:
+            admissions: Of different slots.
+            lists: More numbers that the caller needs on the device.
+
+        Returns:
+            The lists there; [len(list)] int64 each.
+        """
+        num_rows, num_words = len(admissions), self._table.shape[1]
+        rows = b"".join(
+            self._layout.pack(each).ljust(num_words * WORD_BYTES, b"\0") for each in admissions
+        )
+        words = np.frombuffer(rows, dtype=np.int64)
+        parts = [words, *(np.asarray(each, dtype=np.int64) for each in lists)]
+        sent = torch.split(send(np.concatenate(parts), self.device), [len(p) for p in parts])
+        table = sent[0].view(num_rows, num_words)
+        self._table.index_copy_(0, self._layout.columns["slot"].of(table), table)
+        slots = [each.slot for each in admissions]
+        self._mirror[slots] = words.reshape(num_rows, num_words)[:, : self._state_at]
+        for each in admissions:
+            self.admitted[each.slot] = replace(each, snapshot=None)
+            if each.snapshot is not None:
+                self._restore(each.slot, each.snapshot)
+        return list(sent[1:])
 
     def forbids_stops(self, row_slots: Tensor, min_tokens: Tensor) -> Tensor:
         """Whether rows may not say a stop token yet; where none can end them, all may be said.
@@ -121,7 +185,7 @@ class Slots:
         Returns:
             [n] bool.
         """
-        counts_out = self.is_exact[row_slots] & self.is_thinking[row_slots]
+        counts_out = self.settings(row_slots).is_fixed & self.is_thinking[row_slots]
         counts_out &= self.steps_left[row_slots] > 0
         return (self.num_output_tokens[row_slots] < min_tokens) & ~counts_out
 
@@ -132,16 +196,16 @@ class Slots:
             row_slots: [num_rows] int64.
             opens: [num_rows] bool.
         """
-        rows = row_slots
+        rows, settings = row_slots, self.settings(row_slots)
         self.is_thinking[rows] |= opens
         self.blocks_left[rows] -= opens.to(torch.int64)
         for now, start in (
-            (self.steps_left, self.block_steps),
-            (self.forced_left, self.num_end),
-            (self.forced, self.end),
+            (self.steps_left, settings.steps),
+            (self.forced_left, settings.num_forced),
+            (self.forced, settings.end_token_ids),
         ):
             chosen = opens.unsqueeze(1) if now.ndim == 2 else opens
-            now[rows] = torch.where(chosen, start[rows], now[rows])
+            now[rows] = torch.where(chosen, start, now[rows])
 
     def embed(self, embed_tokens: EmbedTokens, row_slots: Tensor) -> Tensor:
         """Build the next inputs.
@@ -159,9 +223,34 @@ class Slots:
 
     def save(self, slot: int) -> SlotSnapshot:
         """Copy the slot's state; the slot may be reused afterwards."""
-        return SlotSnapshot({name: buffer[slot].clone() for name, buffer in self._buffers.items()})
+        buffers = {name: buffer[slot].clone() for name, buffer in self._buffers.items()}
+        return SlotSnapshot(self._table[slot, self._state_at :].clone(), buffers)
 
-    def restore(self, slot: int, snapshot: SlotSnapshot) -> None:
-        """Write a saved state into a slot."""
-        for name, row in snapshot.rows.items():
+    def _restore(self, slot: int, snapshot: SlotSnapshot) -> None:
+        self._table[slot, self._state_at :] = snapshot.row
+        for name, row in snapshot.buffers.items():
             self._buffers[name][slot] = row
+
+
+def _thinks(admission: Admission) -> bool:
+    params = admission.reasoning
+    return params.steps > 0 and params.enter_token_id is None
+
+
+def _num_steps(admission: Admission) -> int:
+    return admission.reasoning.steps if admission.counts_steps else 0
+
+
+def _num_forced(admission: Admission) -> int:
+    params = admission.reasoning
+    return params.num_forced if params.enter_token_id is None else 0
+
+
+def _num_blocks(admission: Admission) -> int:
+    params = admission.reasoning
+    return 0 if params.enter_token_id is None else params.max_blocks
+
+
+def _forced(admission: Admission) -> tuple[int, ...]:
+    end = admission.reasoning.end_token_ids
+    return end + (0,) * (MAX_FORCED_TOKENS - len(end))

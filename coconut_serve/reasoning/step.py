@@ -4,7 +4,7 @@ The native engine calls it after each forward pass with the hidden states of the
 known position was just computed. It works on device tensors; the host gets one packed copy.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,7 +18,8 @@ from coconut_serve.reasoning.mode import ProjectLogits
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
 from coconut_serve.reasoning.sampling import Drawer, Sampler
-from coconut_serve.reasoning.slots import Slots, SlotSnapshot
+from coconut_serve.reasoning.settings import Admission
+from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason, Request
 
 
@@ -132,19 +133,10 @@ class ReasoningStep:
         self._thinking = Drawer(slots, "thinking")
         self._project_logits = project_logits
 
-    def admit(self, slot: int, request: Request, snapshot: SlotSnapshot | None = None) -> None:
-        """Set a slot up for a request; with a snapshot, go on where it was taken."""
-        sampling, prompt = request.sampling, request.prompt_token_ids
-        self._sampler.admit(slot, sampling, prompt)
-        if request.thinking is not None:
-            self._thinking.admit(slot, request.thinking)
-        self._decider.admit(
-            slot,
-            request.reasoning,
-            seed=request.thinking_seed,
-            next_token_id=prompt[-1],
-            snapshot=snapshot,
-        )
+    def admit(self, admissions: Sequence[Admission]) -> None:
+        """Set slots up, all that a step admits at once: one upload."""
+        if admissions:
+            self._sampler.admit(admissions)
 
     def run(self, rows: list[RowPlan], hidden: Tensor, inputs: Tensor) -> list[RowResult]:
         """Decide the next input of each row, write it to the row's slot, report to the host.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coconut_serve.params import HaltParams, Phase
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.types import HaltReason
 from tests.fakes import make_request
 from tests.reasoning.test_modes import HIDDEN, TABLE, drive, pointing_at
@@ -75,9 +76,7 @@ def test_sampled_stop_comes_as_often_as_its_probability() -> None:
     controller = Controller(slots)
     halt = HaltParams(stop_token_ids=(1, 2), stop_test="sampled", stop_temperature=2.0)
     params = ReasoningParams(mode="latent", steps=3, halt=halt)
-    for slot in range(num):
-        slots.admit(slot, params, slot, 0)
-        controller.admit(slot, params)
+    slots.admit([Admission(slot=slot, seed=slot, reasoning=params) for slot in range(num)])
     logits = torch.tensor([[3.0, 1.0, 0.5, 2.0]]).expand(num, -1)
     rows = torch.arange(num)
     view = View(
@@ -149,8 +148,7 @@ def test_steps_of_another_block_do_not_count() -> None:
     controller = Controller(slots)
     halt = HaltParams(converge_metric="kl", converge_below=1e-3, converge_patience=2)
     params = ReasoningParams(mode="latent", steps=9, enter_token_id=1, max_blocks=2, halt=halt)
-    slots.admit(0, params, 0, 0)
-    controller.admit(0, params)
+    slots.admit([Admission(slot=0, reasoning=params)])
     row, logits = torch.tensor([0]), torch.randn(1, 4)
     view = View(
         slots=slots, row_slots=row, logits=logits, raw_logits=logits, token=row, has_text=False,
@@ -178,7 +176,7 @@ def test_end_token_may_come_on_top_of_the_last_latent() -> None:
     adds: dict[str, Any] = {"end_adds_vector": True}
     request = make_request(mode="latent", steps=2, end=(END, 6), reasoning=adds)
     step, slots = make_step()
-    step.admit(2, request)
+    step.admit([Admission.read(2, request)])
     progress, fed, flags = Progress.start(request.reasoning), [], []
     hidden = [torch.randn(HIDDEN) for _ in range(4)]
     for row in hidden:

@@ -9,6 +9,7 @@ from coconut_serve.params import MixtureParams
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
 from tests.fakes import make_request
@@ -39,7 +40,7 @@ def weights(num: int = 1, **mixture: Any) -> torch.Tensor:
             f"{slot}", mode="distribution", steps=3, seed=slot, temperature=1.0,
             reasoning={"mixture": params},
         )  # fmt: skip
-        step.admit(slot, request)
+        step.admit([Admission.read(slot, request)])
         rows.append(plan_row(request, slot, Progress.start(request.reasoning)))
     hidden = LOGITS.expand(num, -1)
     step.run(rows, hidden, hidden)

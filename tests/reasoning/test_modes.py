@@ -12,6 +12,7 @@ from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode, mode_names
 from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
 from coconut_serve.types import HaltReason, Request
@@ -40,7 +41,7 @@ def make_step(num_slots: int = 8) -> tuple[ReasoningStep, Slots]:
 def drive(request: Request, hidden: list[torch.Tensor]) -> list[RowResult]:
     """Run one row through given hidden states."""
     step, _ = make_step()
-    step.admit(3, request)
+    step.admit([Admission.read(3, request)])
     progress = Progress.start(request.reasoning)
     results = []
     for row in hidden:
@@ -77,7 +78,7 @@ def test_latent_feeds_hidden_then_end_tokens_then_answers() -> None:
     request = make_request(mode="latent", steps=2, end=(5, 6))
     hidden = [torch.randn(HIDDEN) for _ in range(5)] + [pointing_at(9)]
     step, slots = make_step()
-    step.admit(1, request)
+    step.admit([Admission.read(1, request)])
     progress = Progress.start(request.reasoning)
     fed = []
     for row in hidden:
@@ -154,9 +155,9 @@ def test_noise_depends_on_the_seed_alone(noise: str) -> None:
         rows = []
         hidden = torch.linspace(-1, 1, HIDDEN)
         for i in range(mates):
-            step.admit(i, replace(request, request_id=f"{i}"))
+            step.admit([Admission.read(i, replace(request, request_id=f"{i}"))])
             rows.append(plan_row(request, i, Progress.start(request.reasoning)))
-        step.admit(slot, request)
+        step.admit([Admission.read(slot, request)])
         rows.append(plan_row(request, slot, Progress.start(request.reasoning)))
         batch = hidden.expand(mates + 1, -1)
         step.run(rows, batch, batch)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from coconut_serve.params import ReasoningParams, SamplingParams
+from coconut_serve.params import SamplingParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.sampling import Sampler
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 
 pytestmark = pytest.mark.torch
@@ -18,8 +19,7 @@ def make_sampler(num_slots: int, params: list[SamplingParams]) -> tuple[Sampler,
     slots = Slots(num_slots, 4, dtype=torch.float32, device=torch.device("cpu"))
     sampler = Sampler(slots, VOCAB)
     for slot, p in enumerate(params):
-        slots.admit(slot, ReasoningParams(), p.seed, 0)
-        sampler.admit(slot, p, (1, 2, 3))
+        sampler.admit([Admission(slot=slot, sampling=p, prompt_token_ids=(1, 2, 3))])
     return sampler, slots
 
 

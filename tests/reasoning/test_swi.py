@@ -26,6 +26,7 @@ from coconut_serve.reasoning.mode import StepContext, settle
 from coconut_serve.reasoning.modes.auto import AutoMode
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
 from coconut_serve.types import HaltReason
@@ -151,8 +152,7 @@ def test_entropies_and_drawn_tokens_give_the_table(name: str) -> None:
     params = ReasoningParams(mode="auto", steps=STEPS, switch=switch)
     slots = Slots(2, VOCAB, dtype=torch.float32, device=torch.device("cpu"))
     mode = AutoMode(slots)
-    slots.admit(1, params, 0, 0)
-    mode.admit(1, params)
+    slots.admit([Admission(slot=1, reasoning=params)])
     for step, (k, y, kind, said) in enumerate(table):
         logits = logits_of(k).unsqueeze(0)
         ctx = StepContext(
@@ -191,7 +191,7 @@ def drive(ks: Sequence[int], halt: HaltParams, **switch: Any) -> tuple[list[RowR
     given = SwitchParams(window=1, max_switches=1, end_token_id=END, **switch)
     reasoning = {"switch": given, "halt": halt}
     request = make_request(mode="auto", steps=STEPS, end=(END,), reasoning=reasoning)
-    step.admit(0, request)
+    step.admit([Admission.read(0, request)])
     progress, results = Progress.start(request.reasoning), []
     for k in ks:
         row = logits_of(k).unsqueeze(0)

@@ -9,6 +9,7 @@ from coconut_serve.engines.native.scheduler import Preemption, Schedule
 from coconut_serve.engines.native.sequence import SavedState, Sequence
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
 from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import ReasoningStep, plan_row
 
@@ -72,8 +73,7 @@ class Runner:
             preemption.sequence.saved = self._save(preemption)
         if schedule.block_copies:
             self._copy_blocks(schedule.block_copies)
-        for sequence in schedule.admissions:
-            self._admit(sequence)
+        self._step.admit([self._admit(sequence) for sequence in schedule.admissions])
         if not schedule.rows:
             return []
         batch = self._builder.build(schedule)
@@ -103,8 +103,8 @@ class Runner:
             hidden, inputs = hidden[batch.pending_rows], inputs[batch.pending_rows]
         return self._step.run(rows, hidden, inputs)
 
-    def _admit(self, sequence: Sequence) -> None:
-        """Set up a slot, from what preemption saved if there is such."""
+    def _admit(self, sequence: Sequence) -> Admission:
+        """Say what a slot is to hold, from what preemption saved if there is such."""
         assert sequence.slot is not None
         if sequence.request.reasoning.adapter == REALIGN and REALIGN not in self._adapters.names:
             model = self._model
@@ -113,9 +113,9 @@ class Runner:
             self._adapters.add(REALIGN, build_realign(model.vocabulary(), norm))
         saved, sequence.saved = sequence.saved, None
         sequence.replay = saved.vectors if saved else None
-        snapshot = saved.snapshot if saved else None
-        self._step.admit(sequence.slot, sequence.request, snapshot)
         self._builder.admit(sequence.slot)
+        snapshot = saved.snapshot if saved else None
+        return Admission.read(sequence.slot, sequence.request, snapshot)
 
     def _save(self, preemption: Preemption) -> SavedState:
         """Copy what rebuilds a sequence: its slot and the vectors fed so far."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coconut_serve.params import Phase
 from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.reasoning.slots import SlotSnapshot
+from coconut_serve.reasoning.settings import SlotSnapshot
 from coconut_serve.reasoning.step import Progress
 from coconut_serve.types import Request, SequenceCounts
 

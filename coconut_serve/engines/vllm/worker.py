@@ -22,7 +22,8 @@ from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import load_mode
 from coconut_serve.reasoning.rows import RowPlan, StepRows
 from coconut_serve.reasoning.sampling import Drawer
-from coconut_serve.reasoning.slots import Slots, SlotSnapshot, index_of, upload
+from coconut_serve.reasoning.settings import Admission, SlotSnapshot
+from coconut_serve.reasoning.slots import Slots, index_of, upload
 from coconut_serve.types import HaltReason
 
 
@@ -138,11 +139,10 @@ class WorkerReasoning:
         self.decider = Decider(self.slots, modes, embedding=embedding, adapters=adapters)
         self._thinking = Drawer(self.slots, "thinking")
         self._vocab_size = vocab_size
-        self._hidden_token = self.slots.register("hidden_token", torch.int64)
-        self._failure_token = self.slots.register("failure_token", torch.int64)  # -1: none
         self.rows: dict[int, WorkerRow] = {}  # slot -> row
         self._slot_of: dict[str, int] = {}
         self._saved: dict[str, SavedRow] = {}
+        self._admitted: dict[int, Admission] = {}  # by slot, since the last step
 
     # ---- requests come and go ------------------------------------------------------------
 
@@ -156,7 +156,9 @@ class WorkerReasoning:
         prefill_token_ids: list[int],
         has_penalties: bool,
     ) -> Tensor | None:
-        """Set a slot up; a request that was preempted goes on where it stopped.
+        """Take a request, whose slot is set up before the next step.
+
+        One that was preempted goes on where it stopped.
 
         Args:
             slot: vLLM's request index.
@@ -181,21 +183,25 @@ class WorkerReasoning:
             row.num_prefill = len(prefill_token_ids)
         self.rows[slot] = row
         self._slot_of[request_id] = slot
-        if thinking.draws is not None:
-            self._thinking.admit(slot, thinking.draws)
-        self.decider.admit(
-            slot,
-            thinking.params,
-            seed=thinking.seed,
+        stops = thinking.answer_stop_token_ids
+        self._admitted[slot] = Admission(
+            slot=slot,
             next_token_id=prefill_token_ids[-1],
+            seed=thinking.seed,
+            reasoning=thinking.params,
+            thinking=thinking.draws,
+            hidden_token_id=thinking.hidden_token_id,
+            failure_token_id=stops[0] if stops else -1,
+            counts_steps=not row.is_relayed,
             snapshot=saved.snapshot if saved else None,
         )
-        if row.is_relayed:
-            self.slots.steps_left[slot] = 0  # nobody counts them down
-        stops = thinking.answer_stop_token_ids
-        self._hidden_token[slot] = thinking.hidden_token_id
-        self._failure_token[slot] = stops[0] if stops else -1
         return saved.num_output if saved else None
+
+    def admit(self) -> None:
+        """Set up the slots of all requests that came since the last step: one upload."""
+        if self._admitted:
+            self.slots.admit(list(self._admitted.values()))
+            self._admitted.clear()
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that ended; whatever is removed without that is preempted."""
@@ -204,6 +210,7 @@ class WorkerReasoning:
             slot = self._slot_of.pop(request_id, None)
             if slot is not None:
                 del self.rows[slot]
+                self._admitted.pop(slot, None)
 
     def remove(self, request_id: str, num_output: Tensor | None) -> None:
         """Keep what a preempted request needs to go on; nothing if it ended.
@@ -215,6 +222,7 @@ class WorkerReasoning:
         slot = self._slot_of.pop(request_id, None)
         if slot is None:
             return
+        self.admit()
         row = self.rows.pop(slot)
         counts = num_output[slot].clone() if num_output is not None else None
         self._saved[request_id] = SavedRow(row, self.slots.save(slot), counts)
@@ -237,6 +245,7 @@ class WorkerReasoning:
             embeds: [num_tokens, hidden_size], written in place.
             batch: vLLM's InputBatch.
         """
+        self.admit()
         if not self.rows:
             return
         slots, at = [], []
@@ -392,8 +401,9 @@ class WorkerReasoning:
         self.decider.decide(step)
         decided = Decided(members, [slot for _, slot, _, _ in found], step)
         self._log(decided, [decision for _, _, _, decision in found])
-        token = torch.where(step.token < 0, self._hidden_token[step.row_slots], step.token)
-        failure = self._failure_token[step.row_slots]
+        settings = self.slots.settings(step.row_slots)
+        token = torch.where(step.token < 0, settings.hidden_token_id, step.token)
+        failure = settings.failure_token_id
         has_failed = (step.halt == int(HaltReason.NUMERICAL)) & (failure >= 0)
         sampled[index] = torch.where(has_failed, failure, token).to(sampled.dtype)
         return decided

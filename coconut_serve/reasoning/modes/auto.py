@@ -1,20 +1,24 @@
 """`auto`: think in tokens or soft tokens, whichever the entropy or the confidence calls for."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from coconut_serve.params import MAX_HARD_TOKENS, ReasoningParams, SwitchParams
+from coconut_serve.params import ReasoningParams, SwitchParams
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.mixers import Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, Soft, StepContext, StepDecision, merge
+from coconut_serve.reasoning.settings import choice
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason
 
 _FIRST_BLEND = 0.1  # share of the newline's embedding in the first soft input
 _SAY_END, _LEAVE = 1, 2  # what the next decision must do: a switch was beyond the budget
+
+_SWI, _NONE = (choice(SwitchParams, "rule", name) for name in ("swi", "none"))
+_CONFIDENT = choice(SwitchParams, "soft_when", "confident")
 
 
 class AutoMode(ReasoningMode):
@@ -35,70 +39,41 @@ class AutoMode(ReasoningMode):
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._mixers = Mixers(slots, "auto")
-        kinds = {int: torch.int64, float: torch.float32}
-        self._settings = {
-            f.name: slots.register(f"auto_{f.name}", kinds[type(f.default)])
-            for f in fields(SwitchParams)
-            if type(f.default) in kinds
-        }
-        self._hard = slots.register("auto_hard", torch.int64, MAX_HARD_TOKENS)  # padded with -2
-        self._goes_soft_sure = slots.register("auto_goes_soft_sure", torch.bool)
-        self._horizon = slots.register("auto_horizon", torch.float32)  # steps of the whole phase
-        self._is_soft = slots.register("auto_is_soft", torch.bool)
+        self._mixers = Mixers()
+        self._is_soft = slots.register("auto_is_soft", torch.bool, start=True)
         self._stay = slots.register("auto_stay", torch.int64)  # steps since the last switch
         self._reference = slots.register("auto_reference", torch.float32)  # entropy at that switch
         self._num_switches = slots.register("auto_num_switches", torch.int64)  # soft to tokens
         self._is_locked = slots.register("auto_is_locked", torch.bool)  # in tokens for good
         self._pending = slots.register("auto_pending", torch.int64)  # _SAY_END, _LEAVE or 0
-        self._host_is_swi = [True] * slots.num_slots
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Every step draws its text."""
         return True
 
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the settings and start soft."""
-        switch = params.switch
-        if switch.rule == "none":
-            switch = replace(switch, soft_when="confident", p_max=0.0)  # always sure enough
-        self._mixers.admit(slot, params)
-        for name, buffer in self._settings.items():
-            buffer[slot] = getattr(switch, name)
-        self._hard[slot] = -2
-        for i, token_id in enumerate(switch.hard_token_ids):
-            self._hard[slot, i] = token_id
-        self._goes_soft_sure[slot] = switch.soft_when == "confident"
-        self._horizon[slot] = max(1, params.steps)
-        self._is_soft[slot] = True
-        self._stay[slot] = self._num_switches[slot] = self._pending[slot] = 0
-        self._is_locked[slot] = False
-        self._reference[slot] = 0.0
-        self._host_is_swi[slot] = switch.rule == "swi"
-
     def decide(self, ctx: StepContext) -> StepDecision:
         """Let each rule decide its rows."""
-        is_swi = [self._host_is_swi[slot] for slot in ctx.host_slots]
-        if all(is_swi):
+        is_swi = ctx.host.rule == _SWI
+        if is_swi.all():
             return self._swi(ctx)
-        if not any(is_swi):
+        if not is_swi.any():
             return self._confidence(ctx)
         parts = []
         for wanted, rule in ((True, self._swi), (False, self._confidence)):
-            part, at = ctx.select([i for i, each in enumerate(is_swi) if each is wanted])
+            part, at = ctx.select([i for i, each in enumerate(is_swi) if each == wanted])
             parts.append((at, rule(part)))
         return merge(parts, ctx.hidden)
-
-    def _of(self, name: str, ctx: StepContext) -> Tensor:
-        return self._settings[name][ctx.row_slots]
 
     def _confidence(self, ctx: StepContext) -> StepDecision:
         """Soft or hard by the likeliest token's probability in the raw distribution."""
         assert ctx.raw_logits is not None
         mixed = self._mixers.mix(ctx)
-        is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= self._of("p_max", ctx)
-        is_soft = is_sure == self._goes_soft_sure[ctx.row_slots]
+        settings = ctx.settings
+        is_always = settings.rule == _NONE  # sure enough, whatever the probability is
+        least = torch.where(is_always, 0.0, settings.p_max)
+        is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= least
+        is_soft = is_sure == (is_always | (settings.soft_when == _CONFIDENT))
         is_first = self.slots.num_decisions[ctx.row_slots] == 0
         was_soft, self._is_soft[ctx.row_slots] = self._is_soft[ctx.row_slots], is_soft
         is_switch = (is_soft != was_soft) & ~is_first
@@ -109,7 +84,7 @@ class AutoMode(ReasoningMode):
         assert ctx.raw_logits is not None
         rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
         is_first = self.slots.num_decisions[rows] == 0
-        end, pending = self._of("end_token_id", ctx), self._pending[rows]
+        end, pending = ctx.settings.end_token_id, self._pending[rows]
         # Only what the model draws locks: the budget counts on what it itself makes it say.
         self._is_locked[rows] |= (ctx.sampled == end) & (end >= 0)
         ctx = replace(ctx, sampled=torch.where(pending == _SAY_END, end, ctx.sampled))
@@ -121,7 +96,7 @@ class AutoMode(ReasoningMode):
             vector = self._blend(ctx, soft, blends=blends, to_soft=to_soft, is_first=is_first)
             return vector.to(ctx.hidden.dtype)
 
-        is_hard_token = (ctx.sampled.unsqueeze(1) == self._hard[rows]).any(1)
+        is_hard_token = (ctx.sampled.unsqueeze(1) == ctx.settings.hard_token_ids).any(1)
         is_soft = self._is_soft[rows] & ~is_hard_token
         self._pending[rows] = self._exceed(ctx, to_hard, has_end=end >= 0)
         return StepDecision(
@@ -134,7 +109,7 @@ class AutoMode(ReasoningMode):
 
     def _exceed(self, ctx: StepContext, to_hard: Tensor, *, has_end: Tensor) -> Tensor:
         """What the next decision must do because of a switch made now; [num_rows] int64."""
-        budget, count = self._of("max_switches", ctx), self._num_switches[ctx.row_slots]
+        budget, count = ctx.settings.max_switches, self._num_switches[ctx.row_slots]
         is_over = to_hard & (budget > 0) & (count >= budget)
         leaves = (count > 2 * budget) | ~has_end
         return is_over * torch.where(leaves, _LEAVE, _SAY_END)
@@ -145,7 +120,7 @@ class AutoMode(ReasoningMode):
         reference, is_soft = self._reference[rows], self._is_soft[rows]
         stay = torch.where(is_first, 0, self._stay[rows] + 1)
         to_hard = ~is_first & is_soft & (entropy < reference)
-        has_stayed = stay >= self._of("window", ctx)
+        has_stayed = stay >= ctx.settings.window
         is_locked = self._is_locked[rows]
         to_soft = ~is_first & ~is_soft & (entropy > reference) & has_stayed & ~is_locked
         moves = to_hard | to_soft
@@ -170,20 +145,20 @@ class AutoMode(ReasoningMode):
         Returns:
             What soft rows and rows at a switch are fed, [num_rows, hidden_size] float32.
         """
-        progress = self.slots.num_decisions[ctx.row_slots] / self._horizon[ctx.row_slots]
+        settings = ctx.settings  # `steps` are those of the whole phase
+        progress = self.slots.num_decisions[ctx.row_slots] / settings.steps.clamp_min(1).float()
 
-        def mark(name: str) -> tuple[Tensor, Tensor]:
-            token = self._of(name, ctx)  # -1: the model has none
+        def mark(token: Tensor) -> tuple[Tensor, Tensor]:  # -1: the model has none
             return ctx.embedding(token.clamp_min(0)).float(), token >= 0
 
         def mix(vector: Tensor, other: Tensor, share: Tensor, where: Tensor) -> Tensor:
             share = torch.where(where, share, 1.0).unsqueeze(1)
             return share * vector + (1.0 - share) * other
 
-        alpha, beta = self._of("alpha", ctx), self._of("beta", ctx)
-        think, has_think = mark("think_token_id")
-        end, _ = mark("end_token_id")
-        newline, has_newline = mark("newline_token_id")
+        alpha, beta = settings.alpha, settings.beta
+        think, has_think = mark(settings.think_token_id)
+        end, _ = mark(settings.end_token_id)
+        newline, has_newline = mark(settings.newline_token_id)
         soft = mix(soft, think, alpha + (1 - alpha) * progress, to_soft & has_think)
         first = torch.full_like(alpha, 1.0 - _FIRST_BLEND)
         soft = mix(soft, newline, first, is_first & has_newline)

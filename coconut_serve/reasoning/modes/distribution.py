@@ -15,19 +15,16 @@ class DistributionMode(ReasoningMode):
     """
 
     name: ClassVar[str] = "distribution"
+    is_tempered: ClassVar[bool] = True
 
     def __init__(self, slots: Slots) -> None:
         super().__init__(slots)
-        self._mixers = Mixers(slots, "distribution")
+        self._mixers = Mixers()
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Only mixtures with the sampled token draw one."""
         return KINDS[params.mixture.kind].needs_sampled
-
-    def admit(self, slot: int, params: ReasoningParams) -> None:
-        """Note the mixture."""
-        self._mixers.admit(slot, params)
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Feed what the mixture makes."""

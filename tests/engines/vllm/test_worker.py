@@ -62,3 +62,44 @@ def test_nothing_is_computed_that_nobody_looks_at(worker: Any) -> None:
         assert found == "".join(needed[decision] for _, needed in WAYS.values())
     # While the prompt is still being computed nobody is settled, whatever comes after it.
     assert worker.unneeded(slots, np.full(len(WAYS), NUM_PROMPT - 1)) == ([], [])
+
+
+def test_requests_of_one_step_are_one_upload(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come one by one; a request that is preempted before its first step is kept too."""
+    from coconut_serve.engines.vllm.params import Thinking
+    from coconut_serve.reasoning import slots as slots_module
+
+    sizes: list[int] = []
+    send = slots_module.send
+
+    def counted(words: np.ndarray, device: torch.device) -> torch.Tensor:
+        sizes.append(len(words))
+        return send(words, device)
+
+    monkeypatch.setattr(slots_module, "send", counted)
+
+    def add(slot: int, name: str) -> None:
+        worker.add(
+            slot, name, Thinking(params=replace(WAYS[name][0], steps=STEPS), seed=slot),
+            num_prompt=NUM_PROMPT, prefill_token_ids=[5] * NUM_PROMPT, has_penalties=False,
+        )  # fmt: skip
+
+    for slot, name in enumerate(WAYS):
+        add(slot, name)
+    assert not sizes
+    batch = type("Batch", (), {})()
+    batch.query_start_loc_np = np.arange(len(WAYS) + 1) * NUM_PROMPT
+    batch.num_computed_tokens_np = np.zeros(len(WAYS), dtype=np.int64)
+    batch.idx_mapping_np = np.arange(len(WAYS))
+    worker.overlay(torch.zeros(len(WAYS) * NUM_PROMPT, 4), batch)
+    assert len(sizes) == 1
+    assert worker.slots.seed.tolist() == list(range(len(WAYS)))
+    assert worker.slots.steps_left.tolist() == [STEPS] * 4 + [0, STEPS], "cot is passed on"
+    worker.slots.steps_left[0] = 1
+    worker.remove("latent", None)
+    add(0, "latent")
+    worker.remove("latent", None)
+    add(0, "latent")
+    worker.overlay(torch.zeros(len(WAYS) * NUM_PROMPT, 4), batch)
+    assert len(sizes) == 3
+    assert int(worker.slots.steps_left[0]) == 1
