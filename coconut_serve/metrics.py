@@ -22,6 +22,7 @@ from prometheus_client import (
 from prometheus_client.registry import Collector
 
 from coconut_serve.errors import StartupError
+from coconut_serve.reasoning.registry import Feeds
 from coconut_serve.types import HaltReason, StepStats, WaitReason
 
 # Bounds by family; vLLM's families have vLLM's names. --custom-histogram-buckets replaces them.
@@ -56,8 +57,9 @@ ENDPOINTS = ("chat", "completions")
 REJECTIONS = ("queue_full", "loading", "draining", "too_long", "invalid")
 WAIT_REASONS: tuple[WaitReason, ...] = get_args(WaitReason)
 STAGES = ("queued", "thinking", "decode")
-PHASES = ("prefill", "latent", "distribution", "decode")
-STEP_KINDS = ("pure_decode", "pure_latent", "pure_distribution", "mixed", "prefill")
+FED_VECTORS = (Feeds.HIDDEN.value, Feeds.MIXTURE.value)
+PHASES = ("prefill", *FED_VECTORS, Feeds.TOKEN.value)
+STEP_KINDS = (*(f"pure_{phase}" for phase in PHASES[1:]), "mixed", "prefill")
 LIMITS = ("max_model_len", "max_num_seqs", "max_queue", "kv_cache_positions", "dtype", "device")
 HALTS = tuple(reason.label for reason in HaltReason if reason is not HaltReason.NONE)
 _STEP_WEIGHT = 0.1  # of the last step in the mean
@@ -285,7 +287,7 @@ class Metrics:
         phase = f"pure_{next(iter(kinds))}" if len(kinds) == 1 else "mixed"
         self.observe(self.step_seconds, stats.seconds, "prefill" if "prefill" in kinds else phase)
         for (mode, row_phase), count in stats.num_rows.items():
-            if row_phase in ("latent", "distribution"):
+            if row_phase in FED_VECTORS:
                 for _ in range(count):
                     self.observe(self.latent_step_seconds, stats.seconds, mode)
 

@@ -307,26 +307,16 @@ class ReasoningParams(Declared):
     def __post_init__(self) -> None:
         """Check ranges, and what the settings must agree on."""
         self.check_ranges()
-        thinks = self.mode != "none" or self.steps == 0
-        require(thinks, "reasoning.steps", "must be 0 in mode none")
         require(self.min_steps <= self.steps, "reasoning.min_steps", "must be at most steps")
         has_enter = self.max_blocks == 1 or self.enter_token_id is not None
         require(has_enter, "reasoning.max_blocks", "must be 1: no token opens another block")
         has_constant = self.source != "constant" or self.constant_token_id is not None
         require(has_constant, "reasoning.source", "'constant' needs a token to feed")
-        has_vectors = self.mode != "cot" or self.halt.converge_metric not in ("cosine", "rel_l2")
-        metric = "reasoning.halt.converge_metric"
-        require(has_vectors, metric, "must be kl or argmax_stable: cot has no vectors to compare")
-        is_drawn = self.mode == "distribution" and self.mixture.kind in ("moi", "gated")
-        in_answer = "reasoning.mixture.in_answer"
-        require(
-            is_drawn or not self.mixture.in_answer, in_answer, "is for moi and gated distributions"
-        )
 
     @property
     def num_forced(self) -> int:
         """How many end tokens are fed after the thinking phase, however short it is."""
-        return len(self.end_token_ids) if self.mode != "none" else 0
+        return len(self.end_token_ids)
 
     def may_end_in(self, phase: Phase) -> bool:
         """Whether a stop token said at a position of that phase ends the sequence.

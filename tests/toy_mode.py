@@ -10,7 +10,6 @@ class NegatedMode(ReasoningMode):
     """Feed the hidden state upside down."""
 
     name: ClassVar[str] = "negated"
-    has_text: ClassVar[bool] = False
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:

@@ -55,7 +55,7 @@ class Prompt(_Strict):
     suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
     end_ids: list[int] | None = None  # forced after it; None: the end token
     # By mode without latent slots: appended to the question, in place of a think token.
-    mode_suffix_ids: dict[Literal["none", "cot", "distribution", "auto"], list[int]] = {}
+    mode_suffix_ids: dict[str, list[int]] = {}
     speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
     example: str | None = None  # a question that the model can answer
     example_answer: str | None = None  # what its greedy answer has in it, in every mode
@@ -118,7 +118,7 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     method: _Method = "none"
-    modes: list[str] = ["none", "cot", "distribution", "auto"]
+    modes: list[str] | None = None  # None: those that no model is trained for
     default_mode: str | None = None
     base_model: str | None = None
     tokens: Tokens = Tokens()
@@ -215,21 +215,10 @@ def load_manifest(directory: Path) -> Manifest | None:
 
 def _check_parts(path: Path, manifest: Manifest) -> None:
     """Check what one part says against another."""
-    if manifest.default_mode is not None and manifest.default_mode not in manifest.modes:
-        raise StartupError(
-            f"{path}: default_mode {manifest.default_mode!r} is not in modes", param="default_mode"
-        )
     if "{speed}" in (manifest.prompt.template or "") and manifest.prompt.speed is None:
         raise StartupError(
             f"{path}: prompt.speed is needed: the template has {{speed}}", param="prompt.speed"
         )
-    for mode in manifest.prompt.mode_suffix_ids:
-        has_slots = mode == "distribution" and manifest.distribution.slots == "latent"
-        if has_slots or mode not in manifest.modes:
-            what = "has prompt.suffix_ids, as latent has" if has_slots else "is not in modes"
-            raise StartupError(
-                f"{path}: prompt.mode_suffix_ids: {mode} {what}", param="prompt.mode_suffix_ids"
-            )
     if manifest.source == "constant" and manifest.tokens.latent is None:
         raise StartupError(f"{path}: source constant needs tokens.latent", param="source")
     if manifest.steps > manifest.max_steps:

@@ -13,6 +13,7 @@ from coconut_serve.commands.measure import Record, Target, ask, summarise
 from coconut_serve.errors import StartupError
 from coconut_serve.evaluation.local import serving
 from coconut_serve.evaluation.tasks import BUILT_IN_TASKS, load_task
+from coconut_serve.reasoning.registry import properties_of
 
 _QUESTION = "What is {number} plus {number}? Think about it, then answer in a sentence."
 
@@ -99,7 +100,7 @@ def _run(
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        if args.steps is not None and mode in ("latent", "distribution"):
+        if args.steps is not None and properties_of(mode).is_steady:
             body["reasoning"] = {"steps": args.steps}
         return ask(target, body)
 

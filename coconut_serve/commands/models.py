@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
-from coconut_serve.checkpoint.manifest import Manifest, load_manifest
+from coconut_serve.checkpoint.manifest import load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
+from coconut_serve.service.model import declared_modes
 
 
 def add_parser(commands: Any) -> None:
@@ -19,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
         mark = " (default)" if name == DEFAULT_MODEL else ""
         # The others have no manifest.
         manifest = load_manifest(resolve_model(name)) if name == "demo" else None
-        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join((manifest or Manifest()).modes)}")
+        print(f"{name:10}{text}{mark}\n{'':10}modes: {', '.join(declared_modes(manifest))}")
     print("DIRECTORY any Hugging Face directory; modes from its latent_config.json")
     return 0

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from coconut_serve.declare import token_ids
 from coconut_serve.errors import ContextLengthError, InvalidRequestError, require
+from coconut_serve.reasoning.registry import check_params
 from coconut_serve.types import Request, RequestOutput, StepStats
 
 OnStep = Callable[[StepStats], None]  # called from the engine's own thread
@@ -55,6 +56,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
             param="reasoning_mode",
             code="unsupported_reasoning_mode",
         )
+    check_params(reasoning)
     adapters = ("none", *info.adapters)
     is_known = reasoning.adapter in adapters
     require(is_known, "reasoning.adapter", f"must be one of {', '.join(adapters)}")

@@ -14,7 +14,7 @@ from coconut_serve.config import StubConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.errors import EngineDeadError, GenerationError
 from coconut_serve.params import Phase
-from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.registry import Feeds, mode_names, properties_of
 from coconut_serve.types import (
     FinishReason,
     HaltReason,
@@ -26,7 +26,6 @@ from coconut_serve.types import (
     TokenLogprobs,
 )
 
-_VECTOR_MODES = frozenset({"latent", "distribution"})
 _TRACE = ReasoningTrace(entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0)
 _NUM_BLOCKS = 4096
 _BLOCK_SIZE = 16
@@ -121,9 +120,10 @@ class StubEngine:
     async def _steps(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The positions of a request: thinking, boundary, answer."""
         params, ids = request.reasoning, request.prompt_token_ids
+        own = properties_of(params.mode)
         steps, cause = params.steps, HaltReason.FIXED if params.is_fixed else HaltReason.CAP
         thought = max(_THOUGHT_TOKENS, params.min_steps)
-        if params.halt.stop_token_ids and params.mode != "latent" and steps > thought:
+        if params.halt.stop_token_ids and own.has_text and steps > thought:
             steps, cause = thought, HaltReason.STOP_TOKEN
         lengths = (steps, len(params.end_token_ids), request.sampling.max_tokens)
         kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
@@ -136,13 +136,14 @@ class StubEngine:
             is_halt = steps > 0 and position == steps
             thinks = phase is Phase.THINK
             feeds = thinks or (phase is Phase.ANSWER and params.mixture.in_answer)
-            is_vector = feeds and params.mode in _VECTOR_MODES
+            is_vector = feeds and own.is_steady
             token_id = ids[(done[phase] - 1) % len(ids)]
-            self._report({(params.mode, params.mode if is_vector else "decode"): 1})
+            fed = own.feeds if is_vector else Feeds.TOKEN
+            self._report({(params.mode, fed.value): 1})
             yield RequestOutput(
                 request_id=request.request_id,
                 phase=phase,
-                token_id=None if thinks and params.mode == "latent" else token_id,
+                token_id=None if thinks and not own.has_text else token_id,
                 is_vector=is_vector,
                 logprobs=_logprobs(request, token_id) if phase is Phase.ANSWER else None,
                 trace=_TRACE if thinks and params.trace != "none" else None,
@@ -151,7 +152,7 @@ class StubEngine:
                 counts=SequenceCounts(
                     num_forward_passes=position + 1,
                     num_reasoning_steps=done[Phase.THINK],
-                    num_vector_steps=done[Phase.THINK] if params.mode in _VECTOR_MODES else 0,
+                    num_vector_steps=done[Phase.THINK] if own.is_steady else 0,
                     num_forced_tokens=done[Phase.BOUNDARY],
                     num_output_tokens=done[Phase.ANSWER],
                 ),

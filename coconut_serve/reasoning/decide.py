@@ -13,8 +13,8 @@ from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.halting import Controller, View
-from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, settle
-from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, load_mode, settle
+from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.reasoning.rows import RowPlan, StepRows
 from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import HaltReason
@@ -189,7 +189,7 @@ class Decider:
             logits=ctx.logits,
             raw_logits=ctx.raw_logits,
             token=token,
-            has_text=mode.has_text,
+            has_text=properties_of(mode.name).has_text,
             vector=vector,
             is_tempered=mode.is_tempered,
         )

@@ -1,5 +1,7 @@
 """What a reasoning mode is: it decides the next input of its thinking rows, all at once."""
 
+import functools
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.reasoning.settings import Rows
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
 
@@ -169,8 +172,6 @@ class ReasoningMode(ABC):
     """
 
     name: ClassVar[str]
-    feeds_vectors: ClassVar[bool] = True  # False: every input is the token that is reported
-    has_text: ClassVar[bool] = True  # False: a step stands for no token
     is_tempered: ClassVar[bool] = False  # True: entropy is taken at the mixture's temperature
     takes_samples: ClassVar[bool] = False  # True: every step is the drawn token, whatever it is
 
@@ -185,7 +186,8 @@ class ReasoningMode(ABC):
     @classmethod
     def thinks_on_logits(cls, params: ReasoningParams) -> bool:
         """Whether the mode or a halting rule looks at logits while a row thinks."""
-        return cls.needs_logits(params) or params.halt.needs_logits(has_text=cls.has_text)
+        has_text = properties_of(cls.name).has_text
+        return cls.needs_logits(params) or params.halt.needs_logits(has_text=has_text)
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
@@ -195,6 +197,18 @@ class ReasoningMode(ABC):
     @abstractmethod
     def decide(self, ctx: StepContext) -> StepDecision:
         """Decide the next input of each row."""
+
+
+@functools.cache
+def load_mode(name: str) -> type[ReasoningMode]:
+    """Import the class of a mode.
+
+    Raises:
+        KeyError: No mode has this name.
+    """
+    module, _, attribute = properties_of(name).where.partition(":")
+    loaded: type[ReasoningMode] = getattr(importlib.import_module(module), attribute)
+    return loaded
 
 
 ProjectLogits = Callable[[Tensor], Tensor]  # [n, hidden_size] -> [n, vocab_size]

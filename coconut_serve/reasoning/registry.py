@@ -1,22 +1,70 @@
-"""Which reasoning modes exist. Importing this loads no torch.
+"""Which reasoning modes exist, and what tells them apart. Importing this loads no torch.
 
-A new mode is one file in modes/ and one line here.
+A new mode is one file in modes/ and one line here. Everybody else asks for properties: outside of
+this file, modes/ and presets no mode has a name.
 """
 
-import functools
-import importlib
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from enum import StrEnum
 
-if TYPE_CHECKING:
-    from coconut_serve.reasoning.mode import ReasoningMode
+from coconut_serve.errors import require
+from coconut_serve.params import ReasoningParams
+
+_MODES_OF_PACKAGE = "coconut_serve.reasoning.modes"
+
+
+class Feeds(StrEnum):
+    """What a thinking step feeds back; the value labels rows that are fed it in metrics."""
+
+    TOKEN = "decode"
+    HIDDEN = "latent"  # the hidden state, or what an adapter makes of it
+    MIXTURE = "distribution"  # a weighted mean of embeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeProperties:
+    """What others must know of a mode; its class says the rest."""
+
+    where: str  # module:Class
+    feeds: Feeds = Feeds.HIDDEN
+    thinks: bool = True  # False: there is no thinking phase
+    switches: bool = False  # steps may feed tokens in between
+
+    @property
+    def feeds_vectors(self) -> bool:
+        """Whether steps feed vectors; else every input is a token that clients see."""
+        return self.feeds is not Feeds.TOKEN
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether every thinking step feeds a vector."""
+        return self.feeds_vectors and not self.switches
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a step stands for a token."""
+        return self.feeds is not Feeds.HIDDEN
+
+    @property
+    def thinks_in_text(self) -> bool:
+        """Whether thoughts are plain tokens, as any text that goes on."""
+        return self.thinks and self.feeds is Feeds.TOKEN
+
 
 _MODES = {
-    "none": "coconut_serve.reasoning.modes.none:NoneMode",
-    "cot": "coconut_serve.reasoning.modes.cot:CotMode",
-    "latent": "coconut_serve.reasoning.modes.latent:LatentMode",
-    "distribution": "coconut_serve.reasoning.modes.distribution:DistributionMode",
-    "auto": "coconut_serve.reasoning.modes.auto:AutoMode",
+    "none": ModeProperties(
+        where=f"{_MODES_OF_PACKAGE}.none:NoneMode", feeds=Feeds.TOKEN, thinks=False
+    ),
+    "cot": ModeProperties(where=f"{_MODES_OF_PACKAGE}.cot:CotMode", feeds=Feeds.TOKEN),
+    "latent": ModeProperties(where=f"{_MODES_OF_PACKAGE}.latent:LatentMode"),
+    "distribution": ModeProperties(
+        where=f"{_MODES_OF_PACKAGE}.distribution:DistributionMode", feeds=Feeds.MIXTURE
+    ),
+    "auto": ModeProperties(
+        where=f"{_MODES_OF_PACKAGE}.auto:AutoMode", feeds=Feeds.MIXTURE, switches=True
+    ),
 }
+NO_THINKING = "none"
 
 
 def mode_names() -> tuple[str, ...]:
@@ -24,13 +72,35 @@ def mode_names() -> tuple[str, ...]:
     return tuple(_MODES)
 
 
-@functools.cache
-def load_mode(name: str) -> "type[ReasoningMode]":
-    """Import the class of a mode.
+def properties_of(name: str) -> ModeProperties:
+    """What tells a mode apart.
 
     Raises:
         KeyError: No mode has this name.
     """
-    module, _, attribute = _MODES[name].partition(":")
-    loaded: type[ReasoningMode] = getattr(importlib.import_module(module), attribute)
-    return loaded
+    return _MODES[name]
+
+
+def untrained_modes() -> tuple[str, ...]:
+    """The modes that any model can be asked for: hidden states need training or an adapter."""
+    return tuple(name for name, own in _MODES.items() if own.feeds is not Feeds.HIDDEN)
+
+
+def check_params(params: ReasoningParams) -> None:
+    """Check what settings must agree on with their mode.
+
+    Raises:
+        InvalidRequestError: They do not; `param` names the setting.
+    """
+    mode, own = params.mode, properties_of(params.mode)
+    require(own.thinks or params.steps == 0, "reasoning.steps", f"must be 0 in mode {mode}")
+    is_bound = own.thinks or not params.end_token_ids
+    require(is_bound, "reasoning.end", f"must be none in mode {mode}")
+    metric, name = params.halt.converge_metric, "reasoning.halt.converge_metric"
+    is_measured = own.feeds_vectors or metric not in ("cosine", "rel_l2")
+    what = f"must be kl or argmax_stable: {mode} has no vectors to compare"
+    require(is_measured, name, what)
+    mixes = own.feeds is Feeds.MIXTURE and own.is_steady
+    is_drawn = mixes and params.mixture.kind in ("moi", "gated")
+    can_go_on = is_drawn or not params.mixture.in_answer
+    require(can_go_on, "reasoning.mixture.in_answer", "is for moi and gated distributions")

@@ -12,14 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 import coconut_serve
 from coconut_serve.errors import EngineDeadError, InvalidRequestError, NotFoundError, NotReadyError
-from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.registry import NO_THINKING, mode_names
 from coconut_serve.server.chat import clean_message
 from coconut_serve.server.openapi import ModelList, Text, Tokens, Version, answers, plain, takes
 from coconut_serve.server.parse import check_model, read_body, split_model
 from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
 from coconut_serve.server.state import Service, get_service, ignored_header
 from coconut_serve.server.usage import token_text
-from coconut_serve.service.presets import EFFORTS
+from coconut_serve.service.presets import EFFORTS, NO_EFFORT
 from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 
 router = APIRouter()
@@ -108,7 +108,7 @@ def _model(service: Service, name: str) -> Model:
         "reasoning_modes": list(service.model.modes),
         "unsupported_modes": [m for m in mode_names() if m not in service.model.modes],
         "unsupported_features": list(service.engine.info.unsupported_features),
-        "reasoning_effort": {"none": "mode none", **EFFORTS},
+        "reasoning_effort": {NO_EFFORT: f"mode {NO_THINKING}", **EFFORTS},
         "example": manifest.prompt.example if manifest else None,
         "sampling_defaults": {  # of requests that say nothing
             name: {"value": value, "source": "generation_config"}

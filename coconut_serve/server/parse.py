@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from coconut_serve.config import ServeConfig
 from coconut_serve.errors import InvalidRequestError, NotFoundError, PayloadTooLargeError
-from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.registry import NO_THINKING, mode_names
 from coconut_serve.server.errors import from_validation
 from coconut_serve.server.fields import ignored_fields
 from coconut_serve.server.reasoning_body import flatten_reasoning
@@ -24,6 +24,7 @@ from coconut_serve.server.schemas import (
     check_mode_name,
 )
 from coconut_serve.service.ask import SamplingAsk
+from coconut_serve.service.presets import NO_EFFORT
 from coconut_serve.service.replay import ReplayAsk
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
@@ -124,8 +125,8 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
                 f"{param}={value!r}, but reasoning_effort={effort!r}", param=param
             )
         effort = check_effort(value, param) or effort
-    if effort == "none":
-        places["reasoning_effort"], effort = "none", None
+    if effort == NO_EFFORT:
+        places["reasoning_effort"], effort = NO_THINKING, None
     said = {param: check_mode_name(v, param) for param, v in places.items() if v is not None}
     if len(set(said.values())) > 1:
         detail = ", ".join(f"{param}={value!r}" for param, value in said.items())

@@ -14,7 +14,7 @@ from coconut_serve.params import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS, SAMPLED
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.body import Body, Items, Number, Values, body_of, say
 from coconut_serve.server.reasoning_body import ReasoningBody
-from coconut_serve.service.presets import EFFORTS
+from coconut_serve.service.presets import EFFORTS, NO_EFFORT
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
@@ -85,7 +85,7 @@ class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from pa
     )
     reasoning_mode: str | None = say("How the model thinks.", examples=[*mode_names()])
     reasoning_effort: str | None = say(
-        "Scales the default number of steps; none: mode none.", examples=["none", *EFFORTS]
+        "Scales the default number of steps; none: mode none.", examples=[NO_EFFORT, *EFFORTS]
     )
     reasoning: ReasoningBody | None = say("How the model thinks, in detail.")
 
@@ -236,8 +236,8 @@ def check_effort(effort: str | None, param: str) -> str | None:
     Raises:
         InvalidRequestError: It is not.
     """
-    if effort is not None and effort != "none" and effort not in EFFORTS:
-        names = ", ".join(["none", *EFFORTS])
+    if effort is not None and effort != NO_EFFORT and effort not in EFFORTS:
+        names = ", ".join([NO_EFFORT, *EFFORTS])
         raise InvalidRequestError(f"{param} must be one of {names}", param=param)
     return effort
 

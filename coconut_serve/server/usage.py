@@ -10,6 +10,7 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel, Field
 
+from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.service.generation import Generation, TokenDelta, TraceStep
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import HaltReason, SequenceCounts
@@ -42,10 +43,11 @@ def reasoning_info(generation: Generation) -> dict[str, Any]:
     warnings = list(prepared.resolved.warnings)
     if counts.num_reasoning_steps and not counts.num_output_tokens:
         warnings.append("no answer tokens: the model ended, or was ended, while it was thinking")
+    feeds = properties_of(prepared.mode).feeds
     is_halted = state.halt_reason is not HaltReason.NONE
     info = {
         "mode": prepared.mode,
-        "latent_steps": counts.num_vector_steps if prepared.mode == "latent" else 0,
+        "latent_steps": counts.num_vector_steps if feeds is Feeds.HIDDEN else 0,
         "reasoning_steps": counts.num_reasoning_steps,
         "forward_passes": counts.num_forward_passes,
         "halt_reason": state.halt_reason.label if is_halted else None,
@@ -68,7 +70,7 @@ def usage(generation: Generation) -> CompletionUsage:
     num_completion = sum(_num_completion(c) for c in counts)
     num_reasoning = sum(c.num_reasoning_steps for c in counts)
     num_vectors = sum(c.num_vector_steps for c in counts)
-    mode = generation.prepared.mode
+    feeds = properties_of(generation.prepared.mode).feeds
     n = generation.prepared.num_sequences
     return CompletionUsage(
         prompt_tokens=num_prompt,
@@ -81,8 +83,8 @@ def usage(generation: Generation) -> CompletionUsage:
         completion_tokens_details=CompletionTokensDetails.model_validate(
             {
                 "reasoning_tokens": num_reasoning,
-                "latent_steps": num_vectors if mode == "latent" else 0,
-                "distribution_steps": num_vectors if mode != "latent" else 0,
+                "latent_steps": num_vectors if feeds is Feeds.HIDDEN else 0,
+                "distribution_steps": num_vectors if feeds is Feeds.MIXTURE else 0,
             }
         ),
         reasoning=reasoning_info(generation),  # type: ignore[call-arg]  # extra field

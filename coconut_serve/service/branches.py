@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from coconut_serve.params import ReasoningParams, Select
+from coconut_serve.reasoning.registry import Feeds, properties_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,9 @@ def has_noise(params: ReasoningParams, temperature: float, adapter_type: str | N
     if params.steps == 0:
         return False
     mixture, halt = params.mixture, params.halt
-    mixes = params.mode in ("distribution", "auto") and mixture.kind == "topk"
-    draws_tokens = params.mode in ("cot", "auto") or mixture.kind in ("moi", "gated", "multiplex")
+    own = properties_of(params.mode)
+    mixes = own.feeds is Feeds.MIXTURE and mixture.kind == "topk"
+    draws_tokens = not own.is_steady or mixture.kind in ("moi", "gated", "multiplex")
     return (
         params.noise_std > 0
         or (mixes and mixture.noise != "none")

@@ -4,10 +4,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.checkpoint.manifest import FILE_NAME, Manifest
 from coconut_serve.errors import StartupError
-from coconut_serve.reasoning.registry import mode_names
+from coconut_serve.reasoning.registry import (
+    NO_THINKING,
+    Feeds,
+    mode_names,
+    properties_of,
+    untrained_modes,
+)
 from coconut_serve.service.tokenizer import Tokenizer
+
+
+def declared_modes(manifest: Manifest | None) -> tuple[str, ...]:
+    """The modes that a checkpoint is for.
+
+    Raises:
+        StartupError: Its manifest names a mode that does not exist, or is not among its modes.
+    """
+    if manifest is None or manifest.modes is None:
+        modes = untrained_modes()
+    else:
+        modes = tuple(manifest.modes)
+    own = manifest or Manifest()
+    unknown = [mode for mode in modes if mode not in mode_names()]
+    if unknown:
+        what = f"{unknown[0]!r} is none of {', '.join(mode_names())}"
+        raise StartupError(f"{FILE_NAME}: modes: {what}", param="modes")
+    if own.default_mode is not None and own.default_mode not in modes:
+        what = f"default_mode {own.default_mode!r} is not in modes"
+        raise StartupError(f"{FILE_NAME}: {what}", param="default_mode")
+    name = "prompt.mode_suffix_ids"
+    for mode in own.prompt.mode_suffix_ids:
+        if mode not in modes or has_slots(mode, manifest):
+            what = "has prompt.suffix_ids" if mode in modes else "is not in modes"
+            raise StartupError(f"{FILE_NAME}: {name}: {mode} {what}", param=name)
+    return modes
 
 
 def choose_modes(
@@ -20,19 +52,14 @@ def choose_modes(
     """Decide which modes are served, and which of them a request gets that names none.
 
     Raises:
-        StartupError: A mode does not exist, or the server's settings name one that the model has
+        StartupError: As `declared_modes`, or the server's settings name a mode that the model has
             not. `latent` may be allowed of any model: some adapters need no training.
     """
-    declared = tuple((manifest or Manifest()).modes)
-    unknown = [mode for mode in declared if mode not in mode_names()]
-    if unknown:
-        raise StartupError(
-            f"latent_config.json: modes: {unknown[0]!r} is none of {', '.join(mode_names())}",
-            param="modes",
-        )
+    declared = declared_modes(manifest)
     modes = tuple(m for m in engine_modes if m in declared)
     for mode in allowed_modes or ():
-        if mode not in (*modes, "latent"):
+        is_free = mode in mode_names() and properties_of(mode).feeds is Feeds.HIDDEN
+        if mode not in modes and not is_free:
             raise StartupError(
                 f"--allowed-reasoning-modes: this model has no mode {mode!r}, but "
                 f"{', '.join(modes)}",
@@ -46,8 +73,20 @@ def choose_modes(
             param="--default-reasoning-mode",
         )
     preferred = default_mode or (manifest.default_mode if manifest else None)
-    fallback = "cot" if "cot" in modes else next(iter(modes), "none")
+    in_text = (mode for mode in modes if properties_of(mode).thinks_in_text)
+    fallback = next(in_text, next(iter(modes), NO_THINKING))
     return modes, preferred if preferred in modes else fallback
+
+
+def has_slots(mode: str, manifest: Manifest | None) -> bool:
+    """Whether steps of a mode stand in slots of their own."""
+    own = properties_of(mode)
+    is_trained = manifest is not None and manifest.distribution.slots == "latent"
+    return own.is_steady and (own.feeds is Feeds.HIDDEN or is_trained)
+
+
+def _allows_hidden(modes: tuple[str, ...] | None) -> bool:
+    return modes is None or any(properties_of(mode).feeds is Feeds.HIDDEN for mode in modes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +145,7 @@ class ModelReasoning:
             think_end_id=end_id if is_thinker else None,
             max_model_len=max_model_len,
             encode=partial(tokenizer.encode, add_special_tokens=False) if tokenizer else None,
-            adapters=adapters if allowed_modes is None or "latent" in allowed_modes else (),
+            adapters=adapters if _allows_hidden(allowed_modes) else (),
             eos_token_ids=eos_token_ids,
         )
 
@@ -122,13 +161,15 @@ class ModelReasoning:
 
     def lacks_training(self, mode: str) -> bool:
         """Whether a mode feeds soft tokens to a model whose manifest does not name it."""
-        is_named = self.manifest is not None and "modes" in self.manifest.model_fields_set
-        return mode in ("distribution", "auto") and not is_named
+        is_named = self.manifest is not None and self.manifest.modes is not None
+        return properties_of(mode).feeds is Feeds.MIXTURE and not is_named
 
-    @property
-    def has_latent_slots(self) -> bool:
-        """Whether soft tokens stand where hidden states would: the model was trained for that."""
-        return self.manifest is not None and self.manifest.distribution.slots == "latent"
+    def has_slots(self, mode: str) -> bool:
+        """Whether steps stand in slots of their own, bounded as those of hidden states are.
+
+        Soft tokens do where the model was trained so; else they stand in the text.
+        """
+        return has_slots(mode, self.manifest)
 
     @property
     def takes_speed(self) -> bool:

@@ -104,7 +104,8 @@ NOISES: dict[str, dict[str, Any]] = {
     "gumbel": {"noise_temperature": 0.5, "noise_clamp": ()},
     "dirichlet": {"dirichlet_alpha": 4.0},
 }
-# reasoning_effort scales the default step budget; "none" picks the mode `none`.
+NO_EFFORT = "none"  # OpenAI's: no thinking at all
+# reasoning_effort scales the default step budget; NO_EFFORT picks the mode that does not think.
 EFFORTS: dict[str, float] = {
     "minimal": 0.25, "low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 4.0, "max": 8.0,
 }  # fmt: skip

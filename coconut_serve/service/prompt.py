@@ -17,6 +17,7 @@ from coconut_serve.params import (
     SamplingParams,
     TraceLevel,
 )
+from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.service import presets, reasoning
 from coconut_serve.service.ask import GenerationAsk, SamplingAsk
 from coconut_serve.service.branches import has_noise
@@ -104,7 +105,7 @@ class PromptBuilder:
         prompts = self._tokenise(ask, mode)
         fallback = _DEFAULT_ANSWER_TOKENS if ask.has_default_max_tokens else None
         # A text is continued as it is: `cot` thinks only if it ends in a thought.
-        may_think = mode != "cot" or not ask.is_continued
+        may_think = not properties_of(mode).thinks_in_text or not ask.is_continued
         may_think = may_think or any(self._ends_in_thought(ask, p, mode) for p in prompts)
         resolved = reasoning.resolve(
             mode,
@@ -161,7 +162,8 @@ class PromptBuilder:
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
         for index, (prompt, (seed, thinking_seed)) in enumerate(zip(prompts, seeds, strict=True)):
             params = resolved.params
-            if mode == "cot" and ask.is_continued and not self._ends_in_thought(ask, prompt, mode):
+            is_text = properties_of(mode).thinks_in_text and ask.is_continued
+            if is_text and not self._ends_in_thought(ask, prompt, mode):
                 # Others of this call do end in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             max_tokens = self._answer_tokens(prompt, params, default, ask)
@@ -213,8 +215,9 @@ class PromptBuilder:
             return is_text or not ask.is_continued
         is_implied = self._model.is_thinker and self._model.think_start_id is None
         # Asked for by name, so the phase is opened in a text too, or closed where it is open.
-        is_named = mode in ("distribution", "auto")
-        is_named |= mode == "none" and (is_implied or not is_text)
+        own = properties_of(mode)
+        is_named = own.feeds is Feeds.MIXTURE
+        is_named |= not own.thinks and (is_implied or not is_text)
         return is_named or not ask.is_continued
 
     def _check_length(self, ask: GenerationAsk) -> None:
@@ -299,7 +302,7 @@ class PromptBuilder:
                 param="messages",
                 code="no_chat_template",
             )
-        is_thinking = (mode or self._model.default_mode) != "none"
+        is_thinking = properties_of(mode or self._model.default_mode).thinks
         options = {"enable_thinking": is_thinking, **options}
         text = self._tokenizer.render_chat(messages, **options)
         special = bool(add_special_tokens)
@@ -314,15 +317,12 @@ class PromptBuilder:
         suffix = self._model.suffix_ids(mode)
         if suffix and not {start, end} & {*ids[len(ids) - tail :]}:
             return (*ids, *suffix)
-        if (
-            end is None
-            or mode == "latent"
-            or (mode == "distribution" and self._model.has_latent_slots)
-            or (mode == "cot" and suffix)  # raw text that goes on as it is
-        ):
+        own = properties_of(mode)
+        is_raw = own.thinks_in_text and bool(suffix)  # text that goes on as it is
+        if end is None or is_raw or self._model.has_slots(mode):
             return ids
         is_open = self._is_thinking_open(ids, tail)
-        if mode == "none":
+        if not own.thinks:
             return (*ids, end) if is_open else ids
         return ids if is_open or start is None else (*ids, start)
 

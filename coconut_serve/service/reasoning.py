@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from coconut_serve.checkpoint.manifest import Manifest
+from coconut_serve.declare import settings_of
 from coconut_serve.errors import InvalidRequestError, require
 from coconut_serve.params import (
-    MAX_BRANCHES,
+    AFTER,
     MAX_FORCED_TOKENS,
     MAX_STEPS,
     HaltParams,
@@ -18,6 +19,7 @@ from coconut_serve.params import (
     SwitchParams,
     TraceLevel,
 )
+from coconut_serve.reasoning.registry import Feeds, check_params, properties_of
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import (
     DEFAULT_KIND,
@@ -32,13 +34,11 @@ from coconut_serve.service.settings import Picker, check_asked, make_picker, unu
 
 _GATED, _GATE = "gated", "gate"  # a kind of mixture, and the kind of adapter it needs
 _SWI = "swi"  # the rule of `auto` that has no mixture
-_HALT_NAMES = {"stop_token_ids": "stop_tokens"}  # field of HaltParams -> name in a request
 # What halt.rule names -> the field of HaltParams without which that rule is off.
 _RULES = {
     "learned": "learned_token_ids", "stop_token": "stop_token_ids", "cold_stop": "entropy_below",
     "uncertain": "entropy_above", "converged": "converge_metric",
 }  # fmt: skip
-_AFTER = ("temperature", "top_p", "top_k", "min_p")  # of the answer, where it differs
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
 _FINAL_WORDS = "\n\nThe final answer is"  # what SwiReasoning's code forces behind </think>
 _FINAL_ANSWER_TOKENS = 32  # what it allows from there on
@@ -75,10 +75,11 @@ def check_mode(mode: str, model: ModelReasoning, asked: Mapping[str, Any]) -> No
     """
     if mode in model.modes:
         return
-    if mode == "latent" and asked.get("adapter") == _REALIGN and _REALIGN in model.adapters:
+    feeds_hidden = properties_of(mode).feeds is Feeds.HIDDEN
+    if feeds_hidden and asked.get("adapter") == _REALIGN and _REALIGN in model.adapters:
         return
     hint = ""
-    if mode == "latent":
+    if feeds_hidden:
         hint = (
             f": it has no {'latent mode in its ' if model.manifest else ''}latent_config.json; "
             'the training-free adapter "realign" would be needed, where the engine has it'
@@ -106,7 +107,7 @@ def resolve(
     """Resolve a request's reasoning.
 
     Args:
-        mode: A mode the model supports.
+        mode: A mode of the model.
         asked: Explicit settings by dotted name, e.g. "mixture.top_k".
         model: What the model can do.
         effort: reasoning_effort, which scales the default step budget.
@@ -121,11 +122,10 @@ def resolve(
     """
     check_asked(asked)
     pick = make_picker(mode, asked, model)
-    warnings: list[str] = []
-    phase = _Phase()
-    if mode == "latent" or (mode == "distribution" and model.has_latent_slots):
+    warnings, phase = list[str](), _Phase()
+    if model.has_slots(mode):
         phase = _latent_phase(pick, model, effort, warnings)
-    elif mode != "none" and is_open:
+    elif properties_of(mode).thinks and is_open:
         phase = _token_phase(pick, mode, model, effort, num_prompt_tokens, max_tokens, warnings)
     thinks = phase.steps > 0
     rule = pick("halt.rule", "auto") if thinks else None
@@ -142,9 +142,10 @@ def resolve(
         max_total_steps=pick("max_total_steps", None) or 0,
         **_trace(pick, *trace_bounds),
     )
+    check_params(params)
     _note_choices(pick, mode, effort, has_speed)
     seed = pick("seed", None) if thinks else None
-    after = {name: value for name in _AFTER if (value := pick(f"after.{name}", None)) is not None}
+    after = {name: value for name in AFTER if (value := pick(f"after.{name}", None)) is not None}
     branches, select = _branches(pick)
     warnings += [*unused(pick, mode, effort), *(_untrained(mode, model) if thinks else ())]
     return Resolved(
@@ -167,7 +168,7 @@ def _of_thinking(pick: Picker, mode: str) -> dict[str, Any]:
     """What every phase that has steps takes."""
     return {
         "min_steps": pick("min_steps", 0),
-        "noise_std": pick("latent_noise_std", 0.0) if mode != "cot" else 0.0,
+        "noise_std": pick("latent_noise_std", 0.0) if properties_of(mode).feeds_vectors else 0.0,
         "pad_positions": pick("pad_positions", False),
     }
 
@@ -198,7 +199,6 @@ def _speed(pick: Picker, has_speed: bool) -> None:
 def _branches(pick: Picker) -> tuple[int, Select]:
     """How many lines of thought a choice has, and which of them is shown."""
     branches = pick("branches", 1)
-    require(1 <= branches <= MAX_BRANCHES, "reasoning.branches", f"must be in 1..{MAX_BRANCHES}")
     if branches > 1:
         return branches, pick("select", "vote")
     pick.parameters["select"] = {"value": "first", "source": "default"}
@@ -220,12 +220,12 @@ class _Phase:
 def _fed(pick: Picker, mode: str, model: ModelReasoning, warnings: list[str]) -> dict[str, Any]:
     """What the mode feeds."""
     manifest = model.manifest or Manifest()
-    if mode == "latent":
+    own = properties_of(mode)
+    if own.feeds is Feeds.HIDDEN:
         return _latent_input(pick, manifest, warnings)
-    if mode == "distribution":
-        _source(pick, ("distribution",))
-        return _mixture(pick, manifest)
-    return _switching(pick, model, manifest) if mode == "auto" else {}
+    if own.switches:
+        return _switching(pick, model, manifest)
+    return _mixture(pick, manifest, is_named=True) if own.feeds is Feeds.MIXTURE else {}
 
 
 def _source(pick: Picker, known: Sequence[str]) -> str:
@@ -235,8 +235,10 @@ def _source(pick: Picker, known: Sequence[str]) -> str:
     return source
 
 
-def _mixture(pick: Picker, manifest: Manifest) -> dict[str, Any]:
+def _mixture(pick: Picker, manifest: Manifest, *, is_named: bool = False) -> dict[str, Any]:
     """The mixture, of what its kind looks at, and the adapter of a gated one."""
+    if is_named:
+        _source(pick, (Feeds.MIXTURE.value,))
     kind = pick("mixture.kind", DEFAULT_KIND)
     values = {name: pick(f"mixture.{name}", own) for name, own in MIXTURES[kind].items()}
     noise = NOISES[values.get("noise", "none")]
@@ -336,12 +338,12 @@ def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Halt
         return HaltParams()
     named = [] if rule == "auto" else [rule] if isinstance(rule, str) else rule
     off = {setting for name, setting in _RULES.items() if named and name not in named}
-    defaults = {f.name: f.default for f in fields(HaltParams) if f.name not in off}
+    own = settings_of(HaltParams)
+    defaults = {name: each.default for name, each in own.items() if name not in off}
     if named and "stop_token_ids" in defaults:
         defaults["stop_token_ids"] = phase.end_ids[:1]
     values = {
-        name: pick(f"halt.{_HALT_NAMES.get(name, name)}", default)
-        for name, default in defaults.items()
+        name: pick(f"halt.{own[name].asked or name}", default) for name, default in defaults.items()
     }
     if "stop_token_ids" in values:
         stops = _tokens("halt.stop_tokens", values["stop_token_ids"], model)
@@ -355,7 +357,7 @@ def _halt(pick: Picker, rule: Any, phase: _Phase, model: ModelReasoning) -> Halt
         is_on = values[setting] not in ((), 0, "none")
         if name == "learned":
             require(is_on, "reasoning.halt.rule", "'learned' is not declared by this model")
-        param = f"reasoning.halt.{_HALT_NAMES.get(setting, setting)}"
+        param = f"reasoning.halt.{own[setting].asked or setting}"
         require(is_on, param, f"must be set: halt.rule names {name!r}")
     return HaltParams(**values)
 
@@ -416,13 +418,13 @@ def _token_phase(
     warnings: list[str],
 ) -> _Phase:
     """A phase of `cot` or `distribution` in the text: capped, and ended by the think token."""
-    if not model.is_thinker and mode == "cot":
+    if not model.is_thinker and properties_of(mode).thinks_in_text:
         return _Phase()  # without think tokens cot is plain decoding
     stop_ids = () if model.think_end_id is None else (model.think_end_id,)
     source = "manifest" if model.manifest and model.manifest.tokens.think_end else "default"
     end_ids = _bound(pick, "end", model, stop_ids, source)
-    has_budget = mode == "auto" and pick("switch.max_switches", 0) > 0  # its words may be longer
-    num_forced = MAX_FORCED_TOKENS if has_budget else len(end_ids)
+    may_switch = properties_of(mode).switches and pick("switch.max_switches", 0) > 0
+    num_forced = MAX_FORCED_TOKENS if may_switch else len(end_ids)  # its words may be longer
     default = max(0, model.max_model_len - num_prompt_tokens - max_tokens - num_forced)
     base, most, limit = _EFFORT_THINKING_TOKENS, default, model.max_model_len
     if not model.is_thinker:

@@ -9,6 +9,7 @@ import numpy as np
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import require
 from coconut_serve.params import TraceLevel
+from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.service.reasoning import Resolved
 
 _PATH = "reasoning.replay"
@@ -41,7 +42,8 @@ def add_replay(
         return resolved
     params, size = resolved.params, info.hidden_size
     require(most == "vectors", _PATH, "is not allowed on this server (--max-trace vectors)")
-    is_counted = params.mode in ("latent", "distribution") and params.enter_token_id is None
+    own = properties_of(params.mode)
+    is_counted = own.is_steady and params.enter_token_id is None
     require(is_counted, _PATH, f"is not for mode {params.mode} of this model")
     is_same = asked.fingerprint == info.system_fingerprint
     path = f"{_PATH}.fingerprint"
@@ -51,7 +53,7 @@ def add_replay(
     require(num_steps <= params.steps, path, f"must be at most {params.steps}, the steps to think")
     vectors = b"".join(_decode(vector, size) for vector in asked.vectors)
     token_ids = tuple(token_id for token_id in asked.token_ids if token_id is not None)
-    has_text = params.mode == "distribution" and len(token_ids) == num_steps
+    has_text = own.has_text and len(token_ids) == num_steps
     is_inside = not has_text or max(token_ids) < info.vocab_size
     require(is_inside, path, f"has token ids outside 0..{info.vocab_size - 1}")
     texts = token_ids if has_text else ()

@@ -6,7 +6,8 @@ from typing import Any
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.params import ASKED, HaltParams, MixtureParams, SwitchParams
-from coconut_serve.service.model import ModelReasoning
+from coconut_serve.reasoning.registry import Feeds, properties_of
+from coconut_serve.service.model import ModelReasoning, has_slots
 from coconut_serve.service.presets import DEFAULT_KIND, NOISES, PRESETS, UNTRAINED
 
 _PARTS = {"mixture.": MixtureParams, "halt.": HaltParams, "switch.": SwitchParams}
@@ -75,18 +76,16 @@ def make_picker(mode: str, asked: Mapping[str, Any], model: ModelReasoning) -> P
 
 def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
     """What the manifest says of settings, by the names of a request."""
-    has_slots = mode == "latent" or (
-        mode == "distribution" and manifest.distribution.slots == "latent"
-    )
+    own = properties_of(mode)
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
     declared["speed"] = manifest.prompt.speed
     declared |= {"mode": mode} if manifest.default_mode == mode else {}
-    if mode == "latent" and "source" in manifest.model_fields_set:
+    if own.feeds is Feeds.HIDDEN and "source" in manifest.model_fields_set:
         declared["source"] = manifest.source
-    if has_slots and "steps" in manifest.model_fields_set:
+    if has_slots(mode, manifest) and "steps" in manifest.model_fields_set:
         declared["steps"] = manifest.steps
     halting = manifest.halting
-    if mode in ("latent", "distribution") and halting.rule != "fixed":
+    if own.is_steady and halting.rule != "fixed":
         is_drawn = halting.test == "sampled"
         declared["halt.stop_temperature"] = halting.temperature
         declared["min_steps"] = halting.min_steps

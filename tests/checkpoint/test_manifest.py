@@ -72,25 +72,11 @@ def test_every_token_that_is_named_is_counted(tmp_path: Path) -> None:
         ({"schema": 1, "tokens": {"start": {"id": -1}}}, "tokens.start.id"),
         ({"schema": 1, "steps": "6"}, "steps"),
         ({"schema": 1, "steps": 9, "max_steps": 3}, "steps"),
-        ({"schema": 1, "default_mode": "latent"}, "default_mode"),
         ({"schema": 1, "prompt": {"speed": "fast"}}, "prompt.speed"),
         ({"schema": 1, "prompt": {"template": "{question} {speed}"}}, "prompt.speed is needed"),
         ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
         ({"schema": 1, "boundary": "telepathic"}, "boundary"),
         ({"schema": 1, "source": "constant"}, "source constant needs tokens.latent"),
-        ({"schema": 1, "prompt": {"mode_suffix_ids": {"latent": [1]}}}, "mode_suffix_ids"),
-        (
-            {"schema": 1, "modes": ["cot"], "prompt": {"mode_suffix_ids": {"none": [1]}}},
-            "mode_suffix_ids: none is not in modes",
-        ),
-        (
-            {
-                "schema": 1,
-                "distribution": {"slots": "latent"},
-                "prompt": {"mode_suffix_ids": {"distribution": [1]}},
-            },
-            "mode_suffix_ids: distribution has prompt.suffix_ids",
-        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, data: Any, message: str) -> None:

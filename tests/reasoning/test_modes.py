@@ -10,7 +10,8 @@ import torch
 from coconut_serve.params import HaltParams, MixtureParams, Phase
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.registry import load_mode, mode_names
+from coconut_serve.reasoning.mode import load_mode
+from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots

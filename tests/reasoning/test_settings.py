@@ -72,7 +72,9 @@ def full_request(mode: str, i: int) -> Request:
         "noise_std": 0.1,
     }
     steps = 0 if mode == "none" else 4
-    return make_request(f"{mode}{i}", mode=mode, steps=steps, end=(5, 6), reasoning=reasoning)
+    return make_request(
+        f"{mode}{i}", mode=mode, steps=steps, end=(5, 6) if steps else (), reasoning=reasoning
+    )
 
 
 @pytest.mark.parametrize("modes", [*((name, name) for name in mode_names()), mode_names()])

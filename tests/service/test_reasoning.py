@@ -8,7 +8,8 @@ import pytest
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
 from coconut_serve.params import MixtureParams, ReasoningParams
-from coconut_serve.service.model import ModelReasoning
+from coconut_serve.reasoning.registry import check_params
+from coconut_serve.service.model import ModelReasoning, declared_modes
 from coconut_serve.service.reasoning import Resolved, check_mode, resolve
 
 MANIFEST = Manifest.model_validate(
@@ -361,7 +362,7 @@ def test_only_mixtures_of_the_drawn_token_go_on_in_the_answer() -> None:
     soft = MixtureParams(kind="topk", in_answer=True)
     for mode, mixture in (("distribution", soft), ("auto", drawn), ("latent", drawn)):
         with pytest.raises(InvalidRequestError) as caught:
-            ReasoningParams(mode=mode, steps=1, mixture=mixture)
+            check_params(ReasoningParams(mode=mode, steps=1, mixture=mixture))
         assert caught.value.param == "reasoning.mixture.in_answer"
 
 
@@ -389,6 +390,36 @@ def test_server_can_force_a_trace() -> None:
     assert level({"trace": "topk"}) == ("topk", "request")
     with pytest.raises(InvalidRequestError, match="at most 'topk'"):
         level({"trace": "vectors"})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"default_mode": "latent"}, "default_mode 'latent' is not in modes"),
+        ({"modes": ["cot", "dreamt"]}, "modes: 'dreamt' is none of none, cot, "),
+        ({"prompt": {"mode_suffix_ids": {"latent": [1]}}}, "mode_suffix_ids: latent is not"),
+        (
+            {"modes": ["latent"], "prompt": {"mode_suffix_ids": {"latent": [1]}}},
+            "mode_suffix_ids: latent has prompt.suffix_ids",
+        ),
+        (
+            {"modes": ["cot"], "prompt": {"mode_suffix_ids": {"none": [1]}}},
+            "mode_suffix_ids: none is not in modes",
+        ),
+        (
+            {
+                "distribution": {"slots": "latent"},
+                "prompt": {"mode_suffix_ids": {"distribution": [1]}},
+            },
+            "mode_suffix_ids: distribution has prompt.suffix_ids",
+        ),
+    ],
+)
+def test_modes_of_a_manifest_that_cannot_be_served_are_refused(
+    data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StartupError, match=f"latent_config.json: .*{message}"):
+        declared_modes(Manifest.model_validate({"schema": 1, **data}))
 
 
 def test_server_can_narrow_the_modes() -> None:

@@ -34,6 +34,7 @@ from coconut_serve.engines.native.sequence import Sequence
 from coconut_serve.engines.restarts import RestartBudget
 from coconut_serve.errors import EngineDeadError, StartupError
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank
+from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.types import RequestOutput, StepStats
 
 logger = logging.getLogger(__name__)
@@ -293,12 +294,13 @@ class EngineCore:
 
 
 def _count_rows(schedule: Schedule) -> dict[tuple[str, str], int]:
-    """Count rows by mode and phase: prefill, a mode that is fed a vector, or decode."""
+    """Count rows by mode and phase: prefill, or what they are fed."""
 
     def phase(row: ScheduledRow) -> str:
         if not row.is_decode:
             return "prefill"
         is_vector = row.sequence.inputs[-1] is None
-        return row.sequence.request.reasoning.mode if is_vector else "decode"
+        feeds = properties_of(row.sequence.request.reasoning.mode).feeds
+        return feeds.value if is_vector else Feeds.TOKEN.value
 
     return dict(Counter((r.sequence.request.reasoning.mode, phase(r)) for r in schedule.rows))

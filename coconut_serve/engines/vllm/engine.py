@@ -29,7 +29,7 @@ from coconut_serve.errors import (
     StartupError,
     require,
 )
-from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.types import Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -265,7 +265,8 @@ class VllmEngine:
 
     def _count(self, life: _Life, request: Request, output: RequestOutput) -> None:
         mode = request.reasoning.mode
-        life.observer.count_row(mode, mode if output.is_vector else "decode")
+        feeds = properties_of(mode).feeds if output.is_vector else Feeds.TOKEN
+        life.observer.count_row(mode, feeds.value)
 
     def _check(self, request: Request) -> None:
         """Refuse what can never run; vLLM's own limits would end its worker."""
@@ -288,7 +289,7 @@ def _biases(request: Request) -> dict[int, float]:
 def _stops(request: Request) -> frozenset[int]:
     """Ids at which vLLM itself may stop: no end of a thought, which is forced, and no readout."""
     params = request.reasoning
-    has_readouts = params.steps > 0 and params.is_fixed and load_mode(params.mode).has_text
+    has_readouts = params.steps > 0 and params.is_fixed and properties_of(params.mode).has_text
     if has_readouts:
         return frozenset()  # the answer is stopped by who reads it
     return request.sampling.stop_token_ids - {*params.end_token_ids}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from coconut_serve.engines.vllm.params import Thinking
 from coconut_serve.params import Phase
 from coconut_serve.reasoning import report
-from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.step import Progress
 from coconut_serve.types import FinishReason, HaltReason, Request, RequestOutput, SequenceCounts
@@ -100,7 +100,7 @@ class Follower:
         params, progress = self._request.reasoning, self._progress
         halt = HaltReason.NONE
         if progress.is_thinking:
-            is_text = not load_mode(params.mode).feeds_vectors
+            is_text = not properties_of(params.mode).feeds_vectors
             if progress.num_steps_left <= 0:
                 halt = HaltReason.CAP
             elif is_text and token_id in params.halt.stop_token_ids:

@@ -23,7 +23,8 @@ from coconut_serve.params import (
     SamplingParams,
     SwitchParams,
 )
-from coconut_serve.reasoning.registry import load_mode, mode_names
+from coconut_serve.reasoning.mode import load_mode
+from coconut_serve.reasoning.registry import NO_THINKING, check_params, mode_names, properties_of
 from coconut_serve.reasoning.report import width
 from coconut_serve.reasoning.rows import NOTHING, Wanted
 from coconut_serve.types import Request
@@ -93,7 +94,7 @@ class Thinking:
         params = self.params
         if params.mixture.in_answer:
             return _MAX_ID
-        if params.steps == 0 or not load_mode(params.mode).feeds_vectors:
+        if params.steps == 0 or not properties_of(params.mode).feeds_vectors:
             return 0
         if params.enter_token_id is not None:
             return _MAX_ID  # wherever the model opens a block
@@ -151,8 +152,8 @@ def counts_by_itself(params: ReasoningParams) -> bool:
 
     vLLM forbids stop tokens while a row thinks, too.
     """
-    mode = load_mode(params.mode)
-    looks = mode.thinks_on_logits(params) or not mode.feeds_vectors
+    has_vectors = properties_of(params.mode).feeds_vectors
+    looks = load_mode(params.mode).thinks_on_logits(params) or not has_vectors
     return params.steps == 0 or (params.is_fixed and not looks)
 
 
@@ -167,7 +168,7 @@ def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
         return True
     if params.enter_token_id is not None:
         return False
-    mode, halt = load_mode(params.mode), params.halt
+    mode, halt = properties_of(params.mode), params.halt
     if mode.feeds_vectors:
         return params.is_fixed and not mode.has_text and has_stop
     is_plain = not halt.needs_logits(has_text=True) and params.min_steps == 0
@@ -199,7 +200,7 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
     if not flat:
         return None
     read = {key.removeprefix(_PREFIX): _typed(key, value) for key, value in flat.items()}
-    mode, known = read.get("mode", "none"), mode_names()
+    mode, known = read.get("mode", NO_THINKING), mode_names()
     require(mode in known, "reasoning_mode", f"must be one of {', '.join(known)}")
 
     def pick(names: Any) -> dict[str, Any]:
@@ -214,6 +215,7 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
         halt=nested(HaltParams),
         switch=nested(SwitchParams),
     )
+    check_params(params)
     return Thinking(params=params, wanted=nested(Wanted), **pick(_OWN))
 
 
@@ -303,11 +305,11 @@ def _check_plain(thinking: Thinking, sampling: VllmSamplingParams) -> None:
     require(has_none, "reasoning_adapter", "is not supported here; use coconut-serve's own server")
     has_no_gate = params.mixture.kind != "gated"
     require(has_no_gate, "reasoning_kind", "gated needs an adapter; use coconut-serve's own server")
-    if params.mode == "none":
+    if not properties_of(params.mode).thinks:
         return
     require(_PREFIX + "steps" in extra_args, "reasoning_steps", f"is needed for {params.mode}")
     # A latent position has no token of its own; a stop token in its place would end the request.
-    if not load_mode(params.mode).has_text:
+    if not properties_of(params.mode).has_text:
         key, stops = "reasoning_hidden_token_id", sampling.stop_token_ids or ()
         has_own = _PREFIX + "hidden_token_id" in extra_args
         require(has_own, key, "is needed: a special token of the model that ends no answer")

@@ -19,7 +19,7 @@ from coconut_serve.reasoning import report
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.registry import load_mode
+from coconut_serve.reasoning.mode import load_mode
 from coconut_serve.reasoning.rows import RowPlan, StepRows
 from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.settings import Admission, SlotSnapshot

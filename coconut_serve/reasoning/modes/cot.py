@@ -10,7 +10,6 @@ class CotMode(ReasoningMode):
     """Feed each sampled token; the end-of-thought token is a halting rule."""
 
     name: ClassVar[str] = "cot"
-    feeds_vectors: ClassVar[bool] = False
     takes_samples: ClassVar[bool] = True
 
     @classmethod

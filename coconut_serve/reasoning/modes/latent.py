@@ -22,7 +22,6 @@ class LatentMode(ReasoningMode):
     """
 
     name: ClassVar[str] = "latent"
-    has_text: ClassVar[bool] = False
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:

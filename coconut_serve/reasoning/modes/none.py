@@ -11,7 +11,6 @@ class NoneMode(ReasoningMode):
     """Do not think: the service gives such rows no steps, so nothing is left to decide."""
 
     name: ClassVar[str] = "none"
-    feeds_vectors: ClassVar[bool] = False
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Decide nothing; only rows without thinking steps are ever in this mode."""
