@@ -50,11 +50,12 @@ class Setting:
         """The range in words; empty if the setting has none."""
         if self.low is None or self.high is None:
             return ""
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
         if self.is_open:
-            return f"above {self.low:g} and at most {self.high:g}"
+            return f"above {low} and at most {high}"
         if self.high >= MAX_INT:
-            return f"at least {self.low:g}" if self.low > -MAX_INT else "a 64-bit integer"
-        return f"in {self.low:g}..{self.high:g}"
+            return f"at least {low}" if self.low > -MAX_INT else "a 64-bit integer"
+        return f"in {low}..{high}"
 
 
 MAX_INT = 2**31 - 1

@@ -227,10 +227,10 @@ class SwitchParams(Declared):
     p_max: float = setting(0.6, "confidence: probability from which a step is confident.", (0, 1))
     window: int = setting(512, "swi: steps in tokens before soft ones may come back.", (0, 10**6))
     alpha: float = setting(1.0, "swi: share of the soft token at a switch to it, the rest is "
-        "<think>.", (0, 1))
+        "`<think>`.", (0, 1))
     beta: float = setting(0.7, "swi: share of the token at a switch to tokens, the rest is "
-        "</think>.", (0, 1))
-    max_switches: int = setting(0, "swi: switches to tokens; </think> is said from here on, "
+        "`</think>`.", (0, 1))
+    max_switches: int = setting(0, "swi: switches to tokens; `</think>` is said from here on, "
         "twice as many end the phase; 0: no bound.", (0, 10**6))
     final_token_ids: tuple[int, ...] = internal((), "Fed at such an end in place of the end "
         "tokens.", blame="max_switches", has_tokens=True, longest=MAX_FORCED_TOKENS)
@@ -262,7 +262,7 @@ class ReasoningParams(Declared):
 
     path: ClassVar[str] = "reasoning."
 
-    mode: str = setting("none", "As reasoning_mode.")
+    mode: str = setting("none", "As reasoning_mode.", usual="the model's")
     steps: int = setting(0, "latent: the exact number of thinking steps, unless a halting rule "
         "is on; else the most.", (0, 2**31), usual="methods.md")
     min_steps: int = setting(0, "Steps before halting rules are looked at.", (0, 2**31))

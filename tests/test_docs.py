@@ -6,15 +6,19 @@ import json
 import os
 import re
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
 
 from coconut_serve.cli import build_parser
+from coconut_serve.declare import Setting
 from coconut_serve.metrics import Metrics
+from coconut_serve.params import ASKED
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server import fields, reasoning_body, schemas
-from coconut_serve.service.presets import PRESETS
+from coconut_serve.service.presets import EFFORTS, PRESETS
 from tests.fakes import make_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +101,61 @@ def test_accepted_and_rejected_fields_are_listed_as_such() -> None:
         assert line in DOCS["api.md"], "run python -m tests.test_docs"
 
 
+_LISTED = {float: "numbers"}
+
+
+def values_of(own: Setting) -> str:
+    """What a setting takes, in words: choices, a range, or kinds of value."""
+    kind = own.takes or own.type
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    names_tokens = any(
+        get_origin(kind) is list and get_args(get_args(kind)[0]) == (int, str) for kind in kinds
+    )
+    shown: list[str] = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            shown += map(str, get_args(kind))
+        elif get_origin(kind) in (list, tuple):
+            inner = get_args(kind)[0]
+            is_choice = get_origin(inner) is Literal
+            shown.append(
+                "a list of " + _LISTED.get(inner, "those" if is_choice else "ids or texts")
+            )
+        elif kind is bool:
+            shown += ["true", "false"]
+        elif names_tokens:
+            shown.append({int: "an id", str: "a text"}[kind])
+        elif kind is str and own.usual != "-":
+            shown.append("a name")
+        elif kind in (int, float) and own.range:
+            shown.append(own.range.removeprefix("in "))
+    return ", ".join(shown) or "-"
+
+
+def setting_rows() -> list[str]:
+    """A row for each setting of `reasoning`."""
+    scales = (f"{name} (x {scale:g})" for name, scale in EFFORTS.items())
+    named = {
+        "mode": ", ".join(mode_names()),
+        "preset": ", ".join(PRESETS),
+        "effort": ", ".join(["none", *scales]),
+        "speed": "auto, at least 1",
+    }
+    rows = []
+    for name, own in sorted(ASKED.items(), key=lambda item: item[0].count(".")):
+        default = own.default if isinstance(own.default, bool | str | int | float) else "-"
+        shown = own.usual or (str(default).lower() if isinstance(default, bool) else f"{default}")
+        paper = f" (arXiv {own.paper})" if own.paper else ""
+        values = named.get(name) or values_of(own)
+        rows.append(f"| `{name}` | {values} | {shown} | {own.doc}{paper} |")
+    return rows
+
+
+def test_every_setting_of_reasoning_is_in_the_docs() -> None:
+    table = "\n".join(["|---|---|---|---|", *setting_rows(), "\n"])
+    assert table in DOCS["api.md"], "run python -m tests.test_docs"
+
+
 def test_presets_are_in_the_docs() -> None:
     for name in PRESETS:
         assert f"`{name}`" in DOCS["methods.md"] or f'"{name}"' in DOCS["methods.md"], name
@@ -143,11 +202,16 @@ def write() -> None:
     heads = "|".join(map(re.escape, (_ACCEPTED, _REJECTED)))
     lines = iter(field_lists())
     api.write_text(re.sub(rf"^({heads}).*", lambda _: next(lines), api.read_text(), flags=re.M))
+    write_table(api, "| `reasoning.` | values | default | |\n|---|---|---|---|\n", setting_rows())
     operations = ROOT / "docs" / "operations.md"
     head = "| metric | type | more labels |\n|---|---|---|\n"
-    before, _, after = operations.read_text().partition(head)
-    rest = re.sub(r"^(\|.*\n|METRICS\n)*", "", after)
-    operations.write_text(before + head + "\n".join(metric_rows(make_metrics())) + "\n" + rest)
+    write_table(operations, head, metric_rows(make_metrics()))
+
+
+def write_table(page: Path, head: str, rows: list[str]) -> None:
+    before, _, after = page.read_text().partition(head)
+    rest = re.sub(r"^(\|.*\n)*", "", after)
+    page.write_text(before + head + "\n".join(rows) + "\n" + rest)
 
 
 if __name__ == "__main__":
