@@ -175,6 +175,16 @@ def test_every_error_code_is_in_the_docs() -> None:
         assert f"`{code}`" in DOCS["api.md"], code
 
 
+def test_places_that_the_design_names_exist() -> None:
+    table = DOCS["design.md"].partition("## Where to find it")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .* \| `(.*)` \| (.*) \|$", table, flags=re.M)
+    assert len(rows) > 15
+    for file, names in rows:
+        text = (ROOT / "coconut_serve" / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", text), (file, name)
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for name, text in DOCS.items():
         folder = ROOT if name == "README.md" else ROOT / "docs"
