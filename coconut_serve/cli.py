@@ -33,8 +33,8 @@ from coconut_serve.server import logs, observe
 from coconut_serve.server.app import create_app
 from coconut_serve.server.draining import DrainingServer
 from coconut_serve.server.listen import listen_for
-from coconut_serve.server.state import Service
 from coconut_serve.service.model import choose_modes
+from coconut_serve.service.service import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.training import command as train
 

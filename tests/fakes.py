@@ -21,7 +21,7 @@ from coconut_serve.metrics import Metrics
 from coconut_serve.params import Phase, ReasoningParams, SamplingParams
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
-from coconut_serve.server.state import Service
+from coconut_serve.service.service import Service
 from coconut_serve.service.tokenizer import ByteTokenizer, Tokenizer
 from coconut_serve.types import Request, RequestOutput, StepStats
 

@@ -6,6 +6,7 @@ import pytest
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.params import HaltParams, MixtureParams, ReasoningParams, SamplingParams
+from coconut_serve.reasoning.registry import check_params
 
 
 @pytest.mark.parametrize(
@@ -32,5 +33,6 @@ def test_value_out_of_range_is_refused_by_name(
 def test_vectors_are_not_compared_where_there_are_none() -> None:
     """Such a row once stopped the whole engine."""
     halt = HaltParams(converge_metric="cosine", converge_below=0.1)
+    params = ReasoningParams(mode="cot", halt=halt)
     with pytest.raises(InvalidRequestError, match="converge_metric must be kl or argmax_stable"):
-        ReasoningParams(mode="cot", halt=halt)
+        check_params(params)

@@ -19,8 +19,8 @@ from coconut_serve.metrics import Metrics
 from coconut_serve.server import chat, completions, openapi, ops
 from coconut_serve.server.errors import handle_coconut, handle_disconnect, handle_http
 from coconut_serve.server.middleware import RequestMiddleware
-from coconut_serve.server.state import Service
 from coconut_serve.server.stats import log_stats
+from coconut_serve.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -1,21 +1,22 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from starlette.requests import Request
 from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
-from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
+from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import ChatRequest
 from coconut_serve.server.state import get_service
 from coconut_serve.service.generation import Delta
@@ -47,7 +48,8 @@ async def create_chat_completion(request: Request) -> Response:
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return await respond(request, _ChatAnswer(service, await service.generate(ask), body), ignored)
+    generation = await service.generate(ask)
+    return await respond(request, _ChatRenderer(service, generation, body), ignored)
 
 
 def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:
@@ -74,10 +76,10 @@ def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
-class _ChatAnswer(Answer):
+class _ChatRenderer(Renderer[ChunkChoice]):
     """chat.completion and chat.completion.chunk objects."""
 
-    def openings(self) -> list[Any]:
+    def opening_parts(self) -> list[ChunkChoice]:
         """The role of each choice."""
         opening = ChoiceDelta(role="assistant", content="")
         choices = []
@@ -88,32 +90,45 @@ class _ChatAnswer(Answer):
             choices.append(choice)
         return choices
 
-    def choice(self, delta: Delta, extra: dict[str, Any], *, is_whole: bool) -> Any:
-        """A message, or what a chunk adds to one."""
-        reason: Any = delta.finish_reason.value if delta.finish_reason else None
-        text: dict[str, Any] = self.thinking(delta.reasoning)
-        if is_whole:
-            message = ChatCompletionMessage(role="assistant", content=delta.content, **text)
-            return Choice(index=delta.index, message=message, finish_reason=reason, **extra)
+    def part(self, delta: Delta, extra: dict[str, Any]) -> ChunkChoice:
+        """What a chunk adds to a message."""
+        text = self.thinking(delta.reasoning)
         if delta.content:
             text["content"] = delta.content
-        return ChunkChoice(
-            index=delta.index, delta=ChoiceDelta(**text), finish_reason=reason, **extra
+        added: Any = ChoiceDelta(**text)  # type: ignore[arg-type]  # extra fields
+        return ChunkChoice(index=delta.index, delta=added, finish_reason=_reason(delta), **extra)
+
+    def chunk(self, parts: list[ChunkChoice], extra: dict[str, Any]) -> ChatCompletionChunk:
+        """A chunk of the response."""
+        return ChatCompletionChunk(
+            object="chat.completion.chunk", choices=parts, **self.common(), **extra
         )
 
-    def reply(self, choices: list[Any], extra: dict[str, Any], *, is_whole: bool) -> Reply:
-        """The response, or a chunk of it."""
-        if not is_whole:
-            return ChatCompletionChunk(
-                object="chat.completion.chunk", choices=choices, **self.common(), **extra
-            )
+    def whole(self, choices: Sequence[Delta]) -> ChatCompletion:
+        """The response."""
+        ids: dict[str, Any] = {}
         if self.body.return_token_ids:
-            extra = {**extra, "prompt_token_ids": self.prompt_ids(0)}
-        return ChatCompletion(object="chat.completion", choices=choices, **self.common(), **extra)
+            ids["prompt_token_ids"] = self.prompt_ids(0)
+        return ChatCompletion(
+            object="chat.completion",
+            choices=[self._choice(each) for each in choices],
+            **self.common(),
+            **self.cost(),
+            **ids,
+        )
 
-    def logprobs(self, delta: Delta) -> Any:
+    def _choice(self, choice: Delta) -> Choice:
+        text: Any = self.thinking(choice.reasoning)
+        message = ChatCompletionMessage(role="assistant", content=choice.content, **text)
+        extra = self.whole_extra(choice)
+        return Choice(index=choice.index, message=message, finish_reason=_reason(choice), **extra)
+
+    def logprobs(self, delta: Delta) -> dict[str, Any]:
         """Log-probabilities by token."""
         tokenizer = self.service.tokenizer
         items = [costs.chat_logprob(token, tokenizer) for token in delta.tokens]
-        kind = ChoiceLogprobs if delta.is_merged else ChunkLogprobs
-        return kind(content=items, refusal=None)
+        return {"content": items, "refusal": None}
+
+
+def _reason(delta: Delta) -> Any:
+    return delta.finish_reason.value if delta.finish_reason else None

@@ -1,5 +1,6 @@
 """POST /v1/completions: text or token-id prompts, one or many."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,13 +11,15 @@ from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server import usage as costs
-from coconut_serve.server.answer import Answer, Reply, read_ask, respond
+from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
+from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest
-from coconut_serve.server.state import Service, get_service
+from coconut_serve.server.state import get_service
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.generation import Delta, Generation
+from coconut_serve.service.service import Service
 from coconut_serve.service.tokenizer import require_tokenizer
 
 router = APIRouter()
@@ -51,7 +54,7 @@ async def create_completion(request: Request) -> Response:
         has_default_max_tokens=True,
     )
     generation = await service.generate(ask)
-    return await respond(request, _TextAnswer(service, generation, body), ignored)
+    return await respond(request, _TextRenderer(service, generation, body), ignored)
 
 
 def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
@@ -67,7 +70,7 @@ def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
     return [p if isinstance(p, str) else tuple(p) for p in prompt]
 
 
-class _TextAnswer(Answer):
+class _TextRenderer(Renderer[CompletionChoice]):
     """text_completion objects."""
 
     def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
@@ -87,7 +90,7 @@ class _TextAnswer(Answer):
         ]
         self._lengths = [0] * len(self._texts)
 
-    def openings(self) -> list[Any]:
+    def opening_parts(self) -> list[CompletionChoice]:
         """The prompts, if they are to be repeated as text or ids."""
         if not self._is_echoing and not self.body.return_token_ids:
             return []
@@ -115,22 +118,27 @@ class _TextAnswer(Answer):
             index=delta.index, text=text, finish_reason=reason, **extra
         )
 
-    def choice(self, delta: Delta, extra: dict[str, Any], *, is_whole: bool) -> Any:
-        """A text, or what a chunk adds to one."""
-        extra = {**self.thinking(delta.reasoning), **extra}
-        if is_whole and self.body.return_token_ids:
-            extra["prompt_token_ids"] = self.prompt_ids(delta.index)
-        text = self._echoed(delta.index) + delta.content if is_whole else delta.content
-        return self._make(delta, text, extra)
+    def part(self, delta: Delta, extra: dict[str, Any]) -> CompletionChoice:
+        """What a chunk adds to a text."""
+        return self._make(delta, delta.content, {**self.thinking(delta.reasoning), **extra})
 
-    def reply(self, choices: list[Any], extra: dict[str, Any], *, is_whole: bool) -> Reply:
-        """The response; chunks look the same."""
-        del is_whole
+    def chunk(self, parts: list[CompletionChoice], extra: dict[str, Any]) -> Completion:
+        """A chunk, which looks like the response."""
         reply = Completion(object="text_completion", choices=[], **self.common(), **extra)
-        reply.choices = choices
+        reply.choices = parts
         return reply
 
-    def logprobs(self, delta: Delta) -> Any:
+    def whole(self, choices: Sequence[Delta]) -> Completion:
+        """The response."""
+        parts = []
+        for each in choices:
+            extra = {**self.thinking(each.reasoning), **self.whole_extra(each)}
+            if self.body.return_token_ids:
+                extra["prompt_token_ids"] = self.prompt_ids(each.index)
+            parts.append(self._make(each, self._echoed(each.index) + each.content, extra))
+        return self.chunk(parts, self.cost())
+
+    def logprobs(self, delta: Delta) -> Logprobs:
         """The legacy object; offsets count characters of the answer."""
         tokenizer = self.service.tokenizer
         texts = [costs.token_text(token.token_id, tokenizer) for token in delta.tokens]

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from coconut_serve.config import ServeConfig, format_memory
 from coconut_serve.server.example import example_request
 from coconut_serve.server.listen import api_url
-from coconut_serve.server.state import Service
+from coconut_serve.service.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import Any
 
-from coconut_serve.server.state import Service
+from coconut_serve.service.service import Service
 
 _QUESTION = "What is the capital of France?"  # where the manifest names none
 

@@ -17,9 +17,10 @@ from coconut_serve.server.chat import clean_message
 from coconut_serve.server.openapi import ModelList, Text, Tokens, Version, answers, plain, takes
 from coconut_serve.server.parse import check_model, read_body, split_model
 from coconut_serve.server.schemas import DetokenizeRequest, TokenizeRequest
-from coconut_serve.server.state import Service, get_service, ignored_header
+from coconut_serve.server.state import get_service, ignored_header
 from coconut_serve.server.usage import token_text
 from coconut_serve.service.presets import EFFORTS, NO_EFFORT
+from coconut_serve.service.service import Service
 from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 
 router = APIRouter()

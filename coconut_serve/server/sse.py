@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -19,11 +20,19 @@ DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event: JSON, and the name that clients listen for, if the API names its events."""
+
+    data: str
+    name: str | None = None
+
+
 class EventStream(StreamingResponse):
-    """Streams JSON texts as events and always closes what produces them.
+    """Streams events and always closes what produces them.
 
     Args:
-        events: JSON texts; an error in it becomes an event, then [DONE].
+        events: What is sent; an error in it becomes an event, then [DONE].
         close: Called once when the response is over, however it ended.
         on_slow: Called when the client has read nothing for `max_send_seconds` and is dropped.
         on_error: Called with an error that became an event.
@@ -33,7 +42,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        events: AsyncIterator[str],
+        events: AsyncIterator[Event],
         *,
         close: Callable[[], Awaitable[None]],
         on_slow: Callable[[], None],
@@ -126,12 +135,13 @@ class _Line:
 
 
 async def _frames(
-    events: AsyncIterator[str], on_error: Callable[[CoconutError], None]
+    events: AsyncIterator[Event], on_error: Callable[[CoconutError], None]
 ) -> AsyncIterator[bytes]:
     failure: CoconutError | None = None
     try:
         async for event in events:
-            yield f"data: {_one_line(event)}\n\n".encode()
+            name = f"event: {event.name}\n" if event.name else ""
+            yield f"{name}data: {_one_line(event.data)}\n\n".encode()
     except CoconutError as error:
         failure = error
     except Exception:

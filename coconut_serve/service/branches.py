@@ -1,48 +1,11 @@
-"""Several lines of thought for one choice: which of them become the answer."""
+"""Several lines of thought for one choice need noise: without it they would all be the same."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
-
-from coconut_serve.params import ReasoningParams, Select
+from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.registry import Feeds, properties_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Branch:
-    """One branch that has ended."""
-
-    text: str
-    logprobs: Sequence[float]  # of its answer tokens
-    place: int  # in the order in which they ended
-
-
-def choose(branches: Sequence[Branch], select: Select) -> list[int]:
-    """Pick the branches to show.
-
-    Args:
-        branches: All of one choice.
-        select: first: the one that ended first. vote: the answer that most agree on, of those that
-            agree the earliest. logprob: the answer of the highest mean log-probability a token.
-            all: every one.
-    """
-    everyone = range(len(branches))
-    match select:
-        case "all":
-            return list(everyone)
-        case "first":
-            return [min(everyone, key=lambda i: branches[i].place)]
-        case "vote":
-            texts = [branch.text.strip() for branch in branches]
-            count = Counter(texts)
-            return [max(everyone, key=lambda i: (count[texts[i]], -i))]
-        case "logprob":
-            return [max(everyone, key=lambda i: fmean(branches[i].logprobs or [float("-inf")]))]
-
-
 def has_noise(params: ReasoningParams, temperature: float, adapter_type: str | None) -> bool:
-    """Whether branches of a request differ: without any noise they would all be the same.
+    """Whether branches of a request differ.
 
     Args:
         params: How it thinks.

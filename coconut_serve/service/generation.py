@@ -51,7 +51,7 @@ class TraceStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What a choice gained: text for the client, ids, trace steps, its end."""
+    """What a choice gained: text for the client, ids, trace steps, its end; or all of it."""
 
     index: int
     content: str = ""
@@ -60,20 +60,6 @@ class Delta:
     trace: tuple[TraceStep, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    is_merged: bool = False
-
-    def merge(self, later: "Delta") -> "Delta":
-        """Append what came later to the same choice."""
-        return Delta(
-            index=self.index,
-            content=self.content + later.content,
-            reasoning=self.reasoning + later.reasoning,
-            tokens=self.tokens + later.tokens,
-            trace=self.trace + later.trace,
-            finish_reason=later.finish_reason or self.finish_reason,
-            stop_reason=later.stop_reason if later.finish_reason else self.stop_reason,
-            is_merged=True,
-        )
 
 
 @dataclass(slots=True)

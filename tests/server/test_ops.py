@@ -15,7 +15,7 @@ from coconut_serve.errors import StartupError
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.server.app import create_app
-from coconut_serve.server.state import Service
+from coconut_serve.service.service import Service
 from tests.fakes import listening, make_metrics, stub_app
 
 

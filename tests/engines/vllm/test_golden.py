@@ -9,7 +9,7 @@ import pytest
 
 from coconut_serve.config import ServeConfig
 from coconut_serve.server.app import create_app
-from coconut_serve.server.state import Service
+from coconut_serve.service.service import Service
 from tests.engines.vllm.support import Borrowed, Engines
 from tests.fakes import GOLDEN, listening, make_metrics
 

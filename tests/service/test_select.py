@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from coconut_serve.params import HaltParams, MixtureParams, ReasoningParams
-from coconut_serve.service.branches import Branch, choose, has_noise
+from coconut_serve.service.branches import has_noise
+from coconut_serve.service.select import Branch, choose
 
 BRANCHES = [
     Branch(text="7", logprobs=[-3.0], place=2),
