@@ -1,7 +1,8 @@
 """A deterministic engine without tensors: settable speed and failures, for tests of all the rest.
 
-Answers repeat the prompt, id by id, and so do thinking steps of modes with text, which end a
-thought by themselves after some tokens, where an end token may do so; those of `latent` have none.
+Answers repeat the prompt, id by id but for stop tokens, and so do thinking steps of modes with
+text, which end a thought by themselves after some tokens, where an end token may do so; those of
+`latent` have none.
 """
 
 import asyncio
@@ -14,14 +15,13 @@ from coconut_serve.config import StubConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.errors import EngineDeadError, GenerationError
 from coconut_serve.params import Phase
+from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.registry import Feeds, mode_names, properties_of
 from coconut_serve.types import (
-    FinishReason,
     HaltReason,
     ReasoningTrace,
     Request,
     RequestOutput,
-    SequenceCounts,
     StepStats,
     TokenLogprobs,
 )
@@ -119,44 +119,39 @@ class StubEngine:
 
     async def _steps(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """The positions of a request: thinking, boundary, answer."""
-        params, ids = request.reasoning, request.prompt_token_ids
+        params, ids = request.reasoning, list(request.prompt_token_ids)
         own = properties_of(params.mode)
-        steps, cause = params.steps, HaltReason.FIXED if params.is_fixed else HaltReason.CAP
+        steps, cause = params.steps, HaltReason.CAP
         thought = max(_THOUGHT_TOKENS, params.min_steps)
         if params.halt.stop_token_ids and own.has_text and steps > thought:
             steps, cause = thought, HaltReason.STOP_TOKEN
         lengths = (steps, len(params.end_token_ids), request.sampling.max_tokens)
         kinds = [phase for phase, length in zip(Phase, lengths, strict=True) for _ in range(length)]
         del kinds[request.max_new_positions :]
-        done: Counter[Phase] = Counter()
+        ids = [each for each in ids if each not in request.sampling.stop_token_ids] or ids
+        done, progress = Counter[Phase](), Progress(request)
         for position, phase in enumerate(kinds):
             await self._pace(position)
-            done[phase] += 1
-            is_last = position == len(kinds) - 1
-            is_halt = steps > 0 and position == steps
             thinks = phase is Phase.THINK
             feeds = thinks or (phase is Phase.ANSWER and params.mixture.in_answer)
             is_vector = feeds and own.is_steady
-            token_id = ids[(done[phase] - 1) % len(ids)]
+            token_id = ids[done[phase] % len(ids)]
+            done[phase] += 1
             fed = own.feeds if is_vector else Feeds.TOKEN
             self._report({(params.mode, fed.value): 1})
-            yield RequestOutput(
-                request_id=request.request_id,
+            result = RowResult(
                 phase=phase,
                 token_id=None if thinks and not own.has_text else token_id,
                 is_vector=is_vector,
+                halt_reason=cause if steps > 0 and position == steps else HaltReason.NONE,
                 logprobs=_logprobs(request, token_id) if phase is Phase.ANSWER else None,
                 trace=_TRACE if thinks and params.trace != "none" else None,
-                halt_reason=cause if is_halt else HaltReason.NONE,
-                finish_reason=FinishReason.LENGTH if is_last else None,
-                counts=SequenceCounts(
-                    num_forward_passes=position + 1,
-                    num_reasoning_steps=done[Phase.THINK],
-                    num_vector_steps=done[Phase.THINK] if own.is_steady else 0,
-                    num_forced_tokens=done[Phase.BOUNDARY],
-                    num_output_tokens=done[Phase.ANSWER],
-                ),
             )
+            progress.num_forward_passes += 1
+            output = progress.advance(result, is_last=position == len(kinds) - 1)
+            yield output
+            if output.finish_reason is not None:
+                return
 
     async def _pace(self, position: int) -> None:
         """Take the time of one position; fail where the script says."""

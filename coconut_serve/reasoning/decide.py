@@ -14,8 +14,9 @@ from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.halting import Controller, View
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision, load_mode, settle
+from coconut_serve.reasoning.plan import RowPlan
 from coconut_serve.reasoning.registry import properties_of
-from coconut_serve.reasoning.rows import RowPlan, StepRows
+from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots, upload
 from coconut_serve.types import HaltReason
 

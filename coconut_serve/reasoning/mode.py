@@ -15,6 +15,7 @@ from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
+from coconut_serve.reasoning.plan import Needs
 from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.reasoning.settings import Rows
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
@@ -184,12 +185,6 @@ class ReasoningMode(ABC):
         return True
 
     @classmethod
-    def thinks_on_logits(cls, params: ReasoningParams) -> bool:
-        """Whether the mode or a halting rule looks at logits while a row thinks."""
-        has_text = properties_of(cls.name).has_text
-        return cls.needs_logits(params) or params.halt.needs_logits(has_text=has_text)
-
-    @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Whether thinking steps draw a token."""
         return False
@@ -209,6 +204,15 @@ def load_mode(name: str) -> type[ReasoningMode]:
     module, _, attribute = properties_of(name).where.partition(":")
     loaded: type[ReasoningMode] = getattr(importlib.import_module(module), attribute)
     return loaded
+
+
+def needs_of(params: ReasoningParams) -> Needs:
+    """What thinking steps with these settings use."""
+    mode, has_text = load_mode(params.mode), properties_of(params.mode).has_text
+    return Needs(
+        logits=mode.needs_logits(params) or params.halt.needs_logits(has_text=has_text),
+        sampled=mode.needs_sampled(params),
+    )
 
 
 ProjectLogits = Callable[[Tensor], Tensor]  # [n, hidden_size] -> [n, vocab_size]

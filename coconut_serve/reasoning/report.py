@@ -14,7 +14,9 @@ from torch import Tensor
 
 from coconut_serve.params import MAX_LOGPROBS, Phase
 from coconut_serve.reasoning import mixing
-from coconut_serve.reasoning.rows import RowResult, StepRows, Wanted
+from coconut_serve.reasoning.plan import Wanted
+from coconut_serve.reasoning.progress import RowResult
+from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.types import HaltReason, ReasoningTrace, TokenLogprobs
 
 _NUM_FLAGS = 5

@@ -1,80 +1,11 @@
-"""The rows of one step: what is planned for each, its tensors while it is decided, its result."""
-
-from dataclasses import dataclass
+"""The tensors of one step while it is decided."""
 
 import torch
 from torch import Tensor
 
-from coconut_serve.params import Phase
+from coconut_serve.reasoning.plan import RowPlan
 from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.slots import Slots, index_of, take_both, upload
-from coconut_serve.types import HaltReason, ReasoningTrace, Request, TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a client wants to know of each step, beyond the token."""
-
-    num_logprobs: int | None = None  # of answer tokens; None: off
-    trace_top_k: int | None = None  # of thinking steps; None: no trace; 0: no logit lens
-    wants_vector: bool = False
-
-    @classmethod
-    def read(cls, request: Request) -> "Wanted":
-        """Read it off a request."""
-        params = request.reasoning
-        has_trace = params.steps > 0 and params.trace != "none"
-        return cls(
-            num_logprobs=request.sampling.num_logprobs,
-            trace_top_k=(params.trace_top_k if params.has_topk_trace else 0) if has_trace else None,
-            wants_vector=params.trace == "vectors",
-        )
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether log-probabilities are needed for it."""
-        return self.num_logprobs is not None or self.trace_top_k is not None
-
-    @property
-    def num_top(self) -> int:
-        """Likeliest tokens that a report of it holds."""
-        least = 0 if self.trace_top_k is None else 1  # the likeliest gives max_prob
-        return max(self.num_logprobs or 0, self.trace_top_k or 0, least)
-
-
-NOTHING = Wanted()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowPlan:
-    """What the host knows of one row before the step; it never waits for a tensor to know it.
-
-    Every flag may be True without need: that costs time, not exactness.
-    """
-
-    slot: int
-    mode: str
-    num_steps: int = 0  # thinking steps before this one, while the row thinks
-    may_think: bool  # False once the host has seen the phase end
-    asks_mode: bool  # its mode decides: it may think, or mixes its answer
-    needs_logits: bool
-    needs_sampled: bool  # a token is drawn from the logits
-    thinks_on_logits: bool = False  # the mode, if asked, or a halting rule looks at them
-    draws_apart: bool = False  # thinking tokens are drawn otherwise than those of the answer
-    wanted: Wanted = NOTHING
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowResult:
-    """What the step decided for one row, on the host."""
-
-    phase: Phase
-    token_id: int | None  # None: a step without text
-    is_vector: bool
-    halt_reason: HaltReason  # set on the decision that ended the thinking phase
-    is_switch: bool = False  # between tokens and vectors
-    logprobs: TokenLogprobs | None = None
-    trace: ReasoningTrace | None = None
 
 
 class StepRows:

@@ -5,103 +5,20 @@ known position was just computed. It works on device tensors; the host gets one 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from coconut_serve.params import Phase, ReasoningParams
 from coconut_serve.reasoning import report
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.mode import ProjectLogits, load_mode
-from coconut_serve.reasoning.rows import RowPlan, RowResult, StepRows, Wanted
+from coconut_serve.reasoning.mode import ProjectLogits
+from coconut_serve.reasoning.plan import RowPlan
+from coconut_serve.reasoning.progress import RowResult
+from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.sampling import Drawer, Sampler
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.types import HaltReason, Request
-
-
-@dataclass(slots=True, kw_only=True)
-class Progress:
-    """How far a sequence has thought and answered, as the host has seen it."""
-
-    params: ReasoningParams
-    is_thinking: bool
-    num_steps_left: int
-    num_forced_left: int
-    num_blocks_left: int  # that the model may still open
-    num_steps: int = 0
-    num_output_tokens: int = 0
-    is_cut_short: bool = False  # the switches were spent
-
-    @classmethod
-    def start(cls, params: ReasoningParams) -> "Progress":
-        """Build the state before the first decision."""
-        opens_at_once = params.enter_token_id is None
-        return cls(
-            params=params,
-            is_thinking=params.steps > 0 and opens_at_once,
-            num_steps_left=params.steps,
-            num_forced_left=params.num_forced if opens_at_once else 0,
-            num_blocks_left=0 if opens_at_once else params.max_blocks,
-        )
-
-    def note(self, result: RowResult) -> None:
-        """Follow one decision."""
-        self.is_thinking = self.is_thinking and result.phase is Phase.THINK
-        self.num_steps_left -= result.phase is Phase.THINK
-        self.num_steps += result.phase is Phase.THINK
-        if result.halt_reason is HaltReason.SWITCHES:
-            self.is_cut_short = True
-            self.num_forced_left = len(self.params.switch.final_token_ids) or self.num_forced_left
-        self.num_forced_left -= result.phase is Phase.BOUNDARY
-        self.num_output_tokens += result.phase is Phase.ANSWER
-        if self.num_blocks_left and result.phase is Phase.ANSWER:
-            self._open_block(result.token_id)
-
-    def has_answered(self, max_tokens: int) -> bool:
-        """Whether the answer is as long as it may be."""
-        bound = self.params.switch.answer_tokens if self.is_cut_short else 0
-        return self.num_output_tokens >= min(max_tokens, bound or max_tokens)
-
-    def _open_block(self, token_id: int | None) -> None:
-        """Think anew if the model said so."""
-        if token_id == self.params.enter_token_id:
-            self.is_thinking = True
-            self.num_blocks_left -= 1
-            self.num_steps_left = self.params.steps
-            self.num_forced_left = self.params.num_forced
-
-
-def plan_row(request: Request, slot: int, progress: Progress) -> RowPlan:
-    """Plan one row: what the step must compute for its next decision."""
-    params = request.reasoning
-    mode = load_mode(params.mode)
-    may_think = progress.is_thinking
-    may_halt = params.halt.may_halt
-    may_leave = not may_think or progress.num_steps_left <= 0 or may_halt
-    may_answer = may_leave and progress.num_forced_left == 0
-    draws_thoughts = may_think and mode.needs_sampled(params)
-    needs_sampled = may_answer or draws_thoughts
-    asks_mode = may_think or (params.mixture.in_answer and may_answer)
-    thinks_on_logits = asks_mode and mode.thinks_on_logits(params)
-    wanted = Wanted.read(request)
-    if not may_think:
-        wanted = Wanted(num_logprobs=wanted.num_logprobs)
-    has_trace = wanted.trace_top_k is not None
-    return RowPlan(
-        slot=slot,
-        mode=params.mode,
-        num_steps=progress.num_steps,
-        may_think=may_think,
-        asks_mode=asks_mode,
-        needs_logits=needs_sampled or has_trace or thinks_on_logits,
-        needs_sampled=needs_sampled,
-        thinks_on_logits=thinks_on_logits,
-        draws_apart=draws_thoughts and request.thinking is not None,
-        wanted=wanted,
-    )
 
 
 class ReasoningStep:

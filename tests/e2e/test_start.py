@@ -27,7 +27,7 @@ STAGES = [
 def test_log_tells_each_stage_and_the_start_line_all_one_needs() -> None:
     """It was silent but for uvicorn's "Application startup complete", long before it was ready."""
     with subprocess.Popen(
-        [*COMMAND, "--log-format", "json"],
+        [*COMMAND, "--log-format", "json", "--dtype", "float32"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:

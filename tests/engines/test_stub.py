@@ -44,6 +44,12 @@ async def test_answers_repeat_the_prompt() -> None:
         assert result.token_ids == [1, 2, 3, 1, 2]
 
 
+async def test_stop_tokens_of_the_prompt_are_left_out() -> None:
+    async with stub_engine() as engine:
+        request = make_request(prompt=(1, 2, 3), max_tokens=4, stop_token_ids=(2,))
+        assert (await run(engine, request)).token_ids == [1, 3, 1, 3]
+
+
 async def test_speed_is_what_was_asked() -> None:
     """Sleeps are never shorter than asked, so only the lower bound is certain."""
     async with stub_engine(ttft_seconds=0.05, tokens_per_second=200.0) as engine:

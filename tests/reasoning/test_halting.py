@@ -9,7 +9,7 @@ from coconut_serve.params import HaltParams, Phase
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.types import HaltReason
 from tests.fakes import make_request
-from tests.reasoning.test_modes import HIDDEN, TABLE, drive, pointing_at
+from tests.reasoning.test_modes import HIDDEN, TABLE, drive, pointing_at, start
 
 pytestmark = pytest.mark.torch
 
@@ -170,18 +170,17 @@ def test_first_rule_wins_and_rows_without_rules_go_on() -> None:
 
 
 def test_end_token_may_come_on_top_of_the_last_latent() -> None:
-    from coconut_serve.reasoning.step import Progress, plan_row
     from tests.reasoning.test_modes import make_step
 
     adds: dict[str, Any] = {"end_adds_vector": True}
     request = make_request(mode="latent", steps=2, end=(END, 6), reasoning=adds)
     step, slots = make_step()
     step.admit([Admission.read(2, request)])
-    progress, fed, flags = Progress.start(request.reasoning), [], []
+    progress, fed, flags = start(request), [], []
     hidden = [torch.randn(HIDDEN) for _ in range(4)]
     for row in hidden:
-        [result] = step.run([plan_row(request, 2, progress)], row[None], row[None])
-        progress.note(result)
+        [result] = step.run([progress.plan(2)], row[None], row[None])
+        progress.advance(result)
         flags.append((result.phase, result.is_vector))
         fed.append(slots.embed(lambda ids: TABLE[ids], torch.tensor([2]))[0])
     assert flags[2:] == [(Phase.BOUNDARY, True), (Phase.BOUNDARY, False)]

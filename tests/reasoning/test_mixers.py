@@ -11,8 +11,9 @@ from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
+from coconut_serve.reasoning.step import ReasoningStep
 from tests.fakes import make_request
+from tests.reasoning.test_modes import start
 
 pytestmark = pytest.mark.torch
 
@@ -41,7 +42,7 @@ def weights(num: int = 1, **mixture: Any) -> torch.Tensor:
             reasoning={"mixture": params},
         )  # fmt: skip
         step.admit([Admission.read(slot, request)])
-        rows.append(plan_row(request, slot, Progress.start(request.reasoning)))
+        rows.append(start(request).plan(slot))
     hidden = LOGITS.expand(num, -1)
     step.run(rows, hidden, hidden)
     return slots.vector.clone()

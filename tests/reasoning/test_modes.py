@@ -10,12 +10,12 @@ import torch
 from coconut_serve.params import HaltParams, MixtureParams, Phase
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.mode import load_mode
+from coconut_serve.reasoning.mode import load_mode, needs_of
+from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
+from coconut_serve.reasoning.step import ReasoningStep
 from coconut_serve.types import HaltReason, Request
 from tests.fakes import make_request
 
@@ -39,16 +39,21 @@ def make_step(num_slots: int = 8) -> tuple[ReasoningStep, Slots]:
     return step, slots
 
 
+def start(request: Request) -> Progress:
+    """The host's side of a sequence that has not begun."""
+    return Progress(request, needs_of(request.reasoning))
+
+
 def drive(request: Request, hidden: list[torch.Tensor]) -> list[RowResult]:
     """Run one row through given hidden states."""
     step, _ = make_step()
     step.admit([Admission.read(3, request)])
-    progress = Progress.start(request.reasoning)
+    progress = start(request)
     results = []
     for row in hidden:
-        plan = plan_row(request, 3, progress)
+        plan = progress.plan(3)
         [result] = step.run([plan], row.unsqueeze(0), row.unsqueeze(0))
-        progress.note(result)
+        progress.advance(result)
         results.append(result)
     return results
 
@@ -80,11 +85,11 @@ def test_latent_feeds_hidden_then_end_tokens_then_answers() -> None:
     hidden = [torch.randn(HIDDEN) for _ in range(5)] + [pointing_at(9)]
     step, slots = make_step()
     step.admit([Admission.read(1, request)])
-    progress = Progress.start(request.reasoning)
+    progress = start(request)
     fed = []
     for row in hidden:
-        [result] = step.run([plan_row(request, 1, progress)], row[None], row[None])
-        progress.note(result)
+        [result] = step.run([progress.plan(1)], row[None], row[None])
+        progress.advance(result)
         fed.append((result.phase, slots.embed(lambda ids: TABLE[ids], torch.tensor([1]))[0]))
     assert [phase for phase, _ in fed[:4]] == [Phase.THINK] * 2 + [Phase.BOUNDARY] * 2
     assert torch.equal(fed[0][1], hidden[0])
@@ -97,15 +102,15 @@ def test_latent_feeds_hidden_then_end_tokens_then_answers() -> None:
 
 def test_latent_steps_skip_the_output_head() -> None:
     request = make_request(mode="latent", steps=2, end=(5,))
-    progress = Progress.start(request.reasoning)
+    progress = start(request)
     for left in (2, 1, 0):
         progress.num_steps_left = left
-        assert not plan_row(request, 0, progress).needs_logits
+        assert not progress.plan(0).needs_logits
     no_end = make_request(mode="latent", steps=2)
-    progress = Progress.start(no_end.reasoning)
-    assert not plan_row(no_end, 0, progress).needs_logits
+    progress = start(no_end)
+    assert not progress.plan(0).needs_logits
     progress.num_steps_left = 0
-    assert plan_row(no_end, 0, progress).needs_logits, "it answers in this step"
+    assert progress.plan(0).needs_logits, "it answers in this step"
 
 
 def test_cot_ends_on_its_stop_token() -> None:
@@ -157,9 +162,9 @@ def test_noise_depends_on_the_seed_alone(noise: str) -> None:
         hidden = torch.linspace(-1, 1, HIDDEN)
         for i in range(mates):
             step.admit([Admission.read(i, replace(request, request_id=f"{i}"))])
-            rows.append(plan_row(request, i, Progress.start(request.reasoning)))
+            rows.append(start(request).plan(i))
         step.admit([Admission.read(slot, request)])
-        rows.append(plan_row(request, slot, Progress.start(request.reasoning)))
+        rows.append(start(request).plan(slot))
         batch = hidden.expand(mates + 1, -1)
         step.run(rows, batch, batch)
         step.run(rows, batch, batch)

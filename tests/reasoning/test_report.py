@@ -5,7 +5,8 @@ import torch
 
 from coconut_serve.params import MAX_LOGPROBS, Phase
 from coconut_serve.reasoning import report
-from coconut_serve.reasoning.rows import RowPlan, StepRows, Wanted
+from coconut_serve.reasoning.plan import RowPlan, Wanted
+from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason
 

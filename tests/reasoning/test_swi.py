@@ -24,13 +24,14 @@ from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.mode import StepContext, settle
 from coconut_serve.reasoning.modes.auto import AutoMode
+from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.reasoning.rows import RowResult
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import Progress, ReasoningStep, plan_row
-from coconut_serve.types import HaltReason
+from coconut_serve.reasoning.step import ReasoningStep
+from coconut_serve.types import FinishReason, HaltReason, RequestOutput
 from tests.fakes import make_request
+from tests.reasoning.test_modes import start
 
 pytestmark = pytest.mark.torch
 
@@ -181,8 +182,13 @@ def test_entropies_and_drawn_tokens_give_the_table(name: str) -> None:
         torch.testing.assert_close(vector, fed(kind, step, k, said), msg=f"step {step}")
 
 
-def drive(ks: Sequence[int], halt: HaltParams, **switch: Any) -> tuple[list[RowResult], Progress]:
-    """Think and answer through the whole step; the likeliest token is the first, 0."""
+def drive(
+    ks: Sequence[int], halt: HaltParams, **switch: Any
+) -> tuple[list[RowResult], RequestOutput, Progress]:
+    """Think and answer through the whole step; the likeliest token is the first, 0.
+
+    Also the last output, and what is left.
+    """
     slots = Slots(1, VOCAB, dtype=torch.float32, device=torch.device("cpu"))
     step = ReasoningStep(
         slots, mode_names(), vocab_size=VOCAB, embedding=EMBEDDING, adapters=AdapterBank(),
@@ -190,37 +196,37 @@ def drive(ks: Sequence[int], halt: HaltParams, **switch: Any) -> tuple[list[RowR
     )  # fmt: skip
     given = SwitchParams(window=1, max_switches=1, end_token_id=END, **switch)
     reasoning = {"switch": given, "halt": halt}
-    request = make_request(mode="auto", steps=STEPS, end=(END,), reasoning=reasoning)
+    request = make_request(mode="auto", steps=STEPS, end=(END,), max_tokens=99, reasoning=reasoning)
     step.admit([Admission.read(0, request)])
-    progress, results = Progress.start(request.reasoning), []
+    progress, results, outputs = start(request), [], []
     for k in ks:
         row = logits_of(k).unsqueeze(0)
-        [result] = step.run([plan_row(request, 0, progress)], row, row)
-        progress.note(result)
+        [result] = step.run([progress.plan(0)], row, row)
+        outputs.append(progress.advance(result))
         results.append(result)
-    return results, progress
+    return results, outputs[-1], progress
 
 
 def test_said_end_of_thought_ends_the_phase_where_that_token_does() -> None:
     """Stage one is unbounded: `answer_tokens` is for what follows the final words."""
     halt = HaltParams(stop_token_ids=(END,))
-    results, progress = drive([4, 2, 8, 2, 2], halt, final_token_ids=(END, 5, 6), answer_tokens=2)
+    results, output, _ = drive([4, 2, 8, 2, 2], halt, final_token_ids=(END, 5, 6), answer_tokens=2)
     assert [r.phase for r in results] == [Phase.THINK] * 2 + [Phase.BOUNDARY] + [Phase.ANSWER] * 2
     assert [r.token_id for r in results] == [0, 0, END, 0, 0]
     assert results[2].halt_reason is HaltReason.STOP_TOKEN
-    assert not progress.has_answered(99)
+    assert output.finish_reason is None
 
 
 @pytest.mark.parametrize("final", [(END, 5, 6), ()])
 def test_switches_beyond_twice_the_budget_force_the_final_words(final: tuple[int, ...]) -> None:
     """Where no rule ends the phase at </think>; without words of their own the end token serves."""
     ks = [4, 2, 8, 2, 2, 8, 2, *[2] * (len(final or (END,)) + 2)]
-    results, progress = drive(ks, HaltParams(), final_token_ids=final, answer_tokens=2)
+    results, output, progress = drive(ks, HaltParams(), final_token_ids=final, answer_tokens=2)
     assert [r.token_id for r in results[:7]] == [0, 0, END, 0, END, 0, 0]
     assert {r.phase for r in results[:7]} == {Phase.THINK}
     forced = [r.token_id for r in results if r.phase is Phase.BOUNDARY]
     assert forced == list(final or (END,))
     assert results[7].halt_reason is HaltReason.SWITCHES
     assert [r.phase for r in results[-2:]] == [Phase.ANSWER] * 2
-    assert progress.has_answered(99)
+    assert output.finish_reason is FinishReason.LENGTH
     assert progress.num_forced_left == 0

@@ -8,10 +8,10 @@ from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.engines.native.scheduler import Preemption, Schedule
 from coconut_serve.engines.native.sequence import SavedState, Sequence
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
-from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.progress import RowResult
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
-from coconut_serve.reasoning.step import ReasoningStep, plan_row
+from coconut_serve.reasoning.step import ReasoningStep
 
 
 class Runner:
@@ -98,7 +98,7 @@ class Runner:
         rows = []
         for sequence in batch.deciding:
             assert sequence.slot is not None
-            rows.append(plan_row(sequence.request, sequence.slot, sequence.progress))
+            rows.append(sequence.progress.plan(sequence.slot))
         if not batch.is_pure_decode:
             hidden, inputs = hidden[batch.pending_rows], inputs[batch.pending_rows]
         return self._step.run(rows, hidden, inputs)

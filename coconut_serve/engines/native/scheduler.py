@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
-from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.types import FinishReason, HaltReason, RequestOutput, WaitReason
+from coconut_serve.reasoning.progress import RowResult
+from coconut_serve.types import RequestOutput, WaitReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Scheduler:
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed = 0
-        sequence.num_preemptions += 1
+        sequence.progress.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
@@ -228,8 +228,8 @@ class Scheduler:
         sequence.blocks = list(shared)
         sequence.num_computed = num_shared
         if leader is None:
-            if sequence.num_preemptions == 0:
-                sequence.num_cached = num_shared
+            if sequence.progress.num_preemptions == 0:
+                sequence.progress.num_cached_tokens = num_shared
             self.pool.num_queries += sequence.num_prompt_tokens
             self.pool.num_hits += num_shared
         elif num_shared % size:
@@ -243,8 +243,8 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.slot = self._free_slots.popleft()
         sequence.status = SequenceStatus.RUNNING
-        if sequence.first_step_seconds is None:
-            sequence.first_step_seconds = time.monotonic()
+        if sequence.progress.queue_seconds is None:
+            sequence.progress.queue_seconds = time.monotonic() - sequence.arrival_seconds
         self.running.append(sequence)
         plan.admissions.append(sequence)
 
@@ -264,7 +264,7 @@ class Scheduler:
             sequence = row.sequence
             is_deciding = row.is_deciding
             sequence.num_computed = row.end
-            sequence.num_forward_passes += 1
+            sequence.progress.num_forward_passes += 1
             self._publish(sequence, row)
             if is_deciding:
                 outputs.append(self._follow(sequence, next(remaining)))
@@ -279,40 +279,12 @@ class Scheduler:
             self.pool.publish(sequence.blocks, token_ids, sequence.is_long)
 
     def _follow(self, sequence: Sequence, result: RowResult) -> RequestOutput:
-        """Note one decision and end the sequence if it is the last."""
-        token_id: int | None = result.token_id
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        may_end = sequence.request.reasoning.may_end_in(result.phase)
-        is_stop = may_end and token_id in sequence.request.sampling.stop_token_ids
-        if result.halt_reason is HaltReason.NUMERICAL:
-            finish_reason, stop_reason, token_id = FinishReason.STOP, "numerical", None
-        elif is_stop:
-            finish_reason, stop_reason, token_id = FinishReason.STOP, token_id, None
-        else:
-            sequence.note(result)
-            is_full = sequence.num_ids > self._max_model_len
-            is_full |= sequence.num_known >= sequence.request.max_num_positions
-            has_all = sequence.progress.has_answered(sequence.request.sampling.max_tokens)
-            finish_reason = FinishReason.LENGTH if is_full or has_all else None
-        halt = result.halt_reason
-        if halt is HaltReason.CAP and sequence.request.reasoning.is_fixed:
-            halt = HaltReason.FIXED
-        assert sequence.first_step_seconds is not None
-        output = RequestOutput(
-            request_id=sequence.request.request_id,
-            phase=result.phase,
-            token_id=token_id,
-            is_vector=result.is_vector and stop_reason is None,
-            logprobs=result.logprobs if token_id is not None else None,
-            trace=result.trace,
-            halt_reason=halt,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-            counts=sequence.counts(),
-            queue_seconds=sequence.first_step_seconds - sequence.arrival_seconds,
-        )
-        if finish_reason is not None:
+        """Follow one decision; free the sequence if it is the last."""
+        sequence.append(result)
+        is_full = sequence.num_ids > self._max_model_len
+        is_full |= sequence.num_known >= sequence.request.max_num_positions
+        output = sequence.progress.advance(result, is_last=is_full)
+        if output.finish_reason is not None:
             self._retire(sequence)
         return output
 

@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from coconut_serve.params import Phase
-from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.mode import needs_of
+from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.settings import SlotSnapshot
-from coconut_serve.reasoning.step import Progress
-from coconut_serve.types import Request, SequenceCounts
+from coconut_serve.types import Request
 
 
 class SequenceStatus(Enum):
@@ -32,7 +32,7 @@ class SavedState:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Counters, block table and status.
+    """Block table, inputs and status; its phases are its progress.
 
     Positions [0, num_known) have a known input. All but the last of them are replayable from
     `inputs`: a token id, or None for a fed vector. The input of the last one is in the slot: the
@@ -51,18 +51,11 @@ class Sequence:
     gaps: list[tuple[int, int]] = field(default_factory=list)  # from a position on, ids skipped
     progress: Progress = field(init=False)
     is_long: bool = False  # computed with the model's factors for long sequences
-    num_vector_steps: int = 0
-    num_forced_tokens: int = 0
-    num_switches: int = 0
-    num_forward_passes: int = 0
-    num_cached: int = 0
-    num_preemptions: int = 0
-    first_step_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Start with the prompt as the known inputs."""
         self.inputs = list(self.request.prompt_token_ids)
-        self.progress = Progress.start(self.request.reasoning)
+        self.progress = Progress(self.request, needs_of(self.request.reasoning))
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,27 +89,10 @@ class Sequence:
         """Whether only the pending position is left to compute."""
         return self.num_to_compute == 1
 
-    def note(self, result: RowResult) -> None:
-        """Follow one decision: its input is the new pending one."""
-        ends_phase = self.progress.is_thinking and result.phase is not Phase.THINK
-        if ends_phase and self.request.reasoning.pad_positions:
-            self.gaps.append((self.num_known, self.progress.num_steps_left))
-        self.progress.note(result)
-        self.num_vector_steps += result.is_vector and result.phase is Phase.THINK
-        self.num_switches += result.is_switch
-        self.num_forced_tokens += result.phase is Phase.BOUNDARY
-        self.inputs.append(None if result.is_vector else result.token_id)
-
-    def counts(self) -> SequenceCounts:
-        """Freeze the totals for an output."""
+    def append(self, result: RowResult) -> None:
+        """Make what was decided the new pending input; before `progress` follows the decision."""
         progress = self.progress
-        return SequenceCounts(
-            num_output_tokens=progress.num_output_tokens,
-            num_reasoning_steps=progress.num_steps,
-            num_vector_steps=self.num_vector_steps,
-            num_forced_tokens=self.num_forced_tokens,
-            num_switches=self.num_switches,
-            num_forward_passes=self.num_forward_passes,
-            num_cached_tokens=self.num_cached,
-            num_preemptions=self.num_preemptions,
-        )
+        ends_phase = progress.is_thinking and result.phase is not Phase.THINK
+        if ends_phase and self.request.reasoning.pad_positions:
+            self.gaps.append((self.num_known, progress.num_steps_left))
+        self.inputs.append(None if result.is_vector else result.token_id)

@@ -1,14 +1,11 @@
-"""From what vLLM sends of one request to our outputs: phases, stops, counts."""
-
-from dataclasses import replace
+"""From what vLLM sends of one request to our outputs."""
 
 from coconut_serve.engines.vllm.params import Thinking
 from coconut_serve.params import Phase
 from coconut_serve.reasoning import report
+from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.registry import properties_of
-from coconut_serve.reasoning.rows import RowResult
-from coconut_serve.reasoning.step import Progress
-from coconut_serve.types import FinishReason, HaltReason, Request, RequestOutput, SequenceCounts
+from coconut_serve.types import HaltReason, Request, RequestOutput
 
 
 class Follower:
@@ -21,8 +18,7 @@ class Follower:
     def __init__(self, request: Request, thinking: Thinking) -> None:
         self._request = request
         self._thinking = thinking
-        self._progress = Progress.start(request.reasoning)
-        self._counts = SequenceCounts()
+        self._progress = Progress(request)
 
     def follow(
         self,
@@ -44,56 +40,12 @@ class Follower:
             num_preemptions: So far.
             queue_seconds: From arrival to the first step.
         """
-        sampling = self._request.sampling
+        progress = self._progress
+        progress.num_forward_passes += 1
+        progress.num_cached_tokens, progress.num_preemptions = num_cached, num_preemptions
+        progress.queue_seconds = queue_seconds
         result = report.read(self._thinking.wanted, columns) if columns else self._infer(token_id)
-        may_end = self._request.reasoning.may_end_in(result.phase)
-        is_stop = may_end and result.token_id in sampling.stop_token_ids
-        self._counts = replace(
-            self._counts,
-            num_forward_passes=self._counts.num_forward_passes + 1,
-            num_cached_tokens=num_cached,
-            num_preemptions=num_preemptions,
-        )
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if result.halt_reason is HaltReason.NUMERICAL:
-            finish_reason, stop_reason = FinishReason.STOP, "numerical"
-        elif is_stop:
-            finish_reason, stop_reason = FinishReason.STOP, result.token_id
-        else:
-            self._note(result)
-            has_all = self._progress.has_answered(sampling.max_tokens)
-            finish_reason = FinishReason.LENGTH if has_all or is_last else None
-        is_ended_by_stop = finish_reason is FinishReason.STOP
-        halt = result.halt_reason
-        if halt is HaltReason.CAP and self._request.reasoning.is_fixed:
-            halt = HaltReason.FIXED
-        return RequestOutput(
-            request_id=self._request.request_id,
-            phase=result.phase,
-            token_id=None if is_ended_by_stop else result.token_id,
-            is_vector=result.is_vector and not is_ended_by_stop,
-            logprobs=None if is_ended_by_stop else result.logprobs,
-            trace=result.trace,
-            halt_reason=halt,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-            counts=self._counts,
-            queue_seconds=queue_seconds,
-        )
-
-    def _note(self, result: RowResult) -> None:
-        self._progress.note(result)
-        counts = self._counts
-        self._counts = replace(
-            counts,
-            num_output_tokens=counts.num_output_tokens + (result.phase is Phase.ANSWER),
-            num_reasoning_steps=counts.num_reasoning_steps + (result.phase is Phase.THINK),
-            num_switches=counts.num_switches + result.is_switch,
-            num_forced_tokens=counts.num_forced_tokens + (result.phase is Phase.BOUNDARY),
-            num_vector_steps=counts.num_vector_steps
-            + (result.is_vector and result.phase is Phase.THINK),
-        )
+        return progress.advance(result, is_last=is_last)
 
     def _infer(self, token_id: int) -> RowResult:
         """Say what a token without a report is."""

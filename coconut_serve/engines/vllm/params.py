@@ -23,10 +23,10 @@ from coconut_serve.params import (
     SamplingParams,
     SwitchParams,
 )
-from coconut_serve.reasoning.mode import load_mode
+from coconut_serve.reasoning.mode import load_mode, needs_of
+from coconut_serve.reasoning.plan import NOTHING, Wanted
 from coconut_serve.reasoning.registry import NO_THINKING, check_params, mode_names, properties_of
 from coconut_serve.reasoning.report import width
-from coconut_serve.reasoning.rows import NOTHING, Wanted
 from coconut_serve.types import Request
 
 _PREFIX = "reasoning_"
@@ -153,7 +153,7 @@ def counts_by_itself(params: ReasoningParams) -> bool:
     vLLM forbids stop tokens while a row thinks, too.
     """
     has_vectors = properties_of(params.mode).feeds_vectors
-    looks = load_mode(params.mode).thinks_on_logits(params) or not has_vectors
+    looks = needs_of(params).logits or not has_vectors
     return params.steps == 0 or (params.is_fixed and not looks)
 
 

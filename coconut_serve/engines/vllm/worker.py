@@ -19,8 +19,9 @@ from coconut_serve.reasoning import report
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.decide import Decider
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.mode import load_mode
-from coconut_serve.reasoning.rows import RowPlan, StepRows
+from coconut_serve.reasoning.mode import needs_of
+from coconut_serve.reasoning.plan import Needs, RowPlan, plan_row
+from coconut_serve.reasoning.rows import StepRows
 from coconut_serve.reasoning.sampling import Drawer
 from coconut_serve.reasoning.settings import Admission, SlotSnapshot
 from coconut_serve.reasoning.slots import Slots, index_of, upload
@@ -38,6 +39,11 @@ class WorkerRow:
     # preemption the outputs so far
     is_relayed: bool  # whether vLLM's draws stand until the steps are spent
     fed: list[tuple[Tensor, int]] = field(default_factory=list)  # decision -> log, its row there
+    needs: Needs = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find out once what no step changes."""
+        self.needs = needs_of(self.thinking.params)
 
     @property
     def num_decisions(self) -> int:
@@ -63,7 +69,7 @@ class WorkerRow:
         """Whether a decision is certain to use no draw: it thinks or feeds a forced token."""
         params = self.thinking.params
         may_answer = params.halt.may_halt or params.enter_token_id is not None
-        if self.is_relayed or may_answer or load_mode(params.mode).needs_sampled(params):
+        if self.is_relayed or may_answer or self.needs.sampled:
             return False
         return decision < params.steps + params.num_forced
 
@@ -71,22 +77,16 @@ class WorkerRow:
         """Plan a decision; the host knows no more than that thinking cannot last longer."""
         params, thinking = self.thinking.params, self.thinking
         is_open = params.enter_token_id is not None or decision <= params.steps
-        may_think = params.steps > 0 and is_open
-        mode = load_mode(params.mode)
-        asks_mode = may_think or params.mixture.in_answer
-        thinks_on_logits = asks_mode and mode.thinks_on_logits(params)
-        draws_apart = may_think and bool(thinking.draw) and mode.needs_sampled(params)
-        is_scored = thinking.wanted.has_scores and thinking.report_width > 0
-        return RowPlan(
+        return plan_row(
+            params,
+            self.needs,
             slot=slot,
-            mode=params.mode,
             num_steps=decision,
-            may_think=may_think,
-            asks_mode=asks_mode,
-            needs_logits=thinks_on_logits or is_scored or draws_apart,
-            needs_sampled=True,
-            thinks_on_logits=thinks_on_logits,
-            draws_apart=draws_apart,
+            may_think=params.steps > 0 and is_open,
+            may_answer=True,
+            has_own_draw=bool(thinking.draw),
+            is_sampled=True,  # vLLM draws for each row
+            is_read=thinking.wanted.has_scores and thinking.report_width > 0,
             wanted=thinking.wanted,
         )
 

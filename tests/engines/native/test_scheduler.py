@@ -11,7 +11,7 @@ from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.scheduler import Schedule, Scheduler
 from coconut_serve.engines.native.sequence import SavedState, Sequence
 from coconut_serve.params import Phase
-from coconut_serve.reasoning.rows import RowResult
+from coconut_serve.reasoning.progress import RowResult
 from coconut_serve.types import HaltReason, RequestOutput
 from tests.fakes import make_request
 
@@ -184,7 +184,7 @@ def test_oldest_sequence_is_never_preempted() -> None:
     while scheduler.has_work():
         schedule = scheduler.schedule()
         scheduler.update(schedule, runner.run(schedule))
-    assert first.num_preemptions == 0
+    assert first.progress.num_preemptions == 0
     assert scheduler.num_preemptions > 0
 
 
