@@ -26,6 +26,8 @@ class Setting:
     shortest: int = 0  # how many a list must hold
     longest: int | None = None  # how many it may
     has_tokens: bool = False  # holds token ids
+    is_column: bool = False  # of a list: engines keep it beside numbers, `longest` wide
+    is_set: bool = False  # of a list: naming an item twice is naming it once
     type: Any = None  # of the field
     default: Any = None  # of the field
 

@@ -131,7 +131,8 @@ class MixtureParams(Declared):
     noise: NoiseKind = setting("none", "Randomness of the weights.", paper="2508.03440")
     noise_temperature: float = setting(0.5, "Of Gumbel noise: low is close to a sampled token.",
         (0.01, 10), paper="2508.03440")
-    noise_clamp: tuple[float, ...] = setting((), "Two bounds of Gumbel noise; none: unbounded.")
+    noise_clamp: tuple[float, ...] = setting((), "Two bounds of Gumbel noise; none: unbounded.",
+        longest=2, is_column=True)
     dirichlet_alpha: float = setting(4.0, "Concentration of Dirichlet noise.", (0.01, 10_000),
         paper="2508.03440")
     weights: Literal["prob", "equal"] = setting("prob", "multiplex: by probability, or all alike.")
@@ -168,12 +169,12 @@ class HaltParams(Declared):
 
     stop_token_ids: tuple[int, ...] = setting((), "Tokens that end it where a step says one: "
         "ids, or texts of one token.", asked="stop_tokens", takes=list[int | str], has_tokens=True,
-        longest=MAX_STOP_TOKENS, usual="the model's")
+        longest=MAX_STOP_TOKENS, is_column=True, is_set=True, usual="the model's")
     stop_test: Literal["argmax", "sampled", "prob"] = setting("argmax", "How the logits of a step "
         "without text give a token; prob: none is given, the stop tokens must be likely enough, "
         "whatever the text is.")
     learned_token_ids: tuple[int, ...] = internal((), "Continue, stop: two rows of the output "
-        "head.", blame="learned", has_tokens=True)
+        "head.", blame="learned", has_tokens=True, longest=2, is_column=True)
     stop_temperature: float = setting(1.0, "Of stop_test and learned, where they draw or look at "
         "a probability.", (0.01, 100))
     stop_prob: float = setting(0.5, "learned, and stop_test prob: stops at it.", (0, 1))
@@ -233,12 +234,14 @@ class SwitchParams(Declared):
     max_switches: int = setting(0, "swi: switches to tokens; `</think>` is said from here on, "
         "twice as many end the phase; 0: no bound.", (0, 10**6))
     final_token_ids: tuple[int, ...] = internal((), "Fed at such an end in place of the end "
-        "tokens.", blame="max_switches", has_tokens=True, longest=MAX_FORCED_TOKENS)
+        "tokens.", blame="max_switches", has_tokens=True, longest=MAX_FORCED_TOKENS,
+        is_column=True)
     answer_tokens: int = setting(0, "Of the answer after such an end, at most; 0: no bound of "
         "their own.", (0, MAX_INT))
     hard_token_ids: tuple[int, ...] = setting((), "swi: tokens that are never fed softly: a "
         "named set, ids, or texts of one token.", asked="hard_tokens",
         takes=Literal["math", "none"] | list[int | str], has_tokens=True, longest=MAX_HARD_TOKENS,
+        is_column=True, is_set=True,
         usual="none")
     think_token_id: int = internal(-1, "<think>; -1: the model has none.", has_tokens=True)
     end_token_id: int = internal(-1, "</think>; -1: the same.", has_tokens=True)
@@ -269,7 +272,7 @@ class ReasoningParams(Declared):
     is_fixed: bool = internal(False, "The step count is exact, not a cap.")
     end_token_ids: tuple[int, ...] = setting((), "What is fed after thinking: auto, none, ids or "
         "texts of one token.", asked="end", takes=_BOUNDS, has_tokens=True,
-        longest=MAX_FORCED_TOKENS, usual="auto")
+        longest=MAX_FORCED_TOKENS, is_column=True, usual="auto")
     end_adds_vector: bool = internal(False, "The first end token is added to the last vector, not "
         "fed after it.")
     keeps_last: bool = internal(False, "The vector of the step that halts is fed all the same.")

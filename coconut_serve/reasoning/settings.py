@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coconut_serve.declare import Setting, settings_of
 from coconut_serve.params import (
-    MAX_FORCED_TOKENS,
-    MAX_HARD_TOKENS,
-    MAX_STOP_TOKENS,
     HaltParams,
     MixtureParams,
     ReasoningParams,
@@ -34,15 +32,6 @@ NO_ID = -2  # fills lists of token ids up; -1 is a step without text
 _FORMATS = {torch.int64: "q", torch.float32: "f", torch.bool: "?"}
 _HOST = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 _KINDS = {int: torch.int64, float: torch.float32, bool: torch.bool}
-_WIDTHS = {  # lists that are columns
-    "end_token_ids": MAX_FORCED_TOKENS,
-    "final_token_ids": MAX_FORCED_TOKENS,
-    "stop_token_ids": MAX_STOP_TOKENS,
-    "hard_token_ids": MAX_HARD_TOKENS,
-    "learned_token_ids": 2,
-    "noise_clamp": 2,
-}
-_SETS = ("stop_token_ids", "hard_token_ids")  # an id counts once, however often it is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +164,17 @@ class Rows(Generic[T]):
 def settings_layout() -> Layout:
     """Read the columns off the parameter records; the slot comes first."""
     layout = Layout()
+    for each in fields(Admission):
+        _add(layout, each.name, Setting(doc="", type=_TYPES[each.name]), attrgetter(each.name))
     for prefix, kind, at in _RECORDS:
-        for name, hint in _numbers(kind):
-            read = attrgetter(f"{at}.{name}" if at else name)
-            _add(layout, prefix + name, hint, read, is_set=name in _SETS)
+        own = dict(settings_of(kind)) | dict(_derived(kind))
+        for name, setting in own.items():
+            _add(layout, prefix + name, setting, attrgetter(f"{at}.{name}"))
     return layout
 
 
+_TYPES = get_type_hints(Admission)
 _RECORDS: tuple[tuple[str, type, str], ...] = (  # prefix of the names, record, where it is
-    ("", Admission, ""),
     ("", ReasoningParams, "reasoning"),
     ("", MixtureParams, "reasoning.mixture"),
     ("", HaltParams, "reasoning.halt"),
@@ -193,29 +184,25 @@ _RECORDS: tuple[tuple[str, type, str], ...] = (  # prefix of the names, record, 
 )
 
 
-def _numbers(kind: type) -> Iterator[tuple[str, Any]]:
-    """Fields and properties of a record that can be columns, with their types."""
-    hints = get_type_hints(kind)
-    for each in fields(kind):
-        hint = hints[each.name]
-        if get_origin(hint) is not tuple or each.name in _WIDTHS:
-            yield each.name, hint
+def _derived(kind: type) -> Iterator[tuple[str, Setting]]:
+    """Properties of a record, which can be columns too."""
     for name, each in vars(kind).items():
         if isinstance(each, property):
-            yield name, get_type_hints(each.fget)["return"]
+            yield name, Setting(doc="", type=get_type_hints(each.fget)["return"])
 
 
-def _add(layout: Layout, name: str, hint: Any, read: Callable[..., Any], *, is_set: bool) -> None:
-    """Append the column of one field, unless it is of another kind."""
+def _add(layout: Layout, name: str, own: Setting, read: Callable[..., Any]) -> None:
+    """Append the column of one setting, unless it is of another kind."""
+    hint = own.type
     if get_origin(hint) is Literal:
         options = get_args(hint)
         layout.add(name, torch.int64, None, lambda a: (options.index(read(a)),))
-    elif get_origin(hint) is tuple:
-        dtype, width = _KINDS[get_args(hint)[0]], _WIDTHS[name]
+    elif own.is_column and own.longest is not None:
+        dtype, width = _KINDS[get_args(hint)[0]], own.longest
         fill = (NO_ID if dtype is torch.int64 else float("nan"),)
 
         def padded(admission: Admission) -> Iterable[float]:
-            values = tuple(dict.fromkeys(read(admission)) if is_set else read(admission))
+            values = tuple(dict.fromkeys(read(admission)) if own.is_set else read(admission))
             return values + fill * (width - len(values))
 
         layout.add(name, dtype, width, padded)
