@@ -297,10 +297,14 @@ class Mixers:
     def __init__(self) -> None:
         self._mixers = {name: kind() for name, kind in KINDS.items()}
 
+    @staticmethod
+    def step_class(mixture: MixtureParams) -> tuple[str, tuple[int, ...]]:
+        """The kind and its sizes: rows that differ in them are mixed apart."""
+        return mixture.kind, KINDS[mixture.kind].sizes(mixture)
+
     def mix(self, ctx: StepContext) -> StepDecision:
         """Let each kind mix its rows of one size."""
-        mixtures = [params.mixture for params in ctx.params]
-        kinds = [(m.kind, KINDS[m.kind].sizes(m)) for m in mixtures]
+        kinds = [self.step_class(params.mixture) for params in ctx.params]
         if len(set(kinds)) == 1:
             return self._mixers[kinds[0][0]].mix(ctx)
         parts = []

@@ -15,7 +15,7 @@ from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.adapters import AdapterBank
 from coconut_serve.reasoning.embedding import Embedding
-from coconut_serve.reasoning.plan import Needs
+from coconut_serve.reasoning.plan import Needs, StepClass
 from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.reasoning.settings import Rows
 from coconut_serve.reasoning.slots import Slots, index_of, take_both
@@ -189,6 +189,11 @@ class ReasoningMode(ABC):
         """Whether thinking steps draw a token."""
         return False
 
+    @classmethod
+    def step_class(cls, params: ReasoningParams) -> StepClass:
+        """What the mode's kernels depend on; rows that differ in it are decided apart."""
+        return (params.adapter,)
+
     @abstractmethod
     def decide(self, ctx: StepContext) -> StepDecision:
         """Decide the next input of each row."""
@@ -212,6 +217,7 @@ def needs_of(params: ReasoningParams) -> Needs:
     return Needs(
         logits=mode.needs_logits(params) or params.halt.needs_logits(has_text=has_text),
         sampled=mode.needs_sampled(params),
+        step_class=(params.mode, *mode.step_class(params)),
     )
 
 

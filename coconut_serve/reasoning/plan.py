@@ -1,9 +1,13 @@
 """What the host plans for one row of a step. Importing this loads no torch."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from coconut_serve.params import ReasoningParams
 from coconut_serve.types import Request
+
+# What a step's kernels depend on; rows sorted by it are runs, which are sliced, not gathered.
+StepClass = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,7 @@ class Needs:
 
     logits: bool = False  # its mode or a halting rule reads them
     sampled: bool = False  # each step draws a token
+    step_class: StepClass = ()  # equal for requests that a step treats alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

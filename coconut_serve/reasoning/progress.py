@@ -6,7 +6,7 @@ Importing this loads no torch.
 from dataclasses import dataclass
 
 from coconut_serve.params import Phase
-from coconut_serve.reasoning.plan import Needs, RowPlan, Wanted, plan_row
+from coconut_serve.reasoning.plan import Needs, RowPlan, StepClass, Wanted, plan_row
 from coconut_serve.types import (
     FinishReason,
     HaltReason,
@@ -58,6 +58,13 @@ class Progress:
         self._is_cut_short = False  # the switches were spent
         self._num_output_tokens = self._num_steps = self._num_vector_steps = 0
         self._num_forced_tokens = self._num_switches = 0
+
+    @property
+    def step_class(self) -> StepClass:
+        """Where the row stands among those of its step, to be sorted by."""
+        needs = self._needs
+        own = (needs.sampled, needs.logits, needs.step_class) if self.is_thinking else ()
+        return (not self.is_thinking, *own)
 
     def plan(self, slot: int) -> RowPlan:
         """Plan the next decision.

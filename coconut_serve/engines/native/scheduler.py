@@ -7,6 +7,7 @@ the gap. The scheduler never looks at a tensor.
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from coconut_serve.engines.native.block_pool import BlockPool
 from coconut_serve.engines.native.sequence import Sequence, SequenceStatus
@@ -51,6 +52,11 @@ class Schedule:
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
     admissions: list[Sequence] = field(default_factory=list)
     rows: list[ScheduledRow] = field(default_factory=list)  # decode rows first
+
+
+def _place(row: ScheduledRow) -> tuple[Any, ...]:
+    """Where a row stands in its step: decode rows first, then rows that are decided alike."""
+    return not row.is_decode, *row.sequence.progress.step_class
 
 
 class Scheduler:
@@ -132,7 +138,7 @@ class Scheduler:
             self.wait_reason = "kv" if len(plan.preemptions) > num_longer else "capacity"
         else:
             self.wait_reason = self._admit_waiting(plan, rows, budget)
-        plan.rows = sorted(rows.values(), key=lambda row: not row.is_decode)
+        plan.rows = sorted(rows.values(), key=_place)
         return plan
 
     def _lengthen(self, plan: Schedule) -> None:

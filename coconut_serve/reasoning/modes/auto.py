@@ -10,6 +10,7 @@ from coconut_serve.params import ReasoningParams, SwitchParams
 from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.mixers import Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, Soft, StepContext, StepDecision, merge
+from coconut_serve.reasoning.plan import StepClass
 from coconut_serve.reasoning.settings import choice
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason
@@ -51,6 +52,11 @@ class AutoMode(ReasoningMode):
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Every step draws its text."""
         return True
+
+    @classmethod
+    def step_class(cls, params: ReasoningParams) -> StepClass:
+        """The rule, and the mixture of rules that have one."""
+        return params.switch.rule, *Mixers.step_class(params.mixture)
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Let each rule decide its rows."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.mixers import KINDS, Mixers
 from coconut_serve.reasoning.mode import ReasoningMode, StepContext, StepDecision
+from coconut_serve.reasoning.plan import StepClass
 from coconut_serve.reasoning.slots import Slots
 
 
@@ -25,6 +26,11 @@ class DistributionMode(ReasoningMode):
     def needs_sampled(cls, params: ReasoningParams) -> bool:
         """Only mixtures with the sampled token draw one."""
         return KINDS[params.mixture.kind].needs_sampled
+
+    @classmethod
+    def step_class(cls, params: ReasoningParams) -> StepClass:
+        """The kind of mixture, and how wide it is."""
+        return Mixers.step_class(params.mixture)
 
     def decide(self, ctx: StepContext) -> StepDecision:
         """Feed what the mixture makes."""

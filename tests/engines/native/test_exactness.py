@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from coconut_serve.params import HaltParams, MixtureParams, SwitchParams
+from coconut_serve.reasoning import rows, slots
 from coconut_serve.types import FinishReason, Request, StepStats
 from tests.engines import readouts
 from tests.fakes import core_of, drift, make_request, native_engine, run, run_all
@@ -315,3 +316,39 @@ async def test_one_copy_a_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     assert per_step
     assert all(r.count("tolist") == 1 for r in per_step)
     assert {name for r in per_step for name in r} <= {"tolist", "nonzero"}
+
+
+async def test_rows_of_a_class_stand_together(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members of a mode are slices of the step: no index is uploaded, nothing is gathered."""
+    gathered: list[int] = []
+    steps: list[list[int]] = []
+    upload = slots.upload
+
+    def note(values: list[int], device: torch.device) -> torch.Tensor:
+        gathered.append(len(values))
+        return upload(values, device)
+
+    def end_step(stats: StepStats) -> None:
+        if stats.num_prefill_positions == 0:
+            steps.append(list(gathered))
+        gathered.clear()
+
+    monkeypatch.setattr(rows, "upload", slots.upload)  # of the rows themselves, once a step
+    monkeypatch.setattr(slots, "upload", note)  # what `index_of` calls
+    kinds: list[dict[str, object]] = [
+        {"mode": "latent"},
+        {"mode": "distribution"},
+        {"mode": "cot", "temperature": 1.0},
+        {"mode": "distribution", "reasoning": {"mixture": MixtureParams(kind="full")}},
+    ]
+    requests = [
+        make_request(f"{i}", prompt(1, 6), steps=12, max_tokens=4, **kinds[i % 4])  # type: ignore[arg-type]
+        for i in range(16)
+    ]
+    async with native_engine(tiny_llama, end_step) as engine:
+        await run_all(engine, requests)
+    assert len(steps) > 10
+    few = len(steps) // 3  # steps in which some rows of a class end and some go on
+    assert sum(map(bool, steps)) <= few, steps
