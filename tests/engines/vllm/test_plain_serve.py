@@ -88,7 +88,8 @@ async def test_modes_by_xargs_give_what_our_engines_give(server: str, wide_llama
         for mode, answer in zip(("none", "cot", "latent", "distribution"), answers, strict=True):
             mixture = MixtureParams(top_k=4)
             request = make_request(
-                mode=mode, steps=0 if mode == "none" else 3, end=(126,), max_tokens=5,
+                mode=mode, steps=0 if mode == "none" else 3,
+                end=() if mode == "none" else (126,), max_tokens=5,
                 reasoning={"mixture": mixture},
             )  # fmt: skip
             result = await run(native, request)
