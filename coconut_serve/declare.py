@@ -48,6 +48,12 @@ class Setting:
         require(not text, param, text)
 
     @property
+    def unsaid(self) -> Any:
+        """The default in a request: a word it may say, None where it depends on others."""
+        word = self.usual if self.usual in _WORDS else None
+        return word if self.usual else self.default
+
+    @property
     def range(self) -> str:
         """The range in words; empty if the setting has none."""
         if self.low is None or self.high is None:
@@ -61,6 +67,7 @@ class Setting:
 
 
 MAX_INT = 2**31 - 1
+_WORDS = ("auto", "none")  # defaults in words that a request may say too
 _KEY = "setting"
 
 
@@ -120,6 +127,13 @@ def _settings(kind: Any) -> Mapping[str, Setting]:
         asked = each.name if own.asked == "" else own.asked
         found[each.name] = replace(own, asked=asked, type=hints[each.name], default=default)
     return found
+
+
+@functools.cache
+def names_of(kind: Any) -> Mapping[str, str]:
+    """The dotted names of a record's fields among the settings of a request, by field."""
+    prefix = kind.path.removeprefix("reasoning.")
+    return {field: f"{prefix}{own.asked or field}" for field, own in _settings(kind).items()}
 
 
 def token_ids(record: Declared) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -87,6 +87,17 @@ def test_presets_and_defaults_by_kind_are_settings_within_their_ranges() -> None
         ASKED[name].check(value, name)
 
 
+def test_what_a_request_leaves_out_is_read_off_the_declaration() -> None:
+    """The default itself, a word that the request could say, or None where it depends."""
+    unsaid = {name: own.unsaid for name, own in ASKED.items()}
+    assert (unsaid["halt.rule"], unsaid["branches"], unsaid["switch.window"]) == ("auto", 1, 512)
+    assert (unsaid["end"], unsaid["adapter"], unsaid["switch.hard_tokens"]) == (
+        "auto", "auto", "none",
+    )  # fmt: skip
+    for name in ("mode", "steps", "seed", "source", "max_blocks", "max_total_steps", "after.top_p"):
+        assert unsaid[name] is None, name
+
+
 @pytest.mark.parametrize(
     ("body", "near"),
     [

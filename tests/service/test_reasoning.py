@@ -7,8 +7,8 @@ import pytest
 
 from coconut_serve.checkpoint.manifest import Manifest
 from coconut_serve.errors import InvalidRequestError, StartupError
-from coconut_serve.params import MixtureParams, ReasoningParams
-from coconut_serve.reasoning.registry import check_params
+from coconut_serve.params import ASKED, MixtureParams, ReasoningParams
+from coconut_serve.reasoning.registry import Feeds, check_params, mode_names, properties_of
 from coconut_serve.service.model import ModelReasoning, declared_modes
 from coconut_serve.service.reasoning import Resolved, check_mode, resolve
 
@@ -127,6 +127,27 @@ def test_request_wins_over_preset_over_manifest_over_default() -> None:
     explicit = resolved("distribution", model, preset="stochastic_soft", mixture__top_k=3)
     assert explicit.params.mixture.top_k == 3
     assert explicit.parameters["mixture.top_k"]["source"] == "request"
+
+
+@pytest.mark.parametrize("mode", mode_names())
+@pytest.mark.parametrize("name", ASKED)
+def test_setting_is_told_with_its_source_or_warned_of(name: str, mode: str) -> None:
+    """Never both, never neither: what a mode looks at is said in one place."""
+    special = {"mode": mode, "start": 7, "end": 7, "speed": 1, "preset": "swi"}
+    own = ASKED[name]
+    least = 0.5 if own.is_open else own.low
+    value = special.get(name, own.default if own.high is None else least)
+    model = make_model(Manifest(modes=[*mode_names()]), engine_modes=mode_names())
+    fits = name != "source" or properties_of(mode).feeds is not Feeds.MIXTURE
+    asked = {name: value} if fits else {name: "distribution"}
+    result = resolve(
+        mode, {} if name == "effort" else asked, model,
+        effort="low" if name == "effort" else None, trace_bounds=("none", "vectors"),
+        num_prompt_tokens=50, max_tokens=30, has_speed=True,
+    )  # fmt: skip
+    is_told = result.parameters.get(name, {"source": None})["source"] == "request"
+    path = "reasoning_effort" if name == "effort" else f"reasoning.{name}"
+    assert is_told != any(path in warning for warning in result.warnings)
 
 
 def test_effort_scales_the_default_but_not_an_explicit_count() -> None:
@@ -377,13 +398,18 @@ def test_bound_of_all_positions_goes_through_in_every_mode() -> None:
 
 
 def test_server_can_force_a_trace() -> None:
-    from coconut_serve.service.reasoning import _trace
-    from coconut_serve.service.settings import Picker
-
     def level(asked: dict[str, Any]) -> tuple[str, str]:
-        pick = Picker([("request", asked)])
-        found = _trace(pick, "summary", "topk")
-        return found["trace"], pick.parameters["trace"]["source"]
+        found = resolve(
+            "latent",
+            asked,
+            make_model(),
+            effort=None,
+            trace_bounds=("summary", "topk"),
+            num_prompt_tokens=50,
+            max_tokens=30,
+        )
+        assert found.parameters["trace"]["value"] == found.params.trace
+        return found.params.trace, found.parameters["trace"]["source"]
 
     assert level({}) == ("summary", "server")
     assert level({"trace": "none"}) == ("summary", "server")
