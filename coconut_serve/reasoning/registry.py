@@ -29,6 +29,7 @@ class ModeProperties:
     feeds: Feeds = Feeds.HIDDEN
     thinks: bool = True  # False: there is no thinking phase
     switches: bool = False  # steps may feed tokens in between
+    settings: tuple[str, ...] = ()  # of `reasoning`, that this mode alone looks at
 
     @property
     def feeds_vectors(self) -> bool:
@@ -56,7 +57,10 @@ _MODES = {
         where=f"{_MODES_OF_PACKAGE}.none:NoneMode", feeds=Feeds.TOKEN, thinks=False
     ),
     "cot": ModeProperties(where=f"{_MODES_OF_PACKAGE}.cot:CotMode", feeds=Feeds.TOKEN),
-    "latent": ModeProperties(where=f"{_MODES_OF_PACKAGE}.latent:LatentMode"),
+    "latent": ModeProperties(
+        where=f"{_MODES_OF_PACKAGE}.latent:LatentMode",
+        settings=("latent_temperature", "soft_weight"),
+    ),
     "distribution": ModeProperties(
         where=f"{_MODES_OF_PACKAGE}.distribution:DistributionMode", feeds=Feeds.MIXTURE
     ),

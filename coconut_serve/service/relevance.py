@@ -19,7 +19,7 @@ RULES = {
 _AFTER = [f"after.{name}" for name in AFTER]
 _ALWAYS = ("mode", "max_total_steps", "trace", "trace_top_k", "branches", *_AFTER)
 _THINKING = ("halt.rule", "min_steps", "pad_positions", "seed")
-_HIDDEN = ("adapter", "source", "max_blocks", "latent_temperature", "soft_weight")
+_HIDDEN = ("adapter", "source", "max_blocks")
 _SWITCHING = [name for name in ASKED if name.startswith("switch.")]
 _OF_NOISE = {f"reasoning.mixture.{name}" for settings in NOISES.values() for name in settings}
 
@@ -45,6 +45,7 @@ def relevant(mode: str, merged: Settings, bounds: Bounds, *, has_speed: bool) ->
         (thinks, _halting(merged["halt.rule"].value) if thinks else ()),
         (thinks and own.feeds_vectors, ["latent_noise_std"]),
         (own.feeds is Feeds.HIDDEN, _HIDDEN),
+        (True, own.settings),
         (own.switches, _SWITCHING),
         (soft and own.is_steady, ["source"]),
         (mixes, _mixing(merged) if mixes else ()),
