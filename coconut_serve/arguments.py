@@ -12,6 +12,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def option(name: str) -> str:
+    """A setting's name as users write it on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Ends the help of each flag with its default, unless the text tells it."""
 

@@ -8,24 +8,23 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import coconut_serve
-from coconut_serve import flags, sources
+from coconut_serve import sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.files import check_files
 from coconut_serve.checkpoint.generation_config import read_sampling_defaults
 from coconut_serve.checkpoint.manifest import Manifest, Token, Tokens, load_manifest
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL, resolve_model
 from coconut_serve.commands import bench, completion, healthcheck, models
-from coconut_serve.config import EngineConfig, ServeConfig, StubConfig
+from coconut_serve.config import EngineConfig, ServeConfig, Settings, StubConfig
 from coconut_serve.convert import command as convert
 from coconut_serve.engines.base import Engine
-from coconut_serve.errors import CoconutError, StartupError
+from coconut_serve.errors import CoconutError
 from coconut_serve.evaluation import command as evaluation
 from coconut_serve.metrics import Metrics
 from coconut_serve.reasoning.registry import mode_names
@@ -46,7 +45,6 @@ _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "models": models,
     "train": train,
 }
-_NOT_FLAGS = frozenset({"command", "model", "config"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     about = f"directory, hub name or built-in ({names}); default: {DEFAULT_MODEL}"
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=about)
     serve.add_argument("--config", metavar="FILE", help="YAML file with flags as keys")
-    flags.add_serve_flags(serve)
+    sources.add_flags(serve, Settings)
     for command in (*_COMMANDS.values(), completion):
         command.add_parser(commands)
     return parser
@@ -82,94 +80,52 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     at = words.index("--") if "--" in words else len(words)
     words, more_flags = words[:at], words[at + 1 :]
     args = parser.parse_args(words)
-    keys = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
-    args.more_flags = more_flags
-    if args.command != "serve":
-        return args
-    layers = sources.read(args.config, environ, set(keys))
-    api_keys = sources.split_keys(layers.pop("api_key", None))
-    # What comes from elsewhere is put in front as flags, so it is checked as they are.
-    given: list[str] = []
-    for key, text in sorted(layers.items()):
-        flag = f"--{key.replace('_', '-')}"
-        if isinstance(keys[key], bool):
-            given += [flag] if sources.is_true(key, text) else []
-        elif text and not (isinstance(keys[key], list) and keys[key]):  # a list is not added to
-            given.append(f"{flag}={text}")
-    args = parser.parse_args([words[0], *given, *words[1:]])
-    args.api_key = args.api_key or api_keys
+    if args.command == "serve":
+        given = sources.read(args, environ, Settings)
+        args = parser.parse_args([words[0], *given, *words[1:]])
     args.more_flags = more_flags
     return args
 
 
-def serve_config(model: str, values: dict[str, Any]) -> ServeConfig:
-    """Build the HTTP side's settings.
-
-    Raises:
-        StartupError: A setting is wrong, or the engine has no such setting.
-    """
-    if values["more_flags"] and values["engine"] != "vllm":
-        raise StartupError(f"{values['more_flags'][0]} after -- needs --engine vllm", param="--")
-    if values["engine"] == "vllm" and values["vllm_metric_aliases"]:
-        raise StartupError(
-            "--vllm-metric-aliases: the vllm engine shows vLLM's own metrics",
-            param="--vllm-metric-aliases",
-        )
-    if values["engine"] == "vllm" and values["device"] == "cpu":
-        raise StartupError("--device cpu: the vllm engine runs where vLLM does", param="--device")
-    allowed = values["allowed_reasoning_modes"]
-    modes = tuple(m.strip() for m in allowed.split(",")) if allowed else None
-    for mode in modes or ():
-        if mode not in mode_names():
-            raise StartupError(
-                f"--allowed-reasoning-modes: {mode!r} is not one of {', '.join(mode_names())}"
-            )
+def serve_config(settings: Settings) -> ServeConfig:
+    """Build the HTTP side's settings."""
+    model = settings.model
     path = Path(model).expanduser()
     name = path.resolve().name if path.exists() and model not in BUILT_IN_MODELS else model
-    own = {f.name: values[f.name] for f in fields(ServeConfig) if f.name in values}
-    own |= {
-        "served_model_name": values["served_model_name"] or name,
-        "api_keys": tuple(values["api_key"]),
-        "allowed_origins": tuple(values["allowed_origins"]),
-        "commit": os.environ.get("COCONUT_COMMIT") or "unknown",
-        "allowed_reasoning_modes": modes,
-    }
-    return ServeConfig(**own)
+    return settings.part(
+        ServeConfig,
+        served_model_name=settings.served_model_name or name,
+        commit=os.environ.get("COCONUT_COMMIT") or "unknown",
+    )
 
 
-def check_engine(values: dict[str, Any]) -> None:
+def check_engine(settings: Settings) -> None:
     """Refuse what no model makes right, before one is fetched.
 
     Raises:
-        StartupError: A setting is wrong, or what the engine needs is not here.
+        StartupError: What the engine needs is not here.
     """
-    match values["engine"]:
-        case "native":
-            _engine_config(None, values)
-            if values["device"] == "cuda":
-                from coconut_serve.engines.native.device import resolve_device
+    if settings.engine == "native" and settings.device == "cuda":
+        from coconut_serve.engines.native.device import resolve_device
 
-                resolve_device("cuda")
-        case "vllm":
-            _engine_config(None, values)
-            from coconut_serve.engines.vllm.plugin import check_version
+        resolve_device("cuda")
+    elif settings.engine == "vllm":
+        from coconut_serve.engines.vllm.plugin import check_version
 
-            check_version()
+        check_version()
 
 
-def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -> Engine:
+def build_engine(model: Path | None, settings: Settings, metrics: Metrics) -> Engine:
     """Build the chosen engine: the one place that imports engines."""
-    match values["engine"]:
+    match settings.engine:
         case "stub":
             from coconut_serve.engines.stub import StubEngine
 
-            prefix = "stub_"
-            own = {f.name: values[prefix + f.name] for f in fields(StubConfig)}
             return StubEngine(
-                StubConfig(**own),
+                settings.part(StubConfig),
                 vocab_size=ByteTokenizer.VOCAB_SIZE,
-                max_model_len=values["max_model_len"] or 8192,
-                max_num_seqs=values["max_num_seqs"],
+                max_model_len=settings.max_model_len or 8192,
+                max_num_seqs=settings.max_num_seqs,
                 on_step=metrics.observe_step,
             )
         case "vllm":
@@ -179,36 +135,33 @@ def build_engine(model: Path | None, values: dict[str, Any], metrics: Metrics) -
             from coconut_serve.engines.vllm.engine import VllmEngine
 
             metrics.include(REGISTRY, prefix="vllm:")
-            config = _engine_config(model, values)
-            more = tuple(values["more_flags"])
-            return VllmEngine(config, mode_names(), metrics.observe_step, more)
+            config = _engine_config(model, settings)
+            return VllmEngine(config, mode_names(), metrics.observe_step, settings.more_flags)
         case _:
             from coconut_serve.engines.native.engine import NativeEngine
 
-            prepare = functools.partial(logs.prepare, values["log_format"])
             engine = NativeEngine(
-                _engine_config(model, values),
+                _engine_config(model, settings),
                 mode_names(),
                 metrics.observe_step,
                 has_own_process=True,
-                prepare=prepare,
+                prepare=functools.partial(logs.prepare, settings.log_format),
             )
             observe.watch_process(metrics, lambda: engine.pid)
             return engine
 
 
-def _engine_config(model: Path | None, values: dict[str, Any]) -> EngineConfig:
-    own = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
-    own |= {
-        "model": model,
-        "enable_prefix_caching": not values["no_prefix_caching"],
-        "show_progress": _shows_progress(values),
-    }
-    return EngineConfig(**own)
+def _engine_config(model: Path | None, settings: Settings) -> EngineConfig:
+    return settings.part(
+        EngineConfig,
+        model=model,
+        enable_prefix_caching=not settings.no_prefix_caching,
+        show_progress=_shows_progress(settings),
+    )
 
 
-def _shows_progress(values: dict[str, Any]) -> bool:
-    return sys.stderr.isatty() and values["log_format"] == "text"
+def _shows_progress(settings: Settings) -> bool:
+    return sys.stderr.isatty() and settings.log_format == "text"
 
 
 def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
@@ -227,24 +180,23 @@ def stub_manifest() -> Manifest:
     return Manifest(modes=list(mode_names()), variable_steps=True, tokens=bounds)
 
 
-async def load_service(
-    model: str, values: dict[str, Any], config: ServeConfig, metrics: Metrics
-) -> Service:
+async def load_service(settings: Settings, config: ServeConfig, metrics: Metrics) -> Service:
     """Load tokenizer, manifest and engine."""
     tokenizer: Tokenizer | None = None
     own: dict[str, Any] = {}
-    if values["engine"] == "stub":
+    if settings.engine == "stub":
         tokenizer = ByteTokenizer()
         eos = tokenizer.eos_token_ids
         manifest: Manifest | None = stub_manifest()
-        engine = build_engine(None, values, metrics)
+        engine = build_engine(None, settings, metrics)
         await engine.start()
     else:
-        directory = await asyncio.to_thread(resolve_model, model, _shows_progress(values))
-        # vLLM's own formats are vLLM's to read.
-        is_own = any(
-            flag.startswith(("--load-format", "--load_format")) for flag in values["more_flags"]
+        directory = await asyncio.to_thread(
+            resolve_model, settings.model, _shows_progress(settings)
         )
+        # vLLM's own formats are vLLM's to read.
+        formats = ("--load-format", "--load_format")
+        is_own = any(flag.startswith(formats) for flag in settings.more_flags)
         await asyncio.to_thread(check_files, directory, needs_weights=not is_own)
         manifest = load_manifest(directory)
         choose_modes(
@@ -253,11 +205,11 @@ async def load_service(
             allowed_modes=config.allowed_reasoning_modes,
             default_mode=config.default_reasoning_mode,
         )
-        if values["generation_config"] == "auto":
+        if settings.generation_config == "auto":
             own = read_sampling_defaults(directory)
-        engine = build_engine(directory, values, metrics)
+        engine = build_engine(directory, settings, metrics)
         text = asyncio.to_thread(_load_text, directory)
-        if values["engine"] == "vllm":  # both would import the same modules at once
+        if settings.engine == "vllm":  # both would import the same modules at once
             tokenizer, eos = await text
             await engine.start()
         else:
@@ -275,20 +227,20 @@ async def load_service(
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
-    values = vars(args)
-    config = serve_config(args.model, values)
-    check_engine(values)
+    settings = Settings.model_validate(args)
+    config = serve_config(settings)
+    check_engine(settings)
     metrics = Metrics(
         CollectorRegistry(),
         model_name=config.served_model_name,
-        engine=values["engine"],
+        engine=settings.engine,
         modes=mode_names(),
-        buckets=values["custom_histogram_buckets"],
+        buckets=settings.custom_histogram_buckets,
     )
     tracer = observe.prepare(config, metrics)
 
     async def load(metrics: Metrics) -> Service:
-        service = await load_service(args.model, values, config, metrics)
+        service = await load_service(settings, config, metrics)
         return dataclasses.replace(service, tracer=tracer)
 
     app = create_app(config, load=load, metrics=metrics)

@@ -1,14 +1,17 @@
-"""Where settings come from beside the command line: a file and the environment."""
+"""Where settings come from: flags of the command line, the environment and a file."""
 
+import argparse
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 
-from coconut_serve.arguments import did_you_mean
+from coconut_serve.arguments import did_you_mean, option
+from coconut_serve.config import Record, kind_of
 from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -23,35 +26,59 @@ _LINK_NAME = re.compile(
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
-def read(path: str | None, environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
+def add_flags(parser: argparse.ArgumentParser, settings: type[Record]) -> None:
+    """Write the flags of settings into a parser, grouped; a default of None is told in the text."""
+    flags = settings.flags()
+    titles = dict.fromkeys(field.title for field in flags.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for name, field in flags.items():
+        kind, choices = kind_of(field)
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        text = (field.description or "").replace("%", "%%")  # argparse formats it
+        options: dict[str, Any] = {"action": "store_true"}
+        if choices:
+            options = {"type": type(choices[0]), "choices": choices}
+        elif kind is not bool:
+            metavar = {int: "N", float: "X"}.get(kind, "VALUE")
+            options = {"type": kind if kind in (int, float) else str, "metavar": metavar}
+            options |= cast("dict[str, Any]", field.json_schema_extra or {})
+        groups[field.title].add_argument(option(name), default=default, help=text, **options)
+
+
+def read(args: argparse.Namespace, environ: Mapping[str, str], settings: type[Record]) -> list[str]:
     """Read the file that --config or COCONUT_CONFIG names, and the environment over it.
 
-    Args:
-        path: --config, if it is given.
-        environ: Of the process.
-        known: Names of settings, with underscores.
+    Returns:
+        Words to put in front of those in `args`, so that they are checked as those are.
 
     Raises:
         StartupError: The file is unreadable or names an unknown setting; a key is misspelt.
     """
-    path = path or environ.get("COCONUT_CONFIG")
-    return (_read_file(path, known) if path else {}) | _read_environment(environ, known)
+    known, path = settings.flags(), args.config or environ.get("COCONUT_CONFIG")
+    layers = (_read_file(path, known) if path else {}) | _read_environment(environ, known)
+    words: list[str] = []
+    for name, text in sorted(layers.items()):
+        values = _split_keys(text) if name == "api_key" else [text] if text else []
+        if known[name].annotation is bool:
+            words += [option(name)] if _is_true(name, text) else []
+        elif not isinstance(known[name].default, tuple) or not getattr(args, name):
+            words += [f"{option(name)}={value}" for value in values]  # a list is not added to
+    return words
 
 
-def split_keys(text: str | None) -> list[str]:
-    """Read API keys, comma-separated; none where none are given.
+def _split_keys(text: str) -> list[str]:
+    """Read API keys, comma-separated.
 
     Raises:
-        StartupError: They are given and empty: the server would let everybody in.
+        StartupError: There are none: the server would let everybody in.
     """
-    keys = [key.strip() for key in (text or "").split(",")]
-    keys = [key for key in keys if key]
-    if text is not None and not keys:
+    keys = [key for key in map(str.strip, text.split(",")) if key]
+    if not keys:
         raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
     return keys
 
 
-def is_true(name: str, text: str) -> bool:
+def _is_true(name: str, text: str) -> bool:
     """Read a boolean.
 
     Raises:
@@ -64,7 +91,7 @@ def is_true(name: str, text: str) -> bool:
     return words[text.lower()]
 
 
-def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, str]:
+def _read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
     """Find settings in COCONUT_*; names that are none are logged, since they may be misspelt."""
     read = {}
     for name, value in environ.items():
@@ -84,13 +111,11 @@ def _read_environment(environ: Mapping[str, str], known: set[str]) -> dict[str, 
 
 def _is_link(name: str, value: str) -> bool:
     """Whether Kubernetes set it for a Service, which may have any name: COCONUT_API_KEY_PORT."""
-    is_address = name.endswith("_PORT") and _LINK_VALUE.match(
-        value
-    )  # else --port or --metrics-port
+    is_address = name.endswith("_PORT") and _LINK_VALUE.match(value)  # else --port and the like
     return bool(is_address or _LINK_NAME.fullmatch(name))
 
 
-def _read_file(path: str, known: set[str]) -> dict[str, str]:
+def _read_file(path: str, known: Iterable[str]) -> dict[str, str]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:

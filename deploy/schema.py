@@ -1,16 +1,17 @@
 """Schema of the Helm chart's values; `config` follows the server's flags."""
 
-import argparse
 from typing import Any
 
-from coconut_serve.cli import build_parser
+from pydantic.fields import FieldInfo
+
+from coconut_serve.config import Settings, bounds_of, kind_of
 
 Schema = dict[str, Any]
 
 # Flags that the chart sets itself, or that come from a Secret. Probes, Service and Ingress speak
 # plain HTTP to a port: TLS ends at the Ingress or Gateway.
 _CHART_SETS = frozenset({
-    "help", "config", "model", "engine", "host", "port", "metrics_port", "log_format",
+    "engine", "host", "port", "metrics_port", "log_format",
     "drain_seconds", "api_key", "served_model_name", "uds", "ssl_certfile", "ssl_keyfile",
     "ssl_ca_certs", "ssl_cert_reqs",
 })  # fmt: skip
@@ -28,6 +29,7 @@ _QUANTITY: Schema = {
     "type": ["string", "number"],
     "pattern": "^[0-9.]+(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$",
 }
+_LIMITS = {"ge": "minimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _SIZES = r"^(--(pipeline|tensor|data)[-_]parallel[-_]size|-pp|-tp|-dp)(=|$)"
 _NO_PIPELINE = (
     "There is no pipelineParallelSize: our hooks need every layer in one worker, and the engine "
@@ -51,9 +53,9 @@ _PORT = _integer(1, 65535)
 _OBJECTS = _array(_MAPPING)
 
 
-def build() -> Schema:
+def build(settings: type[Settings] = Settings) -> Schema:
     """Build the schema."""
-    groups = _naming() | _model() | _exposure() | _operation() | _pod()
+    groups = _naming(settings) | _model() | _exposure() | _operation() | _pod()
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of coconut-serve",
@@ -61,34 +63,31 @@ def build() -> Schema:
     }
 
 
-def config_keys() -> dict[str, argparse.Action]:
+def config_keys(settings: type[Settings] = Settings) -> dict[str, FieldInfo]:
     """The server's flags that `config` may hold."""
-    parser = build_parser()
-    [commands] = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    actions = commands.choices["serve"]._actions
-    return {a.dest: a for a in actions if a.dest not in _CHART_SETS}
+    return {name: own for name, own in settings.flags().items() if name not in _CHART_SETS}
 
 
-def _flag(action: argparse.Action) -> Schema:
-    schema: Schema = {"description": (action.help or "").replace("%%", "%")}
-    if action.choices is not None:
-        return schema | {"enum": list(action.choices)}
-    if action.nargs == 0:
-        return schema | _FLAG
-    if isinstance(action.default, list):
+def _flag(field: FieldInfo) -> Schema:
+    schema: Schema = {"description": field.description}
+    kind, choices = kind_of(field)
+    if choices:
+        return schema | {"enum": list(choices)}
+    if isinstance(field.default, tuple):
         return schema | _array(_FULL)
-    kinds: dict[object, str] = {int: "integer", float: "number"}
-    return schema | {"type": kinds.get(action.type, "string")}
+    kinds = {bool: "boolean", int: "integer", float: "number"}
+    limits = {_LIMITS[key]: bound for key, bound in bounds_of(field).items()}
+    return schema | {"type": kinds.get(kind, "string")} | limits
 
 
-def _naming() -> dict[str, Schema]:
+def _naming(settings: type[Settings]) -> dict[str, Schema]:
     return {
         "global": _MAPPING,
         "nameOverride": {"type": "string", "maxLength": 63},
         "fullnameOverride": {"type": "string", "maxLength": 52},
         "replicas": _integer(1),
         "engine": {"enum": ["native", "vllm", "stub"]},
-        "config": _object(**{key: _flag(action) for key, action in config_keys().items()}),
+        "config": _object(**{name: _flag(own) for name, own in config_keys(settings).items()}),
         "drainSeconds": {"type": "number", "minimum": 0, "maximum": 3600},
         "startupSeconds": _integer(10, 3600),
         "image": _object(

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from coconut_serve.buckets import BUCKETS, parse_buckets
 from coconut_serve.errors import StartupError
-from coconut_serve.metrics import BUCKETS, WAIT_REASONS, Metrics, parse_buckets
+from coconut_serve.metrics import WAIT_REASONS, Metrics
 from coconut_serve.types import StepStats
 from tests.fakes import make_metrics
 

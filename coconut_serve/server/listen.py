@@ -5,9 +5,12 @@ import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coconut_serve.config import ServeConfig
 from coconut_serve.errors import StartupError
+
+if TYPE_CHECKING:  # healthcheck, which starts every few seconds, loads no pydantic
+    from coconut_serve.config import ServeConfig
 
 
 def url_of(host: str, port: int, *, scheme: str = "http") -> str:
@@ -15,7 +18,7 @@ def url_of(host: str, port: int, *, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def api_url(config: ServeConfig, listener: socket.socket) -> str:
+def api_url(config: "ServeConfig", listener: socket.socket) -> str:
     """Where clients find the API."""
     scheme = "https" if config.ssl_certfile else "http"
     if config.uds is not None:
@@ -37,7 +40,7 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
         raise StartupError(f"{flag} {port}: {error}", param=flag) from error
 
 
-def listen_for(config: ServeConfig) -> socket.socket:
+def listen_for(config: "ServeConfig") -> socket.socket:
     """Take what clients connect to, a port or a unix socket.
 
     Raises:
@@ -67,7 +70,7 @@ def _remove_stale(path: Path) -> None:
     path.unlink()
 
 
-def _check_tls(config: ServeConfig) -> None:
+def _check_tls(config: "ServeConfig") -> None:
     if config.ssl_certfile is None:
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

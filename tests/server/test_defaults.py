@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from coconut_serve.cli import load_service, parse_args, serve_config
+from coconut_serve.config import Settings
 from tests.fakes import listening, make_metrics, stub_app
 
 DEFAULTS = {"temperature": 0.6, "top_k": 20, "max_tokens": 7}
@@ -46,8 +47,8 @@ async def test_flag_says_whether_the_models_defaults_count(
     (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 3, "eos_token_id": 0}))
     environ = {"COCONUT_GENERATION_CONFIG": choice, "COCONUT_MAX_MODEL_LEN": "64"}
     args = parse_args(["serve", str(tmp_path)], environ)
-    config = serve_config(args.model, vars(args))
-    service = await load_service(args.model, vars(args), config, make_metrics())
+    settings = Settings.model_validate(args)
+    service = await load_service(settings, serve_config(settings), make_metrics())
     try:
         assert service.prompts.sampling_defaults == expected
     finally:

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from coconut_serve.cli import parse_args, serve_config
+from coconut_serve.config import Settings
 from tests.fakes import listening, stub_app
 
 ORIGIN = "https://chat.example.com"
@@ -80,7 +81,7 @@ async def test_other_pages_and_servers_without_origins_say_nothing() -> None:
 def test_origins_are_given_as_to_vllm_or_one_by_one(words: list[str]) -> None:
     args = parse_args(["serve", *words], {})
     origins = ("https://a.example", "http://localhost:3000")
-    assert serve_config("demo", vars(args)).allowed_origins == origins
+    assert serve_config(Settings.model_validate(args)).allowed_origins == origins
     environ = {"COCONUT_ALLOWED_ORIGINS": ",".join(origins)}
     assert parse_args(["serve"], environ).allowed_origins == list(origins)
 
