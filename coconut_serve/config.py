@@ -91,8 +91,7 @@ def kind_of(field: FieldInfo) -> tuple[Any, tuple[Any, ...]]:
 
 def bounds_of(field: FieldInfo) -> dict[str, Any]:
     """The range of a flag: ge, and le or lt; empty if it has none."""
-    keys = ("ge", "le", "lt")
-    return {k: getattr(each, k) for each in field.metadata for k in keys if hasattr(each, k)}
+    return {k: getattr(m, k) for m in field.metadata for k in ("ge", "le", "lt") if hasattr(m, k)}
 
 
 class Record(BaseModel):
@@ -175,7 +174,6 @@ class ServeConfig(SequenceFlags):
     max_body_bytes: int = 4 * 1024 * 1024
     keep_alive_seconds: float = 15.0
     max_send_seconds: float = 60.0  # a client that reads nothing for so long is dropped
-
     served_model_name: str = flag("Model", "", "name clients use; default: MODEL, a directory's last part")
 
     default_reasoning_mode: str | None = flag("Reasoning", None, "mode of requests that name none; default: the model's", {"choices": mode_names})

@@ -48,8 +48,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Record]) -> None:
 def read(args: argparse.Namespace, environ: Mapping[str, str], settings: type[Record]) -> list[str]:
     """Read the file that --config or COCONUT_CONFIG names, and the environment over it.
 
-    Returns:
-        Words to put in front of those in `args`, so that they are checked as those are.
+    They become words to put in front of those in `args`, so that they are checked as those are.
 
     Raises:
         StartupError: The file is unreadable or names an unknown setting; a key is misspelt.
@@ -67,11 +66,7 @@ def read(args: argparse.Namespace, environ: Mapping[str, str], settings: type[Re
 
 
 def _split_keys(text: str) -> list[str]:
-    """Read API keys, comma-separated.
-
-    Raises:
-        StartupError: There are none: the server would let everybody in.
-    """
+    """Read API keys, comma-separated, or StartupError: without any, everybody would be let in."""
     keys = [key for key in map(str.strip, text.split(",")) if key]
     if not keys:
         raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")

@@ -157,6 +157,15 @@ def test_parts_have_what_the_command_line_says() -> None:
     assert "sk-secret" not in repr(given) + repr(serve)
 
 
+def test_keys_are_told_to_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys of the environment are words in front of the command line, which an error may quote."""
+    with pytest.raises(SystemExit):
+        settings(environ={"COCONUT_API_KEY": "sk-secret", "COCONUT_MAX_QUEUE": "many"})
+    told = capsys.readouterr()
+    assert "--max-queue" in told.err
+    assert "sk-secret" not in told.out + told.err
+
+
 def test_new_flag_is_known_everywhere() -> None:
     parser = Parser(prog="toy")
     parser.set_defaults(model="m", more_flags=())
