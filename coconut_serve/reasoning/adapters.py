@@ -1,7 +1,7 @@
 """What some checkpoints put between the hidden state and the next input.
 
-A new kind is a class and a line in KINDS. Weights are float32 and so is the arithmetic: the result
-is fed back step after step, and rounding would add up.
+A new kind is a line in KINDS, and a class if none here computes it. Weights are float32 and so is
+the arithmetic: the result is fed back step after step, and rounding would add up.
 """
 
 import functools
@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,16 +47,12 @@ class Adapter(ABC):
 
     Args:
         spec: What the manifest says.
-        weights: Its tensors by name, float32; `required` are there, `optional` may be.
+        weights: Its tensors by name, float32: those that its kind requires, maybe others.
     """
-
-    required: ClassVar[tuple[str, ...]]
-    optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: AdapterSpec, weights: Mapping[str, Tensor]) -> None:
         self.spec = spec
         self.weights = weights
-        self._activate = _ACTIVATIONS[spec.activation]
 
     @abstractmethod
     def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
@@ -67,98 +62,42 @@ class Adapter(ABC):
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
         return functional.linear(x, weight, bias)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        scale, bias = self.weights["norm.weight"], self.weights.get("norm.bias")
-        return functional.layer_norm(x, scale.shape, scale, bias)
 
+class FeedForward(Adapter):
+    """Linear; activation and linear; norm; a normal distribution: as far as there are tensors.
 
-class Linear(Adapter):
-    """One linear map (adaptive latent reasoning, arXiv 2511.21581)."""
-
-    required: ClassVar[tuple[str, ...]] = ("linear_1.weight",)
-    optional: ClassVar[tuple[str, ...]] = ("linear_1.bias",)
-
-    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Map."""
-        return self._linear(hidden, "linear_1")
-
-
-class LinearNorm(Linear):
-    """A linear map and a LayerNorm (arXiv 2511.21581)."""
-
-    required: ClassVar[tuple[str, ...]] = (*Linear.required, "norm.weight")
-    optional: ClassVar[tuple[str, ...]] = (*Linear.optional, "norm.bias")
-
-    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Map, then normalise."""
-        return self._norm(super().__call__(hidden, draw))
-
-
-class LinearRms(LinearNorm):
-    """A linear map, RMSNorm and a bias (arXiv 2511.21581, its code's filters "linear")."""
-
-    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Map, then scale to a root mean square of 1."""
-        mapped = self._linear(hidden, "linear_1")
-        scale, bias = self.weights["norm.weight"], self.weights.get("norm.bias")
-        normed = functional.rms_norm(mapped, scale.shape, scale)
-        return normed if bias is None else normed + bias
-
-
-class Mlp(Adapter):
-    """Linear, activation, linear (LaTER, arXiv 2605.07315)."""
-
-    required: ClassVar[tuple[str, ...]] = ("linear_1.weight", "linear_2.weight")
-    optional: ClassVar[tuple[str, ...]] = ("linear_1.bias", "linear_2.bias")
-
-    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Map."""
-        return self._linear(self._activate(self._linear(hidden, "linear_1")), "linear_2")
-
-
-class MlpNorm(Mlp):
-    """The same and a LayerNorm: CODI's projection (arXiv 2502.21074)."""
-
-    required: ClassVar[tuple[str, ...]] = (*Mlp.required, "norm.weight")
-    optional: ClassVar[tuple[str, ...]] = (*Mlp.optional, "norm.bias")
-
-    def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Map, then normalise."""
-        return self._norm(super().__call__(hidden, draw))
-
-
-class GaussianHead(MlpNorm):
-    """A normal distribution over inputs (CoLaR, arXiv 2505.16552).
-
+    linear and linear_ln, a LayerNorm, are of adaptive latent reasoning (arXiv 2511.21581), as is
+    linear_rms (its code's filters "linear"); mlp is LaTER's (arXiv 2605.07315), mlp_ln CODI's
+    projection (arXiv 2502.21074), gaussian_head CoLaR's (arXiv 2505.16552):
     next = emb_std * (mean + temperature * exp(log_std) * z), with z standard normal.
     """
 
-    required: ClassVar[tuple[str, ...]] = (*MlpNorm.required, "mean.weight")
-    optional: ClassVar[tuple[str, ...]] = (
-        *MlpNorm.optional,
-        "mean.bias",
-        "log_std.weight",
-        "log_std.bias",
-    )
-
     def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Draw the next inputs; the mean where the temperature is 0 or there is no log_std."""
-        features = super().__call__(hidden, draw)
-        mean = self._linear(features, "mean")
+        x, activate = self._linear(hidden, "linear_1"), _ACTIVATIONS[self.spec.activation]
+        if "linear_2.weight" in self.weights:
+            x = self._linear(activate(x), "linear_2")
+        if "norm.weight" in self.weights:
+            x = self._norm(x)
+        if "mean.weight" not in self.weights:
+            return x
+        mean = self._linear(x, "mean")
         if "log_std.weight" in self.weights:
-            std = self._linear(features, "log_std").exp() * draw.temperature.unsqueeze(1)
+            std = self._linear(x, "log_std").exp() * draw.temperature.unsqueeze(1)
             mean = mean + std * draw.normal(mean.shape[1])
         return mean * self.spec.emb_std
+
+    def _norm(self, x: Tensor) -> Tensor:
+        scale, bias = self.weights["norm.weight"], self.weights.get("norm.bias")
+        if self.spec.type != "linear_rms":
+            return functional.layer_norm(x, scale.shape, scale, bias)
+        normed = functional.rms_norm(x, scale.shape, scale)
+        return normed if bias is None else normed + bias
 
 
 class Matrix(Adapter):
     """A fixed matrix and, where `target_norm` is given, a fixed length (LatentMAS, 2511.20639)."""
 
-    required: ClassVar[tuple[str, ...]] = ("matrix",)
-    optional: ClassVar[tuple[str, ...]] = ("target_norm",)
-
     def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Multiply from the right, then rescale."""
         mapped: Tensor = hidden @ self.weights["matrix"]
         target = self.weights.get("target_norm")
         if target is None:
@@ -173,11 +112,7 @@ class Gate(Adapter):
     It takes part in the mixture "gated" and is no map of the hidden state.
     """
 
-    required: ClassVar[tuple[str, ...]] = ("gate_r.weight", "gate_i.weight", "lambda")
-    optional: ClassVar[tuple[str, ...]] = ("gate_r.bias", "gate_i.bias")
-
     def __call__(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """Leave the hidden state as it is."""
         return hidden
 
     def mix(self, token: Tensor, soft: Tensor) -> Tensor:
@@ -193,15 +128,36 @@ class Gate(Adapter):
         return mixed
 
 
-KINDS: dict[str, type[Adapter]] = {
-    "linear": Linear,
-    "linear_ln": LinearNorm,
-    "linear_rms": LinearRms,
-    "mlp": Mlp,
-    "mlp_ln": MlpNorm,
-    "gaussian_head": GaussianHead,
-    "matrix": Matrix,
-    "gate": Gate,
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of adapter, and the tensors that its file holds."""
+
+    adapter: type[Adapter]
+    layers: tuple[str, ...] = ()  # NAME.weight, which must be there, and NAME.bias
+    tensors: tuple[str, ...] = ()  # others that must
+    optional: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Tensors that must be there."""
+        return (*(f"{layer}.weight" for layer in self.layers), *self.tensors)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Tensors that may be there."""
+        return (*self.required, *(f"{layer}.bias" for layer in self.layers), *self.optional)
+
+
+_LOG_STD = ("log_std.weight", "log_std.bias")
+KINDS: dict[str, Kind] = {
+    "linear": Kind(FeedForward, ("linear_1",)),
+    "linear_ln": Kind(FeedForward, ("linear_1", "norm")),
+    "linear_rms": Kind(FeedForward, ("linear_1", "norm")),
+    "mlp": Kind(FeedForward, ("linear_1", "linear_2")),
+    "mlp_ln": Kind(FeedForward, ("linear_1", "linear_2", "norm")),
+    "gaussian_head": Kind(FeedForward, ("linear_1", "linear_2", "norm", "mean"), optional=_LOG_STD),
+    "matrix": Kind(Matrix, tensors=("matrix",), optional=("target_norm",)),
+    "gate": Kind(Gate, ("gate_r", "gate_i"), tensors=("lambda",)),
 }
 
 NO_ADAPTER = "none"
@@ -230,7 +186,7 @@ class AdapterBank:
                 raise StartupError(f"adapters.{name}.type must be one of {known}", param="adapters")
             kind = KINDS[spec.type]
             weights = _read(directory / spec.file, name, kind)
-            adapters[name] = kind(spec, {k: v.to(device) for k, v in weights.items()})
+            adapters[name] = kind.adapter(spec, {k: v.to(device) for k, v in weights.items()})
         return cls(adapters)
 
     def check(self, hidden_size: int) -> None:
@@ -294,7 +250,7 @@ class AdapterBank:
         return result
 
 
-def _read(path: Path, name: str, kind: type[Adapter]) -> dict[str, Tensor]:
+def _read(path: Path, name: str, kind: Kind) -> dict[str, Tensor]:
     """Read the tensors `name.*` of a file, exactly those that the kind takes."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -303,7 +259,7 @@ def _read(path: Path, name: str, kind: type[Adapter]) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise StartupError(f"cannot read {path}: {error}", param="adapters") from error
     missing = [key for key in kind.required if key not in found]
-    unknown = [key for key in found if key not in (*kind.required, *kind.optional)]
+    unknown = [key for key in found if key not in kind.known]
     for what, keys in (("lacks", missing), ("has an unexpected", unknown)):
         if keys:
             raise StartupError(f"{path} {what} tensor {name}.{keys[0]}", param="adapters")
