@@ -6,12 +6,13 @@ must not be served as if it said nothing.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from coconut_serve.errors import StartupError
-from coconut_serve.params import MAX_STEPS, Source
+from coconut_serve.declare import settings_of
+from coconut_serve.errors import InvalidRequestError, StartupError
+from coconut_serve.params import MAX_STEPS, MixtureKind, MixtureParams, Source
 from coconut_serve.types import AdapterSpec
 
 FILE_NAME = "latent_config.json"
@@ -70,20 +71,33 @@ class Hidden(_Strict):
 
 
 class Distribution(_Strict):
-    """The mixture the checkpoint was trained with; names as in a request's reasoning.mixture."""
+    """The mixture the checkpoint was trained with: any setting of a request's reasoning.mixture."""
 
-    kind: str | None = None
-    top_k: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    filter_top_k: int | None = None
-    min_p: float | None = None
+    model_config = ConfigDict(extra="allow")
+
     slots: Literal["text", "latent"] = "text"  # latent: soft vectors stand where hidden ones would
+    kind: MixtureKind | None = None
 
     @property
     def mixture(self) -> dict[str, Any]:
         """What is declared of the mixture."""
         return self.model_dump(exclude_none=True, exclude={"slots"})
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        known = {own.asked: own.type for own in settings_of(MixtureParams).values() if own.asked}
+        for name, value in self.mixture.items():
+            if name not in known:
+                raise ValueError(f"{name} is not known; mixtures have {', '.join(known)}")
+            try:
+                TypeAdapter(known[name]).validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}") from None
+        try:
+            MixtureParams(**self.mixture)
+        except InvalidRequestError as error:
+            raise ValueError(error.message.removeprefix(MixtureParams.path)) from None
+        return self
 
 
 class Adapter(_Strict):
@@ -208,7 +222,8 @@ def load_manifest(directory: Path) -> Manifest | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise StartupError(f"{path}: {where}: {first['msg']}", param=where) from error
+        told = first["msg"].removeprefix("Value error, ")
+        raise StartupError(f"{path}: {where}: {told}", param=where) from error
     _check_parts(path, manifest)
     return manifest
 

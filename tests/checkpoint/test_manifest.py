@@ -31,6 +31,13 @@ def test_coconut_manifest_is_read(tmp_path: Path) -> None:
     assert manifest.tokens.never_emit == [7]
 
 
+def test_any_setting_of_a_mixture_may_be_declared(tmp_path: Path) -> None:
+    own = {"kind": "topk", "noise": "gumbel", "noise_clamp": [-1, 1.5], "temperature": 1}
+    manifest = load_manifest(write(tmp_path, {"schema": 1, "distribution": own}))
+    assert manifest is not None
+    assert manifest.distribution.mixture == own
+
+
 def test_suffix_ids_replace_the_start_token(tmp_path: Path) -> None:
     data: dict[str, Any] = {
         "schema": 1,
@@ -76,6 +83,10 @@ def test_every_token_that_is_named_is_counted(tmp_path: Path) -> None:
         ({"schema": 1, "prompt": {"template": "{question} {speed}"}}, "prompt.speed is needed"),
         ({"schema": 1, "hidden": {"layer": -2}}, "hidden.layer"),
         ({"schema": 1, "boundary": "telepathic"}, "boundary"),
+        ({"schema": 1, "distribution": {"topk": 3}}, "distribution: topk is not known"),
+        ({"schema": 1, "distribution": {"top_k": 500}}, r"distribution: top_k must be in 1\.\.64"),
+        ({"schema": 1, "distribution": {"top_k": "5"}}, "distribution: top_k: Input should be"),
+        ({"schema": 1, "distribution": {"kind": "tokp"}}, "distribution.kind"),
         ({"schema": 1, "source": "constant"}, "source constant needs tokens.latent"),
     ],
 )

@@ -226,7 +226,7 @@ def test_dtype_is_kept_or_changed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     manifest = load_manifest(tmp_path / "out")
     assert manifest is not None
-    assert manifest.distribution.top_k == 7
+    assert manifest.distribution.mixture["top_k"] == 7
 
 
 def test_base_file_without_the_models_prefix_is_understood(tmp_path: Path) -> None:
