@@ -1,10 +1,10 @@
-"""The command `coconut-serve`; a health check is answered before anything heavy is imported."""
+"""Entry point of `coconut-serve`; `healthcheck` runs before anything heavy is imported."""
 
 import sys
 
 
 def main() -> int:
-    """Run a command; the exit status."""
+    """Run a command and return its exit status."""
     if sys.argv[1:2] == ["healthcheck"]:
         from coconut_serve.commands.healthcheck import main as check
 

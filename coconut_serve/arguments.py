@@ -1,4 +1,4 @@
-"""Command lines as users expect them: every default in the help, a suggestion for each typo."""
+"""Command-line parsing that shows every default in --help and suggests a fix for each typo."""
 
 import argparse
 import difflib
@@ -7,18 +7,18 @@ from typing import Any
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known name that is nearest to a misspelt one, as the end of a message; or nothing."""
+    """Return "; did you mean X?" with the closest known name, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def option(name: str) -> str:
-    """A setting's name as users write it on the command line."""
+    """Return the command-line flag of a setting."""
     return f"--{name.replace('_', '-')}"
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Ends the help of each flag with its default, unless the text tells it."""
+    """Appends each flag's default to its help, unless the text already states it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -38,18 +38,18 @@ def _shown(default: object) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Suggests the right name for a wrong one. Flags are not abbreviated: a new one would break it.
+    """Suggests the closest name for a misspelt flag or choice; subcommands use this class too.
 
-    Its subcommands are parsers of this kind too.
+    Abbreviated flags are rejected: adding a flag could make them ambiguous.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
 
-    def parse_known_args(  # type: ignore[override]  # of its overloads one is used
+    def parse_known_args(  # type: ignore[override]  # only one overload is used
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Refuse what is unknown here, where the flags of a subcommand are known."""
+        """Reject unknown flags here, where the subcommand's flags are known."""
         parsed, rest = super().parse_known_args(args, namespace)
         if rest:
             flag = rest[0].partition("=")[0]

@@ -1,4 +1,4 @@
-"""Bounds of histograms, and how --custom-histogram-buckets replaces them."""
+"""Histogram buckets, and the parser of --custom-histogram-buckets, which replaces them."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from coconut_serve.errors import StartupError
 
-# Bounds by family; vLLM's families have vLLM's names. --custom-histogram-buckets replaces them.
+# Upper bounds by family; families that vLLM also has keep vLLM's names.
 BUCKETS: dict[str, tuple[float, ...]] = {
     # Time to the first of anything: vLLM's buckets.
     "time_to_first_token": (
@@ -34,10 +34,10 @@ BUCKETS: dict[str, tuple[float, ...]] = {
 
 
 def parse_buckets(text: str) -> dict[str, tuple[float, ...]]:
-    """Read bounds of histograms by family, as JSON: {"latent_steps": [1, 10, 100]}.
+    """Parse histogram bounds by family from JSON: {"latent_steps": [1, 10, 100]}.
 
     Raises:
-        StartupError: It is no such mapping, or names what is none of BUCKETS.
+        StartupError: It is not such a mapping, or names a family that is not in BUCKETS.
     """
     flag = "--custom-histogram-buckets"
     try:

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
-    """Parse a command line over environment, config file and defaults.
+    """Parse the command line, layered over environment, config file and defaults.
 
     Raises:
         StartupError: The file is unreadable or names an unknown flag.
@@ -100,10 +100,10 @@ def serve_config(settings: Settings) -> ServeConfig:
 
 
 def check_engine(settings: Settings) -> None:
-    """Refuse what no model makes right, before one is fetched.
+    """Check that the engine can run here, before a model is fetched.
 
     Raises:
-        StartupError: What the engine needs is not here.
+        StartupError: Something the engine needs is missing.
     """
     if settings.engine == "native" and settings.device == "cuda":
         from coconut_serve.engines.native.device import resolve_device
@@ -131,7 +131,7 @@ def build_engine(model: Path | None, settings: Settings, metrics: Metrics) -> En
         case "vllm":
             from coconut_serve.engines.vllm.plugin import check_version
 
-            check_version()  # before anything that needs it is imported
+            check_version()  # before importing anything that needs it
             from coconut_serve.engines.vllm.engine import VllmEngine
 
             metrics.include(REGISTRY, prefix="vllm:")
@@ -165,7 +165,7 @@ def _shows_progress(settings: Settings) -> bool:
 
 
 def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
-    """A directory's tokenizer, if it has one, and what ends its answers."""
+    """Load the directory's tokenizer, if it has one, and its end-of-sequence ids."""
     from coconut_serve.checkpoint.tokenizer import load_tokenizer, read_eos_token_ids
 
     tokenizer = load_tokenizer(directory)
@@ -173,7 +173,7 @@ def _load_text(directory: Path) -> tuple[Tokenizer | None, tuple[int, ...]]:
 
 
 def stub_manifest() -> Manifest:
-    """What the stub can do: all modes, and thinking in words between two tokens."""
+    """Describe the stub: every mode, with text thinking between two tokens."""
     bounds = Tokens(
         think_start=Token(id=ByteTokenizer.THINK_START), think_end=Token(id=ByteTokenizer.THINK_END)
     )
@@ -194,7 +194,7 @@ async def load_service(settings: Settings, config: ServeConfig, metrics: Metrics
         directory = await asyncio.to_thread(
             resolve_model, settings.model, _shows_progress(settings)
         )
-        # vLLM's own formats are vLLM's to read.
+        # With --load-format, only vLLM knows which weight files it reads.
         formats = ("--load-format", "--load_format")
         is_own = any(flag.startswith(formats) for flag in settings.more_flags)
         await asyncio.to_thread(check_files, directory, needs_weights=not is_own)
@@ -226,7 +226,7 @@ async def load_service(settings: Settings, config: ServeConfig, metrics: Metrics
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serve until told to stop; the exit status."""
+    """Serve until stopped and return the exit status."""
     settings = Settings.model_validate(args)
     config = serve_config(settings)
     check_engine(settings)
@@ -258,7 +258,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; errors a user can mend are one line, not a traceback."""
+    """Run a command; errors that users can fix print one line, not a traceback."""
     logs.prepare()
     try:
         args = parse_args(argv, os.environ)

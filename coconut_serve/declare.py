@@ -1,4 +1,4 @@
-"""How a setting is declared: a field of a record, with all that others must know of it."""
+"""Settings as record fields that declare their range, documentation and name in a request."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -10,29 +10,29 @@ from coconut_serve.errors import require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a field's declaration says beyond its type and default."""
+    """What a declaration adds to a field, together with the field's type and default."""
 
     doc: str
     low: float | None = None
     high: float | None = None
-    is_open: bool = False  # `low` itself is outside
-    paper: str = ""  # where the setting comes from
-    asked: str | None = None  # its dotted name in `reasoning`, or its name in a request's body
-    blame: str | None = None  # what a request names that leads to it, if it is not asked for itself
-    takes: Any = None  # its type in a request, where that differs from the field's
-    usual: str = ""  # the default in words, where no single value is
-    also: float | None = None  # a request may say this for the default, as vLLM's -1 for "all"
-    least: float | None = None  # what a request may say at least, where `low` says "off"
-    shortest: int = 0  # how many a list must hold
-    longest: int | None = None  # how many it may
+    is_open: bool = False  # `low` itself is excluded
+    paper: str = ""  # arXiv id of its source
+    asked: str | None = None  # its dotted name under `reasoning`, or its name in the request body
+    blame: str | None = None  # the request field behind it, for errors, if it has no own name
+    takes: Any = None  # its type in a request, if not the field's
+    usual: str = ""  # the default in words, if it is no single value
+    also: float | None = None  # a request may send this for the default, like vLLM's -1 for all
+    least: float | None = None  # smallest value in a request, if `low` means off
+    shortest: int = 0  # minimum length of a list
+    longest: int | None = None  # maximum length of a list
     has_tokens: bool = False  # holds token ids
-    is_column: bool = False  # of a list: engines keep it beside numbers, `longest` wide
-    is_set: bool = False  # of a list: naming an item twice is naming it once
+    is_column: bool = False  # of a list: engines store it as a column, `longest` wide
+    is_set: bool = False  # of a list: duplicates count once
     type: Any = None  # of the field
     default: Any = None  # of the field
 
     def complaint(self, value: Any) -> str:
-        """What is wrong with a value; empty if nothing is."""
+        """Say what is wrong with a value; empty if nothing is."""
         if isinstance(value, list | tuple):
             if self.longest is not None and len(value) > self.longest:
                 return f"takes at most {self.longest}"
@@ -43,13 +43,13 @@ class Setting:
         return "" if is_inside else f"must be {self.range}"
 
     def check(self, value: Any, param: str) -> None:
-        """Raise InvalidRequestError naming `param` if something is wrong with the value."""
+        """Raise InvalidRequestError naming `param` if the value is invalid."""
         text = self.complaint(value)
         require(not text, param, text)
 
     @property
     def unsaid(self) -> Any:
-        """The default in a request: a word it may say, None where it depends on others."""
+        """The default in a request: a value, a word, or None if other settings determine it."""
         word = self.usual if self.usual in _WORDS else None
         return word if self.usual else self.default
 
@@ -67,7 +67,7 @@ class Setting:
 
 
 MAX_INT = 2**31 - 1
-_WORDS = ("auto", "none")  # defaults in words that a request may say too
+_WORDS = ("auto", "none")  # defaults in words that a request may send too
 _KEY = "setting"
 
 
@@ -83,11 +83,11 @@ def setting(
     """Declare a field of a record.
 
     Args:
-        default: The value where nobody says otherwise; a class: made by calling it.
-        doc: One line for people.
+        default: The default value; a class is called to make it.
+        doc: One line of user documentation.
         within: The closed range of a number.
-        asked: The name in a request; "": that of the field, None: no request sets it.
-        is_shown: Whether the record's text has it.
+        asked: The name in a request; "": the field's name, None: no request sets it.
+        is_shown: Whether repr() includes it.
         more: Other fields of Setting.
     """
     low, high = within or (None, None)
@@ -96,24 +96,24 @@ def setting(
     return field(**made, repr=is_shown, metadata={_KEY: own})
 
 
-internal = functools.partial(setting, asked=None)  # what no request sets by itself
+internal = functools.partial(setting, asked=None)  # no request sets it directly
 
 
 class Declared:
-    """Base of the records: every field is a setting."""
+    """Base of records in which every field is a setting."""
 
-    path: ClassVar[str] = ""  # in front of the names in a request
+    path: ClassVar[str] = ""  # prefix of the names in a request
     __slots__ = ()
 
     def check_ranges(self) -> None:
-        """Raise InvalidRequestError naming the first number that is out of range."""
+        """Raise InvalidRequestError naming the first setting that is out of range."""
         for name, own in settings_of(type(self)).items():
             if own.low is not None or own.longest is not None:
                 own.check(getattr(self, name), self.path + (own.asked or own.blame or name))
 
 
 def settings_of(kind: Any) -> Mapping[str, Setting]:
-    """The declarations of a record's fields, by field; each with its type and default."""
+    """Return a record's declarations by field, each with its type and default."""
     return _settings(kind)
 
 
@@ -131,15 +131,15 @@ def _settings(kind: Any) -> Mapping[str, Setting]:
 
 @functools.cache
 def names_of(kind: Any) -> Mapping[str, str]:
-    """The dotted names of a record's fields among the settings of a request, by field."""
+    """Map each field of a record to its dotted name under `reasoning`."""
     prefix = kind.path.removeprefix("reasoning.")
     return {field: f"{prefix}{own.asked or field}" for field, own in _settings(kind).items()}
 
 
 def token_ids(record: Declared) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """All token ids in a record and the records in it, by the field of a request behind them.
+    """Yield the token ids in a record and its nested records, by the request field behind them.
 
-    -1 stands for a token that the model does not have, and is left out.
+    Skips -1, which stands for a token that the model lacks.
     """
     for name, own in settings_of(type(record)).items():
         value = getattr(record, name)
@@ -156,7 +156,7 @@ _R = TypeVar("_R", bound=Declared)
 
 
 def map_token_ids(record: _R, change: Callable[[int], int]) -> _R:
-    """The same record with every token id in it changed; records in it too."""
+    """Apply `change` to every token id in a record and its nested records."""
     changed: dict[str, Any] = {}
     for name, own in settings_of(type(record)).items():
         value = getattr(record, name)

@@ -1,13 +1,14 @@
 """Every error that crosses a layer.
 
 CoconutError
- x RequestError                the client's doing; 4xx, names the field
+ x RequestError                the client's fault; 4xx, names the field
    - InvalidRequestError       400
      - ContextLengthError      400, in OpenAI's words
    - AuthenticationError       401
    - NotFoundError             404
+   - PayloadTooLargeError      413
    - QueueFullError            429, with Retry-After
- x EngineError                 the server's doing; 5xx
+ x EngineError                 the server's fault; 5xx
    - EngineDeadError           503
    - NotReadyError             503, starting or draining, with Retry-After
    - GenerationError           500, this one request failed
@@ -16,7 +17,7 @@ CoconutError
 
 
 class CoconutError(Exception):
-    """Base of all errors raised on purpose; its text is fit for users."""
+    """Base of all errors raised on purpose; users see the message."""
 
     status: int = 500
     error_type: str = "server_error"
@@ -50,7 +51,7 @@ class InvalidRequestError(RequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """Prompt, thinking and answer do not fit; clients look for OpenAI's code and first words."""
+    """Prompt, thinking and answer do not fit; clients match OpenAI's code and first words."""
 
     code = "context_length_exceeded"
 
@@ -77,14 +78,14 @@ class NotFoundError(RequestError):
 
 
 class PayloadTooLargeError(RequestError):
-    """The body is larger than the server reads."""
+    """The body exceeds the server's limit."""
 
     status = 413
     code = "request_too_large"
 
 
 class QueueFullError(RequestError):
-    """The bounded queue is full; the client should come back later."""
+    """The bounded queue is full; the client should retry later."""
 
     status = 429
     error_type = "rate_limit_error"

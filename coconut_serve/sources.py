@@ -1,4 +1,4 @@
-"""Where settings come from: flags of the command line, the environment and a file."""
+"""Reads settings from command-line flags, the environment and a file."""
 
 import argparse
 import json
@@ -16,10 +16,10 @@ from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# No flags, and looked at elsewhere; COCONUT_CONFIG is looked at here.
+# COCONUT_* variables that are not flags; of these only COCONUT_CONFIG is read here.
 _NOT_FLAGS = frozenset({"cache", "commit", "config", "log_level", "vllm"})
 
-# What Kubernetes sets in each container for a Service whose name begins with coconut.
+# Kubernetes sets these in each container for a Service whose name begins with coconut.
 _LINK_NAME = re.compile(
     r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_[A-Z]+(_(ADDR|PORT|PROTO))?)"
 )
@@ -27,7 +27,7 @@ _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Record]) -> None:
-    """Write the flags of settings into a parser, grouped; a default of None is told in the text."""
+    """Add a flag for each setting, by group; the help text itself explains a default of None."""
     flags = settings.flags()
     titles = dict.fromkeys(field.title for field in flags.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
@@ -46,9 +46,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Record]) -> None:
 
 
 def read(args: argparse.Namespace, environ: Mapping[str, str], settings: type[Record]) -> list[str]:
-    """Read the file that --config or COCONUT_CONFIG names, and the environment over it.
+    """Read the file named by --config or COCONUT_CONFIG, overridden by the environment.
 
-    They become words to put in front of those in `args`, so that they are checked as those are.
+    Returns command-line words to put before the user's own, so that all are checked alike.
 
     Raises:
         StartupError: The file is unreadable or names an unknown setting; a key is misspelt.
@@ -61,12 +61,12 @@ def read(args: argparse.Namespace, environ: Mapping[str, str], settings: type[Re
         if known[name].annotation is bool:
             words += [option(name)] if _is_true(name, text) else []
         elif not isinstance(known[name].default, tuple) or not getattr(args, name):
-            words += [f"{option(name)}={value}" for value in values]  # a list is not added to
+            words += [f"{option(name)}={value}" for value in values]  # flags replace a list
     return words
 
 
 def _split_keys(text: str) -> list[str]:
-    """Read API keys, comma-separated, or StartupError: without any, everybody would be let in."""
+    """Split comma-separated API keys; StartupError if none, which would admit everybody."""
     keys = [key for key in map(str.strip, text.split(",")) if key]
     if not keys:
         raise StartupError("COCONUT_API_KEY is empty: set a key or unset it", param="--api-key")
@@ -74,11 +74,7 @@ def _split_keys(text: str) -> list[str]:
 
 
 def _is_true(name: str, text: str) -> bool:
-    """Read a boolean.
-
-    Raises:
-        StartupError: It is none.
-    """
+    """Parse a boolean; StartupError if it is not one."""
     words = dict.fromkeys(("1", "true", "yes", "on"), True)
     words |= dict.fromkeys(("0", "false", "no", "off", ""), False)
     if text.lower() not in words:
@@ -87,7 +83,7 @@ def _is_true(name: str, text: str) -> bool:
 
 
 def _read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[str, str]:
-    """Find settings in COCONUT_*; names that are none are logged, since they may be misspelt."""
+    """Read COCONUT_* variables; warn of unknown names, refuse those that look like a key."""
     read = {}
     for name, value in environ.items():
         if not name.startswith("COCONUT_") or _is_link(name, value):
@@ -99,14 +95,14 @@ def _read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[
         elif "key" in key:
             hint = hint or "; did you mean COCONUT_API_KEY?"
             raise StartupError(f"{name} is no setting{hint}", param=name)
-        elif key not in _NOT_FLAGS:  # the value may be a secret
+        elif key not in _NOT_FLAGS:  # no value: it may be a secret
             logger.warning("ignoring %s: it is no flag's variable%s", name, hint)
     return read
 
 
 def _is_link(name: str, value: str) -> bool:
-    """Whether Kubernetes set it for a Service, which may have any name: COCONUT_API_KEY_PORT."""
-    is_address = name.endswith("_PORT") and _LINK_VALUE.match(value)  # else --port and the like
+    """Whether Kubernetes set it for a Service, even one named coconut-api-key."""
+    is_address = name.endswith("_PORT") and _LINK_VALUE.match(value)  # else a flag such as --port
     return bool(is_address or _LINK_NAME.fullmatch(name))
 
 
@@ -122,7 +118,7 @@ def _read_file(path: str, known: Iterable[str]) -> dict[str, str]:
         if key not in known:
             hint = did_you_mean(str(key), known)
             raise StartupError(f"--config {path}: unknown key {key!r}{hint}", param="--config")
-        if value is not None:  # as if the key were not there
+        if value is not None:  # null: unset
             joined = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             read[key] = json.dumps(value) if isinstance(value, dict) else joined
     return read

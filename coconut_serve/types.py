@@ -1,4 +1,4 @@
-"""The records that cross layers: what was asked, what one step adds, what a step cost.
+"""Records that cross layers: the request, what each step adds to it, and step statistics.
 
 A latent step takes a KV *position* but makes no *token*; the names keep the two apart:
 positions fill the cache, tokens have an id, reasoning steps are positions of the thinking phase.
@@ -11,7 +11,7 @@ from typing import Literal
 from coconut_serve.errors import require
 from coconut_serve.params import Phase, ReasoningParams, SamplingParams
 
-WaitReason = Literal["capacity", "kv"]  # for a slot or room in the step; for KV blocks
+WaitReason = Literal["capacity", "kv"]  # for a slot or room in the step, or for KV blocks
 
 
 class FinishReason(StrEnum):
@@ -47,7 +47,7 @@ class AdapterSpec:
 
     type: str
     activation: str = "gelu"
-    file: str = "latent/adapter.safetensors"  # engines load all weights beside config.json
+    file: str = "latent/adapter.safetensors"  # engines load any weights beside config.json
     emb_std: float = 1.0
 
 
@@ -58,37 +58,35 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]  # includes the start-of-thought token
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    thinking: SamplingParams | None = None  # draws thinking tokens and seeds all noise of thinking;
-    # None: `sampling` does
+    thinking: SamplingParams | None = None  # samples thinking tokens and seeds thinking noise;
+    # None: as `sampling`
     reasoning: ReasoningParams = field(default_factory=ReasoningParams)
     group_id: str | None = None  # same prompt; members share the prompt's blocks
 
     def __post_init__(self) -> None:
-        """Check what sampling and reasoning must agree on."""
         draws_alike = self.thinking is None or not self.reasoning.mixture.in_answer
         in_answer = "reasoning.mixture.in_answer"
         require(draws_alike, in_answer, "draws all tokens alike: without reasoning.seed and after")
 
     @property
     def thinking_seed(self) -> int:
-        """What seeds the thinking phase."""
         return (self.thinking or self.sampling).seed
 
     @property
     def max_new_positions(self) -> int:
-        """Positions after the prompt that the request can take at most."""
+        """Most KV positions the request can fill after its prompt."""
         steps = self.reasoning.max_thinking + self.sampling.max_tokens
         return min(steps, self.reasoning.max_total_steps or steps)
 
     @property
     def max_num_positions(self) -> int:
-        """KV positions the request can take at most."""
+        """Most KV positions the request can fill."""
         return len(self.prompt_token_ids) + self.max_new_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities (nats) of one emitted token and its likeliest rivals."""
+    """Log-probabilities (nats) of one emitted token and the likeliest alternatives."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
@@ -96,12 +94,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningTrace:
-    """What one thinking step looked like: a readout, not an explanation."""
+    """Measurements of one thinking step, not an explanation of it."""
 
     entropy: float  # nats, of the raw next-token distribution
     max_prob: float
     norm: float  # L2 norm of the vector fed next
-    cosine: float  # to the input of the position before
+    cosine: float  # to the previous position's input
     retained_mass: float  # probability covered by the mixed tokens; 1 for latent steps
     top: tuple[tuple[int, float], ...] = ()  # (token id, probability): logit lens
     vector: tuple[float, ...] | None = None
@@ -140,7 +138,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """Facts about one engine step; the engine knows no metrics."""
+    """Statistics of one engine step, from which the caller makes metrics."""
 
     seconds: float
     num_rows: dict[tuple[str, str], int]  # (mode, prefill|latent|distribution|decode) -> rows
@@ -153,4 +151,4 @@ class StepStats:
     num_used_blocks: int
     num_prefix_queries: int  # prompt tokens looked up since the last step
     num_prefix_hits: int
-    wait_reason: WaitReason = "capacity"  # of all that wait: they are first come, first served
+    wait_reason: WaitReason = "capacity"  # of the whole queue: it is first come, first served
