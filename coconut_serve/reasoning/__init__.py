@@ -1,1 +1,1 @@
-"""What to feed back: the batched reasoning step both real engines call; no HTTP, no vLLM."""
+"""The batched reasoning step of both real engines: what to feed back. No HTTP, no vLLM."""

@@ -1,6 +1,6 @@
-"""Lets each mode decide the next input of its rows, and writes the slots.
+"""Decides the next input of each row and writes it to the row's slot.
 
-The core that both real engines share. It works on device tensors alone and never waits for them.
+Both real engines share this code. It works on device tensors only and never waits for them.
 """
 
 from collections.abc import Iterable
@@ -24,13 +24,13 @@ _VECTOR_TYPE = np.dtype("<f4")  # of replayed vectors
 
 
 class Decider:
-    """Decides for all rows of a batch, whatever their modes; logits and samples are given.
+    """Decides for all rows of a batch, in any mix of modes, from given logits and samples.
 
     Args:
         slots: The engine's slots.
         mode_names: Modes the model supports.
         embedding: The model's input embedding.
-        adapters: What stands between hidden states and inputs.
+        adapters: Layers between hidden states and inputs.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Decider:
         self._controller = Controller(slots)
         self._embedding = embedding
         self._adapters = adapters
-        self._pending_halt = slots.register("pending_halt", torch.int64)  # of rows that keep it
+        self._pending_halt = slots.register("pending_halt", torch.int64)  # if keeps_last
 
     def decide(self, step: StepRows) -> None:
         """Decide the next input of each row and write it to the row's slot.
 
         Args:
-            step: With the logits and the drawn tokens of the rows that need them.
+            step: Holds the logits and sampled tokens of the rows that need them.
         """
         slots, rows = self._slots, step.row_slots
         host, settings = slots.host(step.host_slots), slots.settings(rows)
@@ -93,7 +93,7 @@ class Decider:
         self._write(step)
 
     def _force_final(self, step: StepRows) -> None:
-        """Queue the words that end a phase whose switches are spent, in place of the end tokens."""
+        """Queue final_token_ids instead of the end tokens in rows whose switches are spent."""
         slots, rows = self._slots, step.row_slots
         final = slots.settings(rows).final_token_ids
         count = (final >= 0).sum(1)
@@ -102,21 +102,20 @@ class Decider:
         slots.forced_left[rows] = torch.where(swaps, count, slots.forced_left[rows])
 
     def _delay_halt(self, step: StepRows) -> None:
-        """Let rows that keep the last vector halt one step after their rule held."""
+        """Halt rows that keep the last vector one step after their rule held."""
         rows = step.row_slots
         keeps, pending = self._slots.settings(rows).keeps_last, self._pending_halt[rows]
         self._pending_halt[rows] = torch.where(keeps & (pending == 0), step.halt, 0)
         step.halt = torch.where(keeps, pending, step.halt)
 
     def _add_end(self, step: StepRows, adds: Tensor) -> None:
-        """Let the first end token come on top of the last vector, where `adds`."""
+        """Add the first end token's embedding to the last vector, where `adds`."""
         end = self._embedding(self._slots.forced[step.row_slots, 0].clamp_min(0))
         whole = (step.vector.float() + end.float()).to(step.vector.dtype)
         step.vector = torch.where(adds.unsqueeze(1), whole, step.vector)
         step.adds_end = adds
 
     def _context(self, step: StepRows, members: list[int], *, has_logits: bool) -> StepContext:
-        """What a mode is to see of its rows."""
         logits, raw_logits = step.both_logits_of(members) if has_logits else (None, None)
         return StepContext(
             slots=self._slots,
@@ -140,7 +139,7 @@ class Decider:
         decision: StepDecision,
         vector: Tensor | None,
     ) -> None:
-        """Ask the halting rules and give the step what was decided for some rows."""
+        """Check the halting rules and store the decision about a mode's rows in the step."""
         step.assign(step.text, members, decision.token)
         halt = self._halt(mode, ctx, decision.token, vector)
         if decision.halt is not None:
@@ -155,7 +154,7 @@ class Decider:
             step.assign_vectors(members, self._add_noise(ctx, vector), decision.is_vector)
 
     def _replay(self, step: StepRows) -> None:
-        """Let rows feed the vectors that they were given; until the last none of them halts."""
+        """Feed replayed vectors to the rows that have some left; such rows do not halt."""
         given = {
             i: fed
             for i, row in enumerate(step.rows)
@@ -172,7 +171,7 @@ class Decider:
         step.assign(step.halt, members, torch.zeros_like(step.halt[: len(members)]))
 
     def _replayed(self, row: RowPlan) -> tuple[np.ndarray, int] | None:
-        """The vector that a request gives one of its steps to feed, and that step's text."""
+        """Return the vector that this step replays, and its text; None if there is none."""
         params, size = self._slots.admitted[row.slot].reasoning, self._slots.hidden_size
         at = row.num_steps * size
         if at * _VECTOR_TYPE.itemsize >= len(params.replay_vectors):
@@ -183,7 +182,7 @@ class Decider:
     def _halt(
         self, mode: ReasoningMode, ctx: StepContext, token: Tensor, vector: Tensor | None
     ) -> Tensor | None:
-        """Ask the rules that rows have on."""
+        """Check the rules that are active in these rows."""
         view = View(
             slots=self._slots,
             row_slots=ctx.row_slots,
@@ -197,7 +196,7 @@ class Decider:
         return self._controller.check(view, ctx.host_slots)
 
     def _add_noise(self, ctx: StepContext, vector: Tensor) -> Tensor:
-        """Add Gaussian noise to the rows that want it (LatentTTS, Soft Tokens 2509.19170)."""
+        """Add Gaussian noise where `noise_std` asks (LatentTTS, Soft Tokens 2509.19170)."""
         if not ctx.host.noise_std.any():
             return vector
         columns = torch.arange(vector.shape[1], device=vector.device).unsqueeze(0)

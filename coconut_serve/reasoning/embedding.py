@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coconut_serve.reasoning.slots import EmbedTokens
 
-ROWS_AT_ONCE = 8192  # of a table that is worked through in parts
+ROWS_AT_ONCE = 8192  # of the table, where it is processed in parts
 _ROWS_COMPARED = 64
 
 
@@ -16,11 +16,11 @@ class Embedding:
 
     Args:
         call: The model's own embedding call, which may scale (Gemma does).
-        weight: [num_rows, hidden_size], its table; this rank's part under tensor parallelism.
-            None: it is not to be had (quantised), and means are taken by looking all rows up.
+        weight: [num_rows, hidden_size], its table; this rank's shard under tensor parallelism.
+            None: unavailable (quantised), so means look up every row.
         first_id: The id of the table's first row.
-        reduce: Adds up what each rank computed.
-        multiply: A faster way to [num_rows, vocab_size] @ table, where the engine has one.
+        reduce: Sums over the ranks.
+        multiply: A faster [num_rows, vocab_size] @ table, if the engine has one.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Embedding:
         return self._call(ids)
 
     def _find_scale(self, table: Tensor, num_ids: int) -> Tensor:
-        """Compare the first rows as the call shows them with the table's; [] float32.
+        """Estimate the call's scale from the norm of the first rows; [] float32.
 
-        A single row may be zeros, as that of a padding token is.
+        One row is not enough: a padding token's may be zeros.
         """
         num_ids = min(num_ids, _ROWS_COMPARED)
         shown = self._call(torch.arange(num_ids, device=table.device))
-        stored = table[: max(0, num_ids - self._first_id)]  # those of them that this rank has
+        stored = table[: max(0, num_ids - self._first_id)]  # those on this rank
         squares = stored.float().square().sum().reshape(1)
         if self._reduce is not None:
             squares = self._reduce(squares)
@@ -59,7 +59,7 @@ class Embedding:
         return scale
 
     def mean(self, weights: Tensor) -> Tensor:
-        """Average all embeddings by weight, as one matrix product.
+        """Average all embeddings by weight, in one matrix product.
 
         Args:
             weights: [num_rows, vocab_size] float32.
@@ -82,19 +82,19 @@ class Embedding:
         return (whole.float() * self._scale).to(table.dtype)
 
     def mean_norm(self, ids: Tensor) -> Tensor:
-        """The mean length of embeddings; [num_ids] int64 -> [] float32."""
+        """Compute the mean L2 norm of embeddings; [num_ids] int64 -> [] float32."""
         starts = range(0, len(ids), ROWS_AT_ONCE)
         parts = (self._call(ids[low : low + ROWS_AT_ONCE]) for low in starts)
         return torch.stack([part.float().norm(dim=-1).sum() for part in parts]).sum() / len(ids)
 
     def mean_norm_of_all(self, vocab_size: int, device: torch.device) -> Tensor:
-        """The same of the whole vocabulary, computed once; [] float32."""
+        """Compute it over the whole vocabulary, once; [] float32."""
         if self._mean_norm is None:
             self._mean_norm = self.mean_norm(torch.arange(vocab_size, device=device))
         return self._mean_norm
 
     def _mean_by_rows(self, weights: Tensor) -> Tensor:
-        """The same, by calls for a part of the vocabulary at a time."""
+        """Average without the table, by looking up one part of the vocabulary at a time."""
         ids = torch.arange(weights.shape[1], device=weights.device)
         first = self._call(ids[:1])
         whole = first.new_zeros(weights.shape[0], first.shape[1], dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""When a thinking phase ends by itself: small rules, of which the first that holds decides.
+"""Rules that end a thinking phase early; the first that holds decides.
 
-A new rule is a class and a line in RULES. Rules look at all rows that asked for them at once and
-never wait for the device; the step count always caps the phase (decide.py).
+A new rule is a class and a line in RULES. A rule checks all its rows at once and never waits for
+the device. The step count always caps the phase (decide.py).
 """
 
 from abc import ABC, abstractmethod
@@ -29,29 +29,28 @@ _NORMALIZED = choice(HaltParams, "entropy_unit", "normalized")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What rules see of the rows that asked for them."""
+    """What a rule sees of its rows."""
 
     slots: Slots
     row_slots: Tensor  # [num_rows] int64
     logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied
-    raw_logits: Tensor | None  # without those: a token that is never said may still end a phase
+    raw_logits: Tensor | None  # without those: a banned token may still end a phase
     token: Tensor  # [num_rows] int64, the text of the step
     has_text: bool  # False: the mode's steps have none
-    vector: Tensor | None  # [num_rows, hidden_size], what would be fed
+    vector: Tensor | None  # [num_rows, hidden_size], the next input
     is_tempered: bool = False  # True: entropy is taken at the mixture's temperature
 
     @property
     def settings(self) -> Rows[Tensor]:
-        """What each row asks for."""
         return self.slots.settings(self.row_slots)
 
     @property
     def is_first(self) -> Tensor:
-        """Whether it is the first step of a phase; [num_rows] bool."""
+        """Whether this is the first step of the phase; [num_rows] bool."""
         return self.slots.steps_left[self.row_slots] == self.settings.steps
 
     def uniform(self) -> Tensor:
-        """One number in (0, 1) for each row; [num_rows]."""
+        """Draw one number in (0, 1) for each row; [num_rows]."""
         slots, rows = self.slots, self.row_slots
         column = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
         drawn = noise.uniform(
@@ -70,20 +69,20 @@ class Rule(ABC):
 
     @staticmethod
     @abstractmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Which rows have this rule on; [num_rows] bool."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
+        """Tell which rows have this rule on; [num_rows] bool."""
 
     @abstractmethod
     def holds(self, view: View) -> Tensor:
         """Decide for each row; [num_rows] bool."""
 
     def _count(self) -> Tensor:
-        """Register the steps for which a condition has held."""
+        """Register the number of steps in a row for which a condition has held."""
         return self._slots.register(f"{type(self).__name__}_count", torch.int64)
 
     @staticmethod
     def _lasts(count: Tensor, patience: Tensor, view: View, is_hit: Tensor) -> Tensor:
-        """Whether a condition has held for `patience` steps of a phase; counts in `count`."""
+        """Update `count`; whether the condition has held for the last `patience` steps."""
         rows = view.row_slots
         before = torch.where(view.is_first, 0, count[rows])
         count[rows] = torch.where(is_hit, before + 1, 0)
@@ -91,20 +90,18 @@ class Rule(ABC):
 
 
 class StopToken(Rule):
-    """The text of the step is a stop token; without text, what the logits give is one.
+    """The text of the step is a stop token; without text, the argmax or a sample is.
 
-    Sampling reduces to one draw against the stop tokens' total probability.
+    Sampling reduces to one Bernoulli draw on the stop tokens' total probability.
     """
 
     reason = HaltReason.STOP_TOKEN
 
     @staticmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether there are stop tokens."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
         return host.stop_token_ids[:, 0] >= 0
 
     def holds(self, view: View) -> Tensor:
-        """Compare."""
         settings = view.settings
         if view.has_text:
             return self._is_stop(view.token, view)
@@ -120,7 +117,7 @@ class StopToken(Rule):
 
     @staticmethod
     def _mass(view: View) -> Tensor:
-        """The probability of all stop tokens together; [num_rows] float32."""
+        """Sum the probabilities of the stop tokens; [num_rows] float32."""
         assert view.raw_logits is not None
         ids = view.settings.stop_token_ids  # [num_rows, MAX_STOP_TOKENS]
         log_probs = view.raw_logits / view.settings.stop_temperature.unsqueeze(1)
@@ -129,32 +126,28 @@ class StopToken(Rule):
 
 
 class LikelyStop(StopToken):
-    """The stop tokens together are likely enough, whatever the text of the step is."""
+    """The stop tokens' total probability reaches `stop_prob`, whatever the text of the step."""
 
     @staticmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether there are stop tokens, and a probability is what counts."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
         has_stops: np.ndarray = host.stop_token_ids[:, 0] >= 0
         has_stops &= host.stop_test == _STOP_TEST["prob"]
         return has_stops
 
     def holds(self, view: View) -> Tensor:
-        """Compare the probability with the threshold."""
         return self._mass(view) >= view.settings.stop_prob
 
 
 class Learned(Rule):
-    """Two rows of the output head say go on or stop (adaptive latent reasoning, 2511.21581)."""
+    """Two rows of the output head vote to continue or stop (adaptive reasoning, 2511.21581)."""
 
     reason = HaltReason.LEARNED
 
     @staticmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether the rows are named."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
         return host.learned_token_ids[:, 0] >= 0
 
     def holds(self, view: View) -> Tensor:
-        """Compare the probability of stopping with the threshold, or draw."""
         assert view.raw_logits is not None
         settings = view.settings
         pair = view.raw_logits.gather(1, settings.learned_token_ids)  # continue, stop
@@ -163,14 +156,15 @@ class Learned(Rule):
 
 
 class Entropy(Rule):
-    """The entropy of the next-token distribution is on one side of a bound.
+    """Compares the entropy of the next-token distribution with a bound.
 
-    Taken at the mixture's temperature, before its filters, as Soft Thinking does.
+    In tempered modes it is taken at the mixture's temperature, before its filters, as in Soft
+    Thinking.
     """
 
     @staticmethod
     def _distance(view: View, bound: Tensor) -> Tensor:
-        """Entropy minus bound, in nats or as shares of ln vocab_size; [num_rows] float32."""
+        """Compute entropy minus bound, in nats or divided by ln vocab_size; [num_rows] float32."""
         assert view.logits is not None
         logits, settings = view.logits, view.settings
         if view.is_tempered:
@@ -181,7 +175,7 @@ class Entropy(Rule):
 
 
 class ColdStop(Entropy):
-    """The model has been certain for some steps (Soft Thinking, arXiv 2505.15778)."""
+    """The last `entropy_patience` steps were certain (Soft Thinking, arXiv 2505.15778)."""
 
     reason = HaltReason.COLD_STOP
 
@@ -190,29 +184,25 @@ class ColdStop(Entropy):
         self._num_cold = self._count()
 
     @staticmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether there is a lower bound."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
         return host.entropy_below > 0
 
     def holds(self, view: View) -> Tensor:
-        """Count steps below the bound."""
         settings = view.settings
         is_cold = self._distance(view, settings.entropy_below) < 0
         return self._lasts(self._num_cold, settings.entropy_patience, view, is_cold)
 
 
 class Uncertain(Entropy):
-    """The model is too uncertain to go on (LaTER, training-free, arXiv 2605.07315)."""
+    """This step is too uncertain to go on (LaTER, training-free, arXiv 2605.07315)."""
 
     reason = HaltReason.UNCERTAIN
 
     @staticmethod
-    def is_asked(host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether there is an upper bound."""
+    def is_active(host: Rows[np.ndarray]) -> np.ndarray:
         return host.entropy_above > 0
 
     def holds(self, view: View) -> Tensor:
-        """Look at this step alone."""
         return self._distance(view, view.settings.entropy_above) > 0
 
 
@@ -227,22 +217,20 @@ class Converged(Rule):
         self._num_near = self._count()
 
     @classmethod
-    def is_asked(cls, host: Rows[np.ndarray]) -> np.ndarray:
-        """Whether one of its metrics is chosen."""
+    def is_active(cls, host: Rows[np.ndarray]) -> np.ndarray:
         return np.isin(host.converge_metric, [_METRIC[metric] for metric in cls.metrics])
 
     def holds(self, view: View) -> Tensor:
-        """Count steps that are near the one before."""
         is_near = self._is_near(view) & ~view.is_first
         return self._lasts(self._num_near, view.settings.converge_patience, view, is_near)
 
     @abstractmethod
     def _is_near(self, view: View) -> Tensor:
-        """Compare with the step before, and keep what the next one is compared with."""
+        """Compare with the previous step, and store what the next step compares with."""
 
 
 class SameVector(Converged):
-    """The vector that would be fed is near the one before.
+    """The next input vector is close to the previous one.
 
     cosine: 1 - cos; rel_l2: |new - old| / |old|.
     """
@@ -250,14 +238,14 @@ class SameVector(Converged):
     metrics = ("cosine", "rel_l2")
 
     def _is_near(self, view: View) -> Tensor:
-        assert view.vector is not None, "ReasoningParams lets no other mode through"
+        assert view.vector is not None, "check_params lets no other mode through"
         rows, slots, settings = view.row_slots, view.slots, view.settings
         new, old = view.vector.float(), slots.vector[rows].float()
         angle = 1 - torch.cosine_similarity(new, old, dim=-1)
         relative = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(1e-12)
         is_cosine = settings.converge_metric == _METRIC["cosine"]
         is_near = torch.where(is_cosine, angle, relative) < settings.converge_below
-        return is_near & slots.is_vector[rows]  # there is a vector before this one
+        return is_near & slots.is_vector[rows]  # else there is no previous vector
 
 
 class SameToken(Converged):
@@ -280,7 +268,7 @@ class SameDistribution(Converged):
     """The divergence KL(old | new) of the raw next-token distributions is below the bound."""
 
     metrics = ("kl",)
-    # Made when the first request asks for it: it is as large as the logits.
+    # Allocated for the first request that needs it: it is as large as the logits.
     _log_probs: Tensor | None = None  # [num_slots, vocab_size] float32
 
     def _is_near(self, view: View) -> Tensor:
@@ -299,7 +287,7 @@ RULES: tuple[type[Rule], ...] = (
 
 
 class Controller:
-    """Asks the rules that rows have on, in order."""
+    """Checks the active rules of each row, in order."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
@@ -309,7 +297,7 @@ class Controller:
         )
 
     def restart(self, row_slots: Tensor, opens: Tensor) -> None:
-        """Count `min_steps` anew where a block opens; [num_rows] int64, [num_rows] bool."""
+        """Reset the `min_steps` count where a block opens; [num_rows] int64, [num_rows] bool."""
         whole = self._slots.settings(row_slots).min_steps
         self._min_left[row_slots] = torch.where(opens, whole, self._min_left[row_slots])
 
@@ -321,7 +309,7 @@ class Controller:
             host_slots: Their slots, on the host.
 
         Returns:
-            [num_rows] int64, a HaltReason, 0 to go on; None if no row has a rule.
+            [num_rows] int64, a HaltReason, 0 to continue; None if no row has a rule.
         """
         host = self._slots.host(host_slots)
         if not host.may_halt.any():
@@ -329,7 +317,7 @@ class Controller:
         rows = view.row_slots
         halt = torch.zeros_like(rows)
         for rule in self._rules:
-            members = np.flatnonzero(rule.is_asked(host)).tolist()
+            members = np.flatnonzero(rule.is_active(host)).tolist()
             if not members:
                 continue
             at = index_of(members, rows.device)

@@ -1,6 +1,6 @@
-"""What a soft step feeds: ways to average embeddings. A new one is a class and a line in KINDS.
+"""Mixtures that a soft step can feed. A new one is a class and a line in KINDS.
 
-Each works on all rows that asked for it at once.
+Each processes all its rows at once.
 """
 
 from abc import ABC, abstractmethod
@@ -19,32 +19,32 @@ from coconut_serve.reasoning.slots import upload
 _NOISE = {name: choice(MixtureParams, "noise", name) for name in ("gumbel", "dirichlet")}
 _NORM = {name: choice(MixtureParams, "norm", name) for name in ("none", "l2", "embed_mean")}
 _EQUAL = choice(MixtureParams, "weights", "equal")
-_FEW_MIXED = 16  # rows that mix no more tokens than that look up no more
-_FEW_CANDIDATES = 32  # rows whose top-k passes no more than that search for no more
+_FEW_MIXED = 16  # tokens looked up for rows that mix no more
+_FEW_CANDIDATES = 32  # tokens searched for rows whose top-k passes no more
 
 
 def _or_all(number: int, few: int) -> int:
-    """Round a number of tokens up to a few or to all that there may be."""
+    """Round a number of tokens up to `few` or to the maximum."""
     return few if number <= few else MAX_MIXTURE_TOP_K
 
 
 class Mixer(ABC):
-    """One way to make a vector out of a distribution."""
+    """One way to make an input vector from a distribution."""
 
-    needs_sampled: ClassVar[bool] = False  # the drawn token takes part
+    needs_sampled: ClassVar[bool] = False  # the sampled token is mixed in
 
     @classmethod
     def sizes(cls, mixture: MixtureParams) -> tuple[int, ...]:
-        """How wide a row's tensors are. Rows that differ in it are mixed apart.
+        """Return the widths of a row's tensors; rows with different widths are mixed separately.
 
-        It depends on the row's own settings alone, so that batch mates change neither the order
-        of its ties nor how its sums are rounded.
+        They depend only on the row's own settings, so the rest of the batch changes neither how
+        ties are ordered nor how sums are rounded.
         """
         return ()
 
     @abstractmethod
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Mix for each row; all have the same `sizes`."""
+        """Decide each row; all have the same `sizes`."""
 
     def _sizes(self, ctx: StepContext) -> tuple[int, ...]:
         return self.sizes(ctx.params[0].mixture)
@@ -56,13 +56,13 @@ class Mixer(ABC):
         weights: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor | Soft:
-        """Give vectors the length that `norm` asks for.
+        """Scale vectors as the setting `norm` asks.
 
         Args:
             ctx: The rows.
             vector: [num_rows, hidden_size].
             weights: [num_rows, width], of the mixed tokens; None: `norm` l2 changes nothing.
-            ids: [num_rows, width], where a token may occur twice: its weights add up.
+            ids: [num_rows, width], if a token may occur twice: its weights add up.
         """
         if (ctx.host.norm == _NORM["none"]).all():
             return vector
@@ -82,13 +82,13 @@ class Mixer(ABC):
         return vector.then(scale) if isinstance(vector, Soft) else scale(vector)
 
     def _tempered(self, ctx: StepContext) -> Tensor:
-        """Logits divided by the mixture's temperature."""
+        """Divide the logits by the mixture's temperature."""
         assert ctx.logits is not None
         return ctx.logits / ctx.settings.temperature.unsqueeze(1)
 
 
 def _square_mass(weights: Tensor, ids: Tensor | None) -> Tensor:
-    """Sum the squared weights of each row; arguments as Mixer._scale's; [num_rows]."""
+    """Sum the squared weights of each row; arguments as in Mixer._scale; [num_rows]."""
     if ids is None:
         return weights.square().sum(-1)
     is_same = ids.unsqueeze(2) == ids.unsqueeze(1)  # [num_rows, width, width]
@@ -96,20 +96,19 @@ def _square_mass(weights: Tensor, ids: Tensor | None) -> Tensor:
 
 
 class TopK(Mixer):
-    """The likeliest tokens by probability (Soft Thinking, arXiv 2505.15778), maybe with noise.
+    """The likeliest tokens by probability, with optional noise (Soft Thinking, arXiv 2505.15778).
 
     The text of a step is its heaviest token.
     """
 
     @classmethod
     def sizes(cls, mixture: MixtureParams) -> tuple[int, int]:
-        """Candidates, and tokens that are mixed."""
+        """Return the numbers of candidates and of mixed tokens."""
         passing = mixture.filter_top_k or MAX_MIXTURE_TOP_K
         num_mixed = min(passing, mixture.top_k)
         return _or_all(passing, _FEW_CANDIDATES), _or_all(num_mixed, _FEW_MIXED)
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Filter, add noise, average."""
         assert ctx.logits is not None
         settings, temperature = ctx.settings, ctx.settings.temperature
         num_candidates, num_mixed = self._sizes(ctx)
@@ -139,9 +138,9 @@ class TopK(Mixer):
         )
 
     def _add_noise(self, ctx: StepContext, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut to the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after.
+        """Keep the `top_k` heaviest, with Dirichlet noise before and Gumbel noise after.
 
-        Weights and tokens come heaviest first; those that weigh something stay in front.
+        Weights and tokens come heaviest first; nonzero weights stay in front.
         """
         rows, slots, settings = ctx.row_slots, ctx.slots, ctx.settings
         asked, kind = ctx.host.noise, settings.noise.unsqueeze(1)  # [num_rows, 1]
@@ -164,10 +163,9 @@ class TopK(Mixer):
 
 
 class Full(Mixer):
-    """The whole vocabulary, as one matrix product (Soft Tokens, arXiv 2509.19170)."""
+    """The whole vocabulary, in one matrix product (Soft Tokens, arXiv 2509.19170)."""
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Average all embeddings."""
         probs = self._tempered(ctx).softmax(-1)
         vector = self._scale(ctx, Soft(probs, lambda means: means), probs)
         return StepDecision(token=probs.argmax(-1), vector=vector)
@@ -176,16 +174,14 @@ class Full(Mixer):
 class Multiplex(Mixer):
     """Several sampled tokens merged into one input (Multiplex Thinking, arXiv 2601.08808).
 
-    `top_k` draws; the text of a step is the first.
+    It takes `top_k` samples; the text of a step is the first.
     """
 
     @classmethod
     def sizes(cls, mixture: MixtureParams) -> tuple[int]:
-        """Draws."""
         return (_or_all(mixture.top_k, _FEW_MIXED),)
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Draw and average."""
         host, settings = ctx.host, ctx.settings
         weights = self._tempered(ctx).softmax(-1)
         if (host.filter_top_k > 0).any() or (host.top_p < 1).any() or (host.min_p > 0).any():
@@ -199,7 +195,7 @@ class Multiplex(Mixer):
             ids = torch.where(settings.replacement.unsqueeze(1), ids, distinct)
         shares = weights.gather(1, ids)
         is_equal = settings.weights == _EQUAL
-        # Where fewer are left than are drawn, some that the filters dropped fill up.
+        # If the filters leave too few tokens, some of the draws are tokens they dropped.
         shares = torch.where(is_equal.unsqueeze(1) & (shares > 0), 1.0, shares)
         rank = torch.arange(width, device=ids.device)
         shares = torch.where(rank < settings.top_k.unsqueeze(1), shares, 0.0)
@@ -224,21 +220,19 @@ class Multiplex(Mixer):
 
 
 class MixtureOfInputs(Mixer):
-    """The sampled token weighed with the distribution (MoI, arXiv 2505.14827).
+    """The sampled token blended with the distribution (MoI, arXiv 2505.14827).
 
-    w = (H p + (beta + 1 - H) onehot(y)) / (beta + 1), p over the `top_k` likeliest tokens and H
-    its entropy by ln top_k. A negative beta feeds p alone.
+    w = (H p + (beta + 1 - H) onehot(y)) / (beta + 1), with p over the `top_k` likeliest tokens and
+    H its entropy divided by ln top_k. A negative beta feeds p alone.
     """
 
     needs_sampled = True
 
     @classmethod
     def sizes(cls, mixture: MixtureParams) -> tuple[int]:
-        """Candidates, which are all mixed."""
         return (_or_all(mixture.top_k, _FEW_CANDIDATES),)
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Average distribution and sample."""
         assert ctx.logits is not None
         (width,) = self._sizes(ctx)
         count = ctx.settings.top_k
@@ -259,12 +253,11 @@ class MixtureOfInputs(Mixer):
 
 
 class Gated(Mixer):
-    """The sampled token and the distribution through a learned gate (HRPO, arXiv 2505.18454)."""
+    """A learned gate mixes the sampled token's embedding and p E / |p| (HRPO, 2505.18454)."""
 
     needs_sampled = True
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Weigh p E / |p| against the embedding of the sample."""
         probs = self._tempered(ctx).softmax(-1)
 
         def gate(means: Tensor) -> Tensor:
@@ -292,18 +285,18 @@ KINDS: dict[str, type[Mixer]] = {
 
 
 class Mixers:
-    """Mixes rows of any kind, each kind for all its rows at once."""
+    """Mixes rows of any kinds, all rows of one kind at once."""
 
     def __init__(self) -> None:
         self._mixers = {name: kind() for name, kind in KINDS.items()}
 
     @staticmethod
     def step_class(mixture: MixtureParams) -> tuple[str, tuple[int, ...]]:
-        """The kind and its sizes: rows that differ in them are mixed apart."""
+        """Return the kind and its sizes; rows that differ in these are mixed separately."""
         return mixture.kind, KINDS[mixture.kind].sizes(mixture)
 
     def mix(self, ctx: StepContext) -> StepDecision:
-        """Let each kind mix its rows of one size."""
+        """Mix the rows by kind and sizes."""
         kinds = [self.step_class(params.mixture) for params in ctx.params]
         if len(set(kinds)) == 1:
             return self._mixers[kinds[0][0]].mix(ctx)

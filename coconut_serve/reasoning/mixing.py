@@ -14,7 +14,7 @@ from coconut_serve.reasoning.slots import EmbedTokens
 def entropy(log_probs: Tensor) -> Tensor:
     """Compute -sum p ln p in nats; [num_rows, vocab_size] float32 -> [num_rows]."""
     probs = log_probs.exp()
-    # 0 * -inf is 0 here: a token that cannot come adds no entropy.
+    # 0 * -inf is 0 here: an impossible token adds no entropy.
     return -(probs * log_probs.clamp_min(-1e30)).sum(-1)
 
 
@@ -26,7 +26,7 @@ def total_weight(logits: Tensor, temperature: Tensor) -> Tensor:
         temperature: [num_rows] float32.
 
     Returns:
-        [num_rows] float32, the weight of all tokens where the likeliest weighs 1.
+        [num_rows] float32, the total weight relative to the likeliest token's.
     """
     below = logits - logits.amax(-1, keepdim=True)
     return below.div_(temperature.unsqueeze(1)).exp_().sum(-1)
@@ -44,8 +44,8 @@ def filter_candidates(
 ) -> tuple[Tensor, Tensor]:
     """Keep the likeliest tokens by top-k, then top-p, then min-p, renormalised.
 
-    As many candidates as are mixed, or as pass the top-k, are enough for exact results: each
-    filter looks only at likelier tokens. After a top-k the rest of the vocabulary does not
+    The tokens that are mixed, or that pass the top-k, are enough candidates for exact results:
+    each filter depends only on likelier tokens. After a top-k the rest of the vocabulary does not
     matter, so its softmax is not computed.
 
     Args:
@@ -55,7 +55,7 @@ def filter_candidates(
         top_p: [num_rows] float32.
         min_p: [num_rows] float32, relative to the likeliest token.
         total: [num_rows] float32, `total_weight`; needed if any filter_top_k is 0.
-        width: Candidates to look at, where the vocabulary has so many.
+        width: Maximum number of candidates.
 
     Returns:
         Weights [num_rows, width], likeliest first, zero for dropped tokens, and token ids
@@ -101,10 +101,9 @@ def filter_vocabulary(p: Tensor, *, top_k: Tensor, top_p: Tensor, min_p: Tensor)
 
 
 def _top(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The largest `width` of each row and where they are, by chunks where that is faster.
+    """Find the `width` largest logits of each row and their ids, by chunks where that is faster.
 
-    No more than `width` chunks can hold one of the `width` largest: those whose own largest is
-    among the `width` largest of all chunks.
+    The `width` largest lie in at most `width` chunks: those with the largest maxima.
     """
     size = 64
     num_chunks = logits.shape[1] // size
@@ -151,7 +150,7 @@ def gumbel_weights(p: Tensor, temperature: Tensor, u: Tensor, clamp: Tensor) -> 
     Args:
         p: [num_rows, width] float32.
         temperature: [num_rows] float32.
-        u: [num_rows, width] uniform numbers.
+        u: [num_rows, width], uniform in (0, 1).
         clamp: [num_rows, 2] float32, bounds of g (SofT-GRPO, arXiv 2511.06411).
 
     Returns:

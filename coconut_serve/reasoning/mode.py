@@ -1,4 +1,4 @@
-"""What a reasoning mode is: it decides the next input of its thinking rows, all at once."""
+"""The interface of reasoning modes: decide the next input of all thinking rows at once."""
 
 import functools
 import importlib
@@ -25,39 +25,38 @@ from coconut_serve.reasoning.slots import Slots, index_of, take_both
 class StepContext:
     """What a mode sees: the rows of one step that are in its mode.
 
-    Rows whose thinking is over may be among them; the step ignores what is decided for those.
+    They may include rows that no longer think; the step ignores the decisions about those.
     """
 
     slots: Slots
     row_slots: Tensor  # [num_rows] int64
     host_slots: tuple[int, ...]  # the same on the host
     hidden: Tensor  # [num_rows, hidden_size], after the final norm
-    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None where
-    # neither the mode nor a halting rule looks at them
-    raw_logits: Tensor | None  # without bias, penalties and banned tokens; where no row has any,
-    # `logits` itself
-    sampled: Tensor  # [num_rows] int64, drawn as the row's thinking tokens are, -1 for none
+    logits: Tensor | None  # [num_rows, vocab_size] float32, bias and penalties applied; None if
+    # neither the mode nor a halting rule reads them
+    raw_logits: Tensor | None  # without bias, penalties and bans; `logits` itself if no row has any
+    sampled: Tensor  # [num_rows] int64, sampled with the settings for thinking, -1 for none
     embedding: Embedding
     adapters: AdapterBank
-    has_trace: bool = False  # whether some row is traced: `retained_mass` is looked at
+    has_trace: bool = False  # a traced row needs `retained_mass`
 
     @property
     def settings(self) -> Rows[Tensor]:
-        """What each row asks for, by the names of the parameters; [num_rows] or [num_rows, n]."""
+        """Each row's settings by field name; [num_rows] or [num_rows, n]."""
         return self.slots.settings(self.row_slots)
 
     @property
     def host(self) -> Rows[np.ndarray]:
-        """The same on the host, to branch on: `if ctx.host.noise_std.any()`."""
+        """Their host copies, to branch on: `if ctx.host.noise_std.any()`."""
         return self.slots.host(self.host_slots)
 
     @property
     def params(self) -> list[ReasoningParams]:
-        """The same as records, a row each."""
+        """The same settings as one record a row."""
         return [self.slots.admitted[slot].reasoning for slot in self.host_slots]
 
     def select(self, members: list[int]) -> tuple["StepContext", slice | Tensor]:
-        """Take some rows; also their index in a tensor of all."""
+        """Return the context of some rows, and their index in a tensor of all rows."""
         at = index_of(members, self.row_slots.device)
         logits, raw_logits = take_both(self.logits, self.raw_logits, at)
         part = replace(
@@ -72,20 +71,20 @@ class StepContext:
         return part, at
 
     def uniform(self, stream: int, columns: Tensor) -> Tensor:
-        """Draw numbers in (0, 1) that depend on each row's seed alone; see noise.uniform."""
+        """Draw numbers in (0, 1) from each row's own seed; see noise.uniform."""
         slots, rows = self.slots, self.row_slots
         return noise.uniform(slots.seed[rows], slots.num_decisions[rows], stream, columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Soft:
-    """Vectors that need weighted means of all embeddings; a step takes all its means at once."""
+    """Vectors that need weighted means of all embeddings; a step computes all means at once."""
 
     weights: Tensor  # [num_rows, vocab_size] float32
     finish: Callable[[Tensor], Tensor]  # means, [num_rows, hidden_size] -> vectors of that shape
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "Soft":
-        """Apply one more function to the vectors."""
+        """Apply another function to the finished vectors."""
         return Soft(self.weights, lambda means: change(self.finish(means)))
 
 
@@ -93,24 +92,24 @@ class Soft:
 class StepDecision:
     """What a mode decides for each of its rows.
 
-    A halting row feeds its end tokens instead, or answers at once when it has none.
+    A halting row feeds its end tokens instead, or starts its answer if it has none.
     """
 
     token: Tensor  # [num_rows] int64: the text of the step, -1 for none
     vector: Tensor | Soft | None = None  # [num_rows, hidden_size] fed next; None: feed `token`
     is_vector: Tensor | None = None  # [num_rows] bool; None: all rows if `vector` is given
     retained_mass: Tensor | None = None  # [num_rows] float32; None: 1
-    is_switch: Tensor | None = None  # [num_rows] bool, tokens to vectors or back; None: nobody
-    halt: Tensor | None = None  # [num_rows] int64, a HaltReason of the mode's own; None: nobody
+    is_switch: Tensor | None = None  # [num_rows] bool, tokens to vectors or back; None: no row
+    halt: Tensor | None = None  # [num_rows] int64, a HaltReason of the mode's own; None: no row
 
 
 def settle(
     vectors: Sequence[Tensor | Soft | None], mean: Callable[[Tensor], Tensor]
 ) -> list[Tensor | None]:
-    """Finish soft vectors with one matrix product for all of them.
+    """Finish all soft vectors with one matrix product.
 
     Args:
-        vectors: Of one decision each.
+        vectors: One for each decision.
         mean: Embedding.mean.
     """
     weights = [each.weights for each in vectors if isinstance(each, Soft)]
@@ -122,10 +121,10 @@ def settle(
 
 
 def merge(parts: Sequence[tuple[slice | Tensor, StepDecision]], hidden: Tensor) -> StepDecision:
-    """Join decisions about parts of some rows into one about all of them.
+    """Merge decisions about parts of the rows into one about all rows.
 
     Args:
-        parts: Where the rows of each part are, and its decision; all feed vectors.
+        parts: The index of each part's rows, and its decision, which must feed vectors.
         hidden: [num_rows, hidden_size], of all rows.
     """
 
@@ -166,32 +165,32 @@ def merge(parts: Sequence[tuple[slice | Tensor, StepDecision]], hidden: Tensor) 
 class ReasoningMode(ABC):
     """One way of thinking. It never sees requests, blocks, positions, HTTP or vLLM.
 
-    Settings are columns that a mode reads (`ctx.settings`, `ctx.host`); what changes is state that
-    it registers with the slots, which say what an admission sets it to and keep it over
-    preemptions. `decide` runs once a step for all rows of the mode and must not wait for the
-    device: no .item(), no .cpu(), no Python branch on a tensor.
+    A mode reads settings as columns (`ctx.settings`, `ctx.host`). It registers its state with the
+    slots, which initialise it on admission and preserve it across preemptions. `decide` runs once
+    a step for all rows of the mode and must not wait for the device: no .item(), no .cpu(), no
+    Python branch on a tensor.
     """
 
     name: ClassVar[str]
     is_tempered: ClassVar[bool] = False  # True: entropy is taken at the mixture's temperature
-    takes_samples: ClassVar[bool] = False  # True: every step is the drawn token, whatever it is
+    takes_samples: ClassVar[bool] = False  # True: every step feeds the sampled token
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:
-        """Whether thinking steps look at logits; False lets rows skip the output head."""
+        """Whether thinking steps read logits; False lets rows skip the output head."""
         return True
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
-        """Whether thinking steps draw a token."""
+        """Whether thinking steps sample a token."""
         return False
 
     @classmethod
     def step_class(cls, params: ReasoningParams) -> StepClass:
-        """What the mode's kernels depend on; rows that differ in it are decided apart."""
+        """Return what the mode's kernels depend on; a step sorts its rows by it."""
         return (params.adapter,)
 
     @abstractmethod
@@ -212,7 +211,7 @@ def load_mode(name: str) -> type[ReasoningMode]:
 
 
 def needs_of(params: ReasoningParams) -> Needs:
-    """What thinking steps with these settings use."""
+    """Return what thinking steps with these settings use."""
     mode, has_text = load_mode(params.mode), properties_of(params.mode).has_text
     return Needs(
         logits=mode.needs_logits(params) or params.halt.needs_logits(has_text=has_text),

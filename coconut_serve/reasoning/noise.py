@@ -1,7 +1,7 @@
-"""Counter-based randomness: a row's noise depends on its seed and counters alone.
+"""Counter-based randomness: a row's noise depends only on its seed and counters.
 
-Each number is a hash of (seed, decision, stream, column), so it is the same whatever else is in
-the batch, after preemption, and on every device. The hash is splitmix64's finaliser
+Each number is a hash of (seed, decision, stream, column), so it is the same in any batch, after
+preemption, and on every device. The hash is splitmix64's finaliser
 (Steele et al., 2014, "Fast splittable pseudorandom number generators").
 """
 
@@ -19,11 +19,11 @@ DRAW_STREAM = 7
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_GAMMA_TRIES = 8  # a try is refused with p < 0.05, so all eight with p < 4e-11
+_GAMMA_TRIES = 8  # each try is rejected with p < 0.05, so all eight with p < 4e-11
 
 
 def _wrap(x: int) -> int:
-    """Reduce to a signed 64-bit integer, as the device's arithmetic does."""
+    """Wrap to a signed 64-bit integer, as arithmetic on the device does."""
     return (x + 2**63) % 2**64 - 2**63
 
 
@@ -44,9 +44,9 @@ def uniform(seed: Tensor, counter: Tensor, stream: int, columns: Tensor) -> Tens
     Args:
         seed: [num_rows] int64.
         counter: [num_rows] int64, the row's decision number.
-        stream: Keeps the uses of randomness within a decision apart.
-        columns: [num_rows or 1, width] int64, what each number is for: a token id, say. Not its
-            rank: rounding may swap the ranks of two tokens, and must not swap their noise.
+        stream: Separates the uses of randomness within a decision.
+        columns: [num_rows or 1, width] int64, what each number is for, such as a token id. Not the
+            token's rank: rounding may swap the ranks of two tokens, and must not swap their noise.
 
     Returns:
         [num_rows, width] float32, multiples of 2**-23 moved off 0 and 1.
@@ -63,7 +63,7 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def normal(seed: Tensor, counter: Tensor, stream: int, columns: Tensor) -> Tensor:
-    """Draw standard normal numbers (Box and Muller, 1958); arguments and shape as `uniform`."""
+    """Draw standard normal numbers (Box and Muller, 1958); arguments and shape as in `uniform`."""
     radius = torch.sqrt(-2.0 * torch.log(uniform(seed, counter, stream, 2 * columns)))
     return radius * torch.cos(2 * torch.pi * uniform(seed, counter, stream, 2 * columns + 1))
 

@@ -6,13 +6,13 @@ from typing import Any
 from coconut_serve.params import ReasoningParams
 from coconut_serve.types import Request
 
-# What a step's kernels depend on; rows sorted by it are runs, which are sliced, not gathered.
+# What a step's kernels depend on. Sorting rows by it makes equal ones a slice, not a gather.
 StepClass = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a client wants to know of each step, beyond the token."""
+    """What a client wants reported of each step, besides the token."""
 
     num_logprobs: int | None = None  # of answer tokens; None: off
     trace_top_k: int | None = None  # of thinking steps; None: no trace; 0: no logit lens
@@ -20,7 +20,6 @@ class Wanted:
 
     @classmethod
     def read(cls, request: Request) -> "Wanted":
-        """Read it off a request."""
         params = request.reasoning
         has_trace = params.steps > 0 and params.trace != "none"
         return cls(
@@ -31,17 +30,17 @@ class Wanted:
 
     @property
     def of_answers(self) -> "Wanted":
-        """What is left of it once the thinking phase is over."""
+        """What remains of it in the answer phase."""
         return replace(self, trace_top_k=None, wants_vector=False)
 
     @property
     def has_scores(self) -> bool:
-        """Whether log-probabilities are needed for it."""
+        """Whether it needs log-probabilities."""
         return self.num_logprobs is not None or self.trace_top_k is not None
 
     @property
     def num_top(self) -> int:
-        """Likeliest tokens that a report of it holds."""
+        """Number of likeliest tokens in the report."""
         least = 0 if self.trace_top_k is None else 1  # the likeliest gives max_prob
         return max(self.num_logprobs or 0, self.trace_top_k or 0, least)
 
@@ -55,14 +54,14 @@ class Needs:
 
     logits: bool = False  # its mode or a halting rule reads them
     sampled: bool = False  # each step draws a token
-    step_class: StepClass = ()  # equal for requests that a step treats alike
+    step_class: StepClass = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlan:
-    """What the host knows of one row before the step; it never waits for a tensor to know it.
+    """What the host knows of one row before the step, without waiting for a tensor.
 
-    Every flag may be True without need: that costs time, not exactness.
+    Any flag may be True needlessly: that costs time, not exactness.
     """
 
     slot: int
@@ -71,9 +70,9 @@ class RowPlan:
     may_think: bool  # False once the host has seen the phase end
     asks_mode: bool  # its mode decides: it may think, or mixes its answer
     needs_logits: bool
-    needs_sampled: bool  # a token is drawn from the logits
-    thinks_on_logits: bool = False  # the mode, if asked, or a halting rule looks at them
-    draws_apart: bool = False  # thinking tokens are drawn otherwise than those of the answer
+    needs_sampled: bool  # samples a token from the logits
+    thinks_on_logits: bool = False  # the mode, if asked, or a halting rule reads them
+    draws_apart: bool = False  # thinking tokens are sampled with settings of their own
     wanted: Wanted = NOTHING
 
 
@@ -93,16 +92,16 @@ def plan_row(
     """Plan the next decision of one row.
 
     Args:
-        params: Its request's.
-        needs: The same request's.
-        slot: Where its state is.
+        params: The request's settings.
+        needs: What the request's thinking steps use.
+        slot: The row's slot.
         num_steps: Thinking steps so far.
         may_think: The row may still be in a thinking phase.
         may_answer: This step may make an answer token.
         has_own_draw: Thinking tokens have sampling settings of their own.
-        is_sampled: A token is drawn in this step.
-        is_read: The draw or a report reads the logits.
-        wanted: What the client wants to know of this step.
+        is_sampled: This step samples a token.
+        is_read: Sampling or a report reads the logits.
+        wanted: What the client wants reported of this step.
     """
     asks_mode = may_think or (params.mixture.in_answer and may_answer)
     thinks_on_logits = asks_mode and needs.logits

@@ -1,4 +1,4 @@
-"""The host's side of one sequence, in every engine: plan a step, follow its result.
+"""The host side of one sequence, in every engine: plan each step, record its result.
 
 Importing this loads no torch.
 """
@@ -32,14 +32,14 @@ class RowResult:
 
 
 class Progress:
-    """How far a sequence has thought and answered, and what that has come to.
+    """Tracks the phase, budgets and totals of one sequence.
 
-    Engines set what they alone know: `num_forward_passes`, `num_cached_tokens`, `num_preemptions`
-    and `queue_seconds`.
+    The engine sets what only it knows: `num_forward_passes`, `num_cached_tokens`,
+    `num_preemptions` and `queue_seconds`.
 
     Args:
-        request: What is generated.
-        needs: What its thinking steps use; only `plan` reads it.
+        request: The request to generate.
+        needs: What its thinking steps use; only `plan` and `step_class` read it.
     """
 
     def __init__(self, request: Request, needs: Needs | None = None) -> None:
@@ -55,23 +55,19 @@ class Progress:
         self._wanted = Wanted.read(request)
         self._wanted_of_answers = self._wanted.of_answers
         self._num_blocks_left = 0 if opens_at_once else params.max_blocks  # that may still open
-        self._is_cut_short = False  # the switches were spent
+        self._is_cut_short = False  # `max_switches` ended the phase
         self._num_output_tokens = self._num_steps = self._num_vector_steps = 0
         self._num_forced_tokens = self._num_switches = 0
 
     @property
     def step_class(self) -> StepClass:
-        """Where the row stands among those of its step, to be sorted by."""
+        """The key by which a step sorts its rows."""
         needs = self._needs
         own = (needs.sampled, needs.logits, needs.step_class) if self.is_thinking else ()
         return (not self.is_thinking, *own)
 
     def plan(self, slot: int) -> RowPlan:
-        """Plan the next decision.
-
-        Args:
-            slot: Where the sequence's state is.
-        """
+        """Plan the next decision of the sequence in `slot`."""
         params, thinks = self.request.reasoning, self.is_thinking
         may_leave = not thinks or self.num_steps_left <= 0 or params.halt.may_halt
         may_answer = may_leave and self.num_forced_left == 0
@@ -91,14 +87,14 @@ class Progress:
         )
 
     def advance(self, result: RowResult, *, is_last: bool = False) -> RequestOutput:
-        """Follow one decision.
+        """Record one decision.
 
         Args:
-            result: What was decided. One that stops the sequence is not counted.
+            result: The decision. One that stops the sequence is not counted.
             is_last: The engine has no room for another.
 
         Returns:
-            What it adds for the client; with a finish reason if the sequence is over.
+            What the decision adds for the client, with a finish reason if the sequence is over.
         """
         finish_reason: FinishReason | None = None
         stop_reason = self._stop_reason(result)
@@ -148,7 +144,7 @@ class Progress:
             self._open_block(result.token_id)
 
     def _open_block(self, token_id: int | None) -> None:
-        """Think anew if the model said so."""
+        """Start another thinking phase if the token opens one."""
         params = self.request.reasoning
         if token_id == params.enter_token_id:
             self.is_thinking = True

@@ -1,7 +1,7 @@
-"""Which reasoning modes exist, and what tells them apart. Importing this loads no torch.
+"""The reasoning modes and their properties. Importing this loads no torch.
 
-A new mode is one file in modes/ and one line here. Everybody else asks for properties: outside of
-this file, modes/ and presets no mode has a name.
+A new mode is one file in modes/ and one line here. All other code reads the properties: only this
+file, modes/ and presets name a mode.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _MODES_OF_PACKAGE = "coconut_serve.reasoning.modes"
 
 
 class Feeds(StrEnum):
-    """What a thinking step feeds back; the value labels rows that are fed it in metrics."""
+    """What a thinking step feeds back; in metrics, the value labels the rows fed with it."""
 
     TOKEN = "decode"
     HIDDEN = "latent"  # the hidden state, or what an adapter makes of it
@@ -23,17 +23,17 @@ class Feeds(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModeProperties:
-    """What others must know of a mode; its class says the rest."""
+    """What other code must know of a mode without loading its class."""
 
     where: str  # module:Class
     feeds: Feeds = Feeds.HIDDEN
     thinks: bool = True  # False: there is no thinking phase
-    switches: bool = False  # steps may feed tokens in between
-    settings: tuple[str, ...] = ()  # of `reasoning`, that this mode alone looks at
+    switches: bool = False  # some steps may feed tokens
+    settings: tuple[str, ...] = ()  # of `reasoning`, read by this mode alone
 
     @property
     def feeds_vectors(self) -> bool:
-        """Whether steps feed vectors; else every input is a token that clients see."""
+        """Whether steps feed vectors; otherwise every input is a token that clients see."""
         return self.feeds is not Feeds.TOKEN
 
     @property
@@ -48,7 +48,7 @@ class ModeProperties:
 
     @property
     def thinks_in_text(self) -> bool:
-        """Whether thoughts are plain tokens, as any text that goes on."""
+        """Whether thoughts are ordinary text."""
         return self.thinks and self.feeds is Feeds.TOKEN
 
 
@@ -72,12 +72,12 @@ NO_THINKING = "none"
 
 
 def mode_names() -> tuple[str, ...]:
-    """Name every mode, in the order users see."""
+    """Return the names of all modes, in the order users see."""
     return tuple(_MODES)
 
 
 def properties_of(name: str) -> ModeProperties:
-    """What tells a mode apart.
+    """Return the properties of a mode.
 
     Raises:
         KeyError: No mode has this name.
@@ -86,15 +86,15 @@ def properties_of(name: str) -> ModeProperties:
 
 
 def untrained_modes() -> tuple[str, ...]:
-    """The modes that any model can be asked for: hidden states need training or an adapter."""
+    """Return the modes that work with any model; hidden states need training or an adapter."""
     return tuple(name for name, own in _MODES.items() if own.feeds is not Feeds.HIDDEN)
 
 
 def check_params(params: ReasoningParams) -> None:
-    """Check what settings must agree on with their mode.
+    """Check settings against their mode.
 
     Raises:
-        InvalidRequestError: They do not; `param` names the setting.
+        InvalidRequestError: One does not suit the mode; `param` names it.
     """
     mode, own = params.mode, properties_of(params.mode)
     require(own.thinks or params.steps == 0, "reasoning.steps", f"must be 0 in mode {mode}")

@@ -1,10 +1,10 @@
-"""What a step tells the host: one float32 matrix, a row each, and how to read it.
+"""What a step reports to the host: one float32 matrix with one row for each row of the step.
 
-The columns: token (-1 for none), phase, is_vector, halt reason, is_switch; where scores are
-wanted also the token's log-probability, entropy, norm, cosine and retained mass, then pairs (id,
-log-probability) of the likeliest tokens; where vectors are wanted, MAX_LOGPROBS pairs and then
-the vector. A row therefore reads the same from a wider matrix, whatever its batch mates want.
-float32 holds token ids below 2**24 without loss.
+Its columns: token (-1 for none), phase, is_vector, halt reason, is_switch; if scores are wanted,
+also the token's log-probability, entropy, norm, cosine and retained mass, then pairs (id,
+log-probability) of the likeliest tokens; if vectors are wanted, MAX_LOGPROBS pairs and then the
+vector. A row therefore reads the same from a wider matrix, whatever other rows want.
+float32 represents token ids below 2**24 exactly.
 """
 
 import math
@@ -25,7 +25,7 @@ _PAIRS_AT = _NUM_FLAGS + _NUM_SCORES
 
 
 def width(wanted: Wanted, hidden_size: int) -> int:
-    """Columns that a row with these wishes reads."""
+    """Return how many columns a row reads."""
     if not wanted.has_scores:
         return _NUM_FLAGS
     if wanted.wants_vector:
@@ -34,11 +34,11 @@ def width(wanted: Wanted, hidden_size: int) -> int:
 
 
 def pack(step: StepRows, inputs: Tensor) -> Tensor:
-    """Put all the host needs into one matrix.
+    """Pack all that the host needs into one matrix.
 
     Args:
-        step: Decided.
-        inputs: [num_rows, hidden_size], what was fed at these positions (for traces).
+        step: The decided step.
+        inputs: [num_rows, hidden_size], the inputs at these positions (for traces).
 
     Returns:
         [num_rows, width] float32, on the device.
@@ -59,7 +59,7 @@ def pack(step: StepRows, inputs: Tensor) -> Tensor:
 
 
 def _scores(step: StepRows, scored: list[int], inputs: Tensor, num_top: int) -> Tensor:
-    """Five scalars and `num_top` pairs for each of `scored`."""
+    """Compute five scalars and `num_top` pairs for each of `scored`."""
     log_probs = step.logits_of(scored, is_raw=True).log_softmax(-1)
     token = step.select(step.token, scored).clamp_min(0).unsqueeze(1)
     is_vector = step.select(step.is_vector, scored).unsqueeze(1)
@@ -73,7 +73,7 @@ def _scores(step: StepRows, scored: list[int], inputs: Tensor, num_top: int) -> 
     ]
     top, ids = log_probs.topk(min(num_top, log_probs.shape[1]), dim=-1)
     pairs = torch.stack([ids.float(), top], dim=2).flatten(1)
-    missing = 2 * num_top - pairs.shape[1]  # of a vocabulary that small
+    missing = 2 * num_top - pairs.shape[1]  # if the vocabulary is smaller
     pairs = torch.nn.functional.pad(pairs, (0, missing), value=-math.inf)
     return torch.cat([torch.stack(scalars, 1), pairs], dim=1)
 

@@ -1,7 +1,6 @@
-"""Batched sampling in which each row's result depends on that row alone.
+"""Batched sampling in which each row's token depends on that row alone.
 
-Every operation works along the vocabulary, so a row's token is the same in any batch; its noise
-comes from its own seed (noise.py).
+Every operation works along the vocabulary, and noise comes from the row's own seed (noise.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +15,11 @@ from coconut_serve.reasoning import noise
 from coconut_serve.reasoning.settings import Admission, Rows
 from coconut_serve.reasoning.slots import Slots, index_of, upload
 
-_NUM_CANDIDATES = 512  # likeliest tokens looked at before sorting the whole vocabulary (CPU)
+_NUM_CANDIDATES = 512  # likeliest tokens tried before sorting the whole vocabulary (CPU)
 
 
 class LogitChange(NamedTuple):
-    """A number to add to one logit; with `until`, while stop tokens are forbidden by min_tokens."""
+    """A number to add to one logit; with `until`, only while min_tokens forbids stop tokens."""
 
     row: int
     token_id: int
@@ -31,7 +30,7 @@ class LogitChange(NamedTuple):
 def min_tokens_changes(
     row: int, stop_token_ids: Iterable[int], min_tokens: int
 ) -> list[LogitChange]:
-    """Forbid a row's stop tokens until its answer has min_tokens."""
+    """Forbid a row's stop tokens until its answer has `min_tokens` tokens."""
     ids = stop_token_ids if min_tokens else ()
     return [LogitChange(row, i, -torch.inf, min_tokens) for i in ids]
 
@@ -39,16 +38,16 @@ def min_tokens_changes(
 def apply_changes(
     logits: Tensor, changes: list[LogitChange], slots: Slots, row_slots: Tensor
 ) -> Tensor:
-    """Add to some logits.
+    """Add the changes to the logits.
 
     Args:
         logits: [num_rows, vocab_size] float32; not modified.
         changes: In any order.
-        slots: Where the rows' counters are.
+        slots: Hold the rows' counters.
         row_slots: [num_rows] int64.
 
     Returns:
-        [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
+        [num_rows, vocab_size] float32, `logits` itself if there are no changes.
     """
     if not changes:
         return logits
@@ -63,12 +62,12 @@ def apply_changes(
     return logits.index_put((at, column), added, accumulate=True)
 
 
-class Drawer:
-    """Draws tokens by each slot's temperature, filters and seed.
+class TokenSampler:
+    """Samples tokens with each slot's temperature, filters and seed.
 
     Args:
         slots: The engine's slots.
-        name: Which of a slot's settings it reads: answer or thinking.
+        name: The sampling settings to read: answer or thinking.
     """
 
     def __init__(self, slots: Slots, name: str) -> None:
@@ -81,7 +80,7 @@ class Drawer:
     def sample(
         self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Draw one token a row.
+        """Sample one token for each row.
 
         Args:
             logits: [num_rows, vocab_size] float32, adjusted.
@@ -89,8 +88,8 @@ class Drawer:
             host_slots: The same on the host.
 
         Returns:
-            [num_rows] int64; [num_rows] bool, whether NaN or Inf among the logits made the draw
-            mean nothing, or no token was fit.
+            [num_rows] int64; [num_rows] bool, whether the sample is invalid: the logits have NaN
+            or Inf, or every token is forbidden.
         """
         host = self._slots.host(host_slots, self._prefix)
         drawn = logits.argmax(-1)  # of NaN, if there is one
@@ -107,7 +106,7 @@ class Drawer:
         return (logits / self._settings(row_slots).temperature.unsqueeze(1)).softmax(-1)
 
     def _uniform(self, row_slots: Tensor, columns: Tensor) -> Tensor:
-        """Numbers in (0, 1) of this decision; [num_rows, width]."""
+        """Draw this decision's numbers in (0, 1); [num_rows, width]."""
         counter = self._slots.num_decisions[row_slots]
         return noise.uniform(self._settings(row_slots).seed, counter, noise.SAMPLE_STREAM, columns)
 
@@ -119,13 +118,13 @@ class Drawer:
         return (cumulative <= target).sum(-1).clamp_max(cumulative.shape[1] - 1)
 
     def _draw_filtered(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        """The same over the tokens that top-k, then top-p, then min-p leave."""
+        """Sample from the tokens that top-k, then top-p, then min-p leave."""
         probs = self._probs(logits, row_slots)
         if probs.is_cuda or probs.shape[1] <= _NUM_CANDIDATES:
             p, ids = probs.sort(dim=-1, descending=True, stable=True)
             return self._draw_sorted(p, ids, row_slots)
-        # On the CPU a partial sort is many times cheaper, and looking at it waits for nothing.
-        # Each row chooses for itself, so batch mates do not change how its ties are ordered.
+        # On the CPU a partial sort is many times cheaper, and reading its result needs no sync.
+        # Each row decides for itself, so the batch does not change how its ties are ordered.
         p, ids = probs.topk(_NUM_CANDIDATES, dim=-1)
         settings = self._settings(row_slots)
         top_k, top_p = settings.top_k, settings.top_p
@@ -140,10 +139,10 @@ class Drawer:
         return drawn
 
     def _draw_sorted(self, p: Tensor, ids: Tensor, row_slots: Tensor) -> Tensor:
-        """Filter and draw from probabilities [num_rows, width] in falling order.
+        """Filter and sample from probabilities [num_rows, width] in descending order.
 
-        The largest of ln p + Gumbel noise, which belongs to the token: rounding that swaps ranks
-        or moves a token across a bound changes the draw only where that token would win.
+        Takes the largest ln p + Gumbel noise. The noise belongs to the token, so rounding that
+        swaps ranks or moves a token across a bound matters only if that token would win.
         """
         settings = self._settings(row_slots)
         top_k, top_p = settings.top_k.unsqueeze(1), settings.top_p.unsqueeze(1)
@@ -159,22 +158,22 @@ class Drawer:
 
 
 class BadWords:
-    """Keeps rows from completing sequences of tokens that they must not say (vLLM's bad_words).
+    """Keeps rows from completing forbidden token sequences (vLLM's bad_words).
 
-    The last token of a sequence is forbidden where the tokens before it are the row's last ones,
-    thoughts and forced tokens included; a step without text interrupts every sequence.
+    Forbids the last token of a sequence when the row's latest tokens, thoughts and forced tokens
+    included, are those before it. A step without text interrupts every sequence.
     """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._said: Tensor | None = None  # [num_slots, MAX_BAD_WORD_TOKENS] int64, latest last;
-        # -1: no token. Made when the first request with bad words comes
+        # -1: no token. Allocated for the first request with bad words
 
     def _words(self, slot: int) -> tuple[tuple[int, ...], ...]:
         return self._slots.admitted[slot].sampling.bad_words
 
     def clear(self, admissions: Sequence[Admission]) -> None:
-        """Forget what the last owners of slots said."""
+        """Forget the tokens of the slots' previous sequences."""
         for each in admissions:
             if each.sampling.bad_words:
                 if self._said is None:
@@ -184,12 +183,12 @@ class BadWords:
                 self._said[each.slot] = -1
 
     def forbid(self, logits: Tensor, row_slots: Tensor, host_slots: tuple[int, ...]) -> Tensor:
-        """Take the tokens that would complete a sequence away; arguments as Sampler.adjust's."""
+        """Forbid tokens that would complete a sequence; arguments as in AnswerSampler.adjust."""
         found = [(row, word) for row, slot in enumerate(host_slots) for word in self._words(slot)]
         if not found or self._said is None:
             return logits
         width = max(len(word) for _, word in found) - 1
-        # -2 stands in front of a beginning that is shorter than the longest.
+        # Beginnings are padded in front with -2, which matches anything.
         begins = [(-2,) * (width + 1 - len(word)) + word[:-1] for _, word in found]
         begin = upload([i for each in begins for i in each], logits.device).view(len(found), width)
         rows = upload([row for row, _ in found], logits.device)  # [num_words]
@@ -199,34 +198,34 @@ class BadWords:
         added = torch.where(is_said, -torch.inf, 0.0)
         return logits.index_put((rows, last), added, accumulate=True)
 
-    def note(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
-        """Follow what rows say; [num_rows] int64, -1 for a step without text."""
+    def record(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
+        """Record each row's token; [num_rows] int64, -1 for a step without text."""
         if self._said is None or not any(map(self._words, host_slots)):
             return
         kept = self._said[row_slots][:, 1:]
         self._said[row_slots] = torch.cat([kept, tokens.unsqueeze(1)], dim=1)
 
 
-class Sampler(Drawer):
-    """Draws answers: adds penalties, with the token counts they need, and changes of logits."""
+class AnswerSampler(TokenSampler):
+    """Samples answer tokens after adjusting the logits; counts tokens for the penalties."""
 
     def __init__(self, slots: Slots, vocab_size: int) -> None:
         super().__init__(slots, "answer")
         self._shape = slots.num_slots, vocab_size
-        # Made when the first request with penalties comes: they are as large as the logits.
+        # Allocated for the first request with penalties: they are as large as the logits.
         self._counts: Tensor | None = None  # [num_slots, vocab_size] int32, emitted tokens
         self._is_in_prompt: Tensor | None = None  # [num_slots, vocab_size] bool
-        self._is_allowed: Tensor | None = None  # the same; where allowed_token_ids is given
+        self._is_allowed: Tensor | None = None  # the same, for allowed_token_ids
         self.bad_words = BadWords(slots)
 
     def admit(self, admissions: Sequence[Admission]) -> None:
-        """Set slots up for new sequences, all that a step admits."""
+        """Set up the slots of all sequences that a step admits."""
         self.bad_words.clear(admissions)
         penalised = [each for each in admissions if each.sampling.has_penalties]
         bounded = [each for each in admissions if each.sampling.allowed_token_ids]
         if penalised and self._counts is None:
             self._counts = self._slots.register_large("token_counts", torch.int32, self._shape[1])
-        for each in penalised:  # before a snapshot brings its own counts back
+        for each in penalised:  # before a snapshot restores its own counts
             assert self._counts is not None
             self._counts[each.slot] = 0
         prompts = self._flat_ids(penalised, lambda each: each.prompt_token_ids)
@@ -238,14 +237,14 @@ class Sampler(Drawer):
     def _flat_ids(
         self, admissions: Sequence[Admission], ids: Callable[[Admission], tuple[int, ...]]
     ) -> list[int]:
-        """Where the ids of slots are in a flat [num_slots, vocab_size]."""
+        """Return the indices of the slots' ids in a flat [num_slots, vocab_size]."""
         size = self._shape[1]
         return [each.slot * size + i for each in admissions for i in ids(each)]
 
     def _mark(
         self, mask: Tensor | None, admissions: Sequence[Admission], at: Tensor
     ) -> Tensor | None:
-        """Set slots' rows of a mask, made when it is first needed, at their ids alone."""
+        """Set the slots' rows of a mask at the given ids only; allocates the mask on first use."""
         if not admissions:
             return mask
         if mask is None:
@@ -264,7 +263,7 @@ class Sampler(Drawer):
             host_slots: The same on the host.
 
         Returns:
-            [num_rows, vocab_size] float32, `logits` itself where there is nothing to apply.
+            [num_rows, vocab_size] float32, `logits` itself if there is nothing to apply.
         """
         params = [self._slots.admitted[slot].sampling for slot in host_slots]
         has_allowed = [bool(p.allowed_token_ids) for p in params]
@@ -283,7 +282,7 @@ class Sampler(Drawer):
         return self.bad_words.forbid(logits, row_slots, host_slots)
 
     def _penalise(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        """Repetition over prompt and output (CTRL, arXiv 1909.05858); the others over output."""
+        """Penalise repetition of prompt and output (CTRL, arXiv 1909.05858); others: of output."""
         assert self._counts is not None
         assert self._is_in_prompt is not None
         settings = self._settings(row_slots)
@@ -297,7 +296,7 @@ class Sampler(Drawer):
         return torch.where(settings.has_penalties.unsqueeze(1), changed, logits)
 
     def count(self, row_slots: Tensor, host_slots: tuple[int, ...], tokens: Tensor) -> None:
-        """Note emitted tokens for the penalties.
+        """Count emitted tokens for the penalties.
 
         Args:
             row_slots: [num_rows] int64.

@@ -1,8 +1,8 @@
-"""What a request asks of its slot, as columns of one table.
+"""The settings of each slot's request, as columns of one table.
 
-Settings, the constants of a request, are read off the parameter records: every field and every
-property that is a number, a flag, a choice or a short list. Choices are stored as their index,
-None as -1. `Slots` keeps the table on the device and a mirror of it on the host.
+The columns are derived from the parameter records: every field and property that is a number, a
+flag, a choice or a short list. Choices are stored as their index, None as -1. `Slots` keeps the
+table on the device and a mirror of it on the host.
 """
 
 import struct
@@ -28,7 +28,7 @@ from coconut_serve.types import Request
 
 T = TypeVar("T", Tensor, np.ndarray)
 WORD_BYTES = 8
-NO_ID = -2  # fills lists of token ids up; -1 is a step without text
+NO_ID = -2  # pads lists of token ids; -1 is a step without text
 _FORMATS = {torch.int64: "q", torch.float32: "f", torch.bool: "?"}
 _HOST = {torch.int64: np.int64, torch.float32: np.float32, torch.bool: np.bool_}
 _KINDS = {int: torch.int64, float: torch.float32, bool: torch.bool}
@@ -36,7 +36,7 @@ _KINDS = {int: torch.int64, float: torch.float32, bool: torch.bool}
 
 @dataclass(frozen=True, slots=True)
 class SlotSnapshot:
-    """The state of a preempted sequence, to go on in another slot."""
+    """The state of a preempted sequence, to resume in any slot."""
 
     row: Tensor  # [num_state_words] int64
     buffers: Mapping[str, Tensor]  # name of a large buffer -> that slot's row
@@ -51,16 +51,15 @@ class Admission:
     seed: int = 0  # of all noise of the thinking phase
     reasoning: ReasoningParams = field(default_factory=ReasoningParams)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    thinking: SamplingParams | None = None  # draws thinking tokens; None: `sampling` does
+    thinking: SamplingParams | None = None  # of thinking tokens; None: as `sampling`
     prompt_token_ids: tuple[int, ...] = ()  # for the repetition penalty
     hidden_token_id: int = 0  # vLLM: stands for a step without text
-    failure_token_id: int = -1  # vLLM: ends a row that goes numerically wrong; -1: none
+    failure_token_id: int = -1  # vLLM: ends a row with NaN or Inf; -1: none
     counts_steps: bool = True  # False: another engine samples until the steps are spent
-    snapshot: SlotSnapshot | None = None  # where it goes on after a preemption
+    snapshot: SlotSnapshot | None = None  # to resume from after a preemption
 
     @classmethod
     def read(cls, slot: int, request: Request, snapshot: SlotSnapshot | None = None) -> "Admission":
-        """Read it off a request."""
         return cls(
             slot=slot,
             next_token_id=request.prompt_token_ids[-1],
@@ -74,21 +73,20 @@ class Admission:
 
     @property
     def draws(self) -> SamplingParams:
-        """How thinking tokens are drawn."""
+        """How to sample thinking tokens."""
         return self.thinking or self.sampling
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where a value stands in the rows of a table of 8-byte words."""
+    """The place of a value in the rows of a table of 8-byte words."""
 
     offset: int  # in words
     dtype: torch.dtype
-    width: int | None  # None: one number, no list
+    width: int | None  # None: a number, not a list
 
     @property
     def num_words(self) -> int:
-        """Words it takes."""
         return -(-(self.width or 1) * self.dtype.itemsize // WORD_BYTES)
 
     @property
@@ -104,7 +102,7 @@ class Column:
         return words[:, 0] if self.width is None else words[:, : self.width]
 
     def of_host(self, table: np.ndarray) -> np.ndarray:
-        """View the same of a table on the host."""
+        """View the column of a table on the host; shapes as in `of`."""
         words: np.ndarray = table[:, self.offset : self.offset + self.num_words]
         words = words.view(_HOST[self.dtype])
         return words[:, 0] if self.width is None else words[:, : self.width]
@@ -129,7 +127,7 @@ class Layout:
         """Append a column.
 
         Raises:
-            ValueError: There is one of that name.
+            ValueError: The name is taken.
         """
         if name in self.columns:
             raise ValueError(f"slot column {name!r} exists")
@@ -140,13 +138,12 @@ class Layout:
         return column
 
     def pack(self, admission: Admission) -> bytes:
-        """Fill a row."""
         values = [value for read in self._reads for value in read(admission)]
         return struct.pack(self._format, *values)
 
 
 class Rows(Generic[T]):
-    """Columns of some rows; an attribute each, gathered when it is read."""
+    """Columns of some rows, as attributes that gather when read."""
 
     def __init__(self, columns: Mapping[str, T], rows: Tensor | list[int], prefix: str) -> None:
         self._columns: Mapping[str, T] = columns
@@ -162,7 +159,7 @@ class Rows(Generic[T]):
 
 
 def settings_layout() -> Layout:
-    """Read the columns off the parameter records; the slot comes first."""
+    """Derive the columns from the parameter records; the slot comes first."""
     layout = Layout()
     for each in fields(Admission):
         _add(layout, each.name, Setting(doc="", type=_TYPES[each.name]), attrgetter(each.name))
@@ -174,7 +171,7 @@ def settings_layout() -> Layout:
 
 
 _TYPES = get_type_hints(Admission)
-_RECORDS: tuple[tuple[str, type, str], ...] = (  # prefix of the names, record, where it is
+_RECORDS: tuple[tuple[str, type, str], ...] = (  # prefix of the names, record, its path
     ("", ReasoningParams, "reasoning"),
     ("", MixtureParams, "reasoning.mixture"),
     ("", HaltParams, "reasoning.halt"),
@@ -185,14 +182,14 @@ _RECORDS: tuple[tuple[str, type, str], ...] = (  # prefix of the names, record, 
 
 
 def _derived(kind: type) -> Iterator[tuple[str, Setting]]:
-    """Properties of a record, which can be columns too."""
+    """Yield the properties of a record, which can be columns too."""
     for name, each in vars(kind).items():
         if isinstance(each, property):
             yield name, Setting(doc="", type=get_type_hints(each.fget)["return"])
 
 
 def _add(layout: Layout, name: str, own: Setting, read: Callable[..., Any]) -> None:
-    """Append the column of one setting, unless it is of another kind."""
+    """Append the column of one setting, if its type can be one."""
     hint = own.type
     if get_origin(hint) is Literal:
         options = get_args(hint)
@@ -213,5 +210,5 @@ def _add(layout: Layout, name: str, own: Setting, read: Callable[..., Any]) -> N
 
 
 def choice(kind: type, name: str, value: str) -> int:
-    """What a column of choices holds for `value`."""
+    """Return the number that stands for `value` in a column of choices."""
     return get_args(get_type_hints(kind)[name]).index(value)

@@ -1,8 +1,8 @@
 """Device buffers with one row per running sequence: what the next forward pass reads.
 
-The reasoning step writes a slot, the next forward reads it; the host never sees the input in
-between. A row of the table holds settings, which the host mirrors, and then state. Slots are
-reused: `admit` sets all of both, with one upload for all rows of a step.
+The reasoning step writes a slot and the next forward pass reads it; the host never sees the input.
+A row of the table holds settings, which the host mirrors, and then state. Slots are reused:
+`admit` sets every column, with one upload for all rows of a step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ from coconut_serve.reasoning.settings import (
 EmbedTokens = Callable[[Tensor], Tensor]  # [...] int64 -> [..., hidden_size]
 Start = float | Callable[[Admission], float | Iterable[float]]  # of state
 
-_MAX_STATE_WORDS = 128  # of a row; more than the modes and rules there are need
+_MAX_STATE_WORDS = 128  # of a row; more than the current modes and rules need
 
 
 def upload(
@@ -37,9 +37,9 @@ def upload(
 
 
 def index_of(members: Sequence[int], device: torch.device) -> slice | Tensor:
-    """How to index a tensor's rows to take or write `members`.
+    """Return the index of `members` among a tensor's rows.
 
-    A run of neighbours is a slice: taking it copies nothing, so a taken row is not to be written.
+    Adjacent rows are a slice, so indexing with it gives a view: do not write to the result.
     """
     if not members:
         return slice(0)
@@ -51,22 +51,22 @@ def index_of(members: Sequence[int], device: torch.device) -> slice | Tensor:
 def take_both(
     logits: Tensor | None, raw: Tensor | None, index: slice | Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take rows of adjusted and of raw logits; once, where both are one tensor, as they stay."""
+    """Take rows of adjusted and raw logits; if both are one tensor, they stay one."""
     taken = logits[index] if logits is not None else None
     return taken, taken if raw is None or raw is logits else raw[index]
 
 
 def send(words: np.ndarray, device: torch.device) -> Tensor:
-    """Copy what an admission writes to the device: its only upload; int64 -> the same."""
+    """Copy what a step's admissions write to the device, in one upload; int64 -> the same."""
     sent = torch.from_numpy(words)
     return sent if device.type == "cpu" else sent.pin_memory().to(device, non_blocking=True)
 
 
 class Slots:
-    """Settings and state of the rows of the reasoning step.
+    """Settings and state of all slots, on the device.
 
-    State made by `register` and `register_large` survives preemption: `save` copies a slot's, and
-    the next admission of the sequence writes it into another slot.
+    State from `register` and `register_large` survives preemption: `save` copies it, and the
+    sequence's next admission restores it into its new slot.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Slots:
         self.num_slots = num_slots
         self.hidden_size = hidden_size
         self.device = device
-        self.admitted = [Admission(slot=slot) for slot in range(num_slots)]  # the last of each
+        self.admitted = [Admission(slot=slot) for slot in range(num_slots)]  # the latest of each
         self._layout = settings_layout()
         self._state_at = self._layout.num_words
         num_words = self._state_at + _MAX_STATE_WORDS
@@ -92,29 +92,29 @@ class Slots:
         self.is_vector = self.register("is_vector", torch.bool)
         self.is_thinking = self.register("is_thinking", torch.bool, start=_thinks)
         self.steps_left = self.register("steps_left", torch.int64, start=_num_steps)
-        self.num_decisions = self.register("num_decisions", torch.int64)  # counter of the noise
+        self.num_decisions = self.register("num_decisions", torch.int64)  # the noise's counter
         self.num_output_tokens = self.register("num_output_tokens", torch.int64)  # of the answer
         self.forced_left = self.register("forced_left", torch.int64, start=_num_forced)
         self.blocks_left = self.register("blocks_left", torch.int64, start=_num_blocks)
-        # The queue is read from the front by rolling it, so no read position is kept.
+        # Reading the queue rolls it, so it needs no read position.
         self.forced = self.register("forced", torch.int64, MAX_FORCED_TOKENS, start=_forced)
 
     def register(
         self, name: str, dtype: torch.dtype, width: int | None = None, *, start: Start = 0
     ) -> Tensor:
-        """Create state of some numbers a slot.
+        """Create state of a few numbers for each slot.
 
         Args:
             name: Of the state.
             dtype: int64, float32 or bool.
             width: Of lists; None: one number.
-            start: What an admission sets it to, or how that is read off the admission.
+            start: Its value on admission, or a function that reads it from the admission.
 
         Returns:
             A view of the table, [num_slots] or [num_slots, width].
 
         Raises:
-            ValueError: The name is taken, or a row has no more room.
+            ValueError: The name is taken, or the row is full.
         """
 
         def read(admission: Admission) -> Iterable[float]:
@@ -127,7 +127,7 @@ class Slots:
         return column.of(self._table)
 
     def register_large(self, name: str, dtype: torch.dtype, width: int) -> Tensor:
-        """Create state of a tensor of its own, [num_slots, width] of zeros; no admission sets it.
+        """Create state in its own tensor, zeros [num_slots, width], which no admission resets.
 
         Raises:
             ValueError: The name is taken.
@@ -139,24 +139,24 @@ class Slots:
         return buffer
 
     def settings(self, row_slots: Tensor, prefix: str = "") -> Rows[Tensor]:
-        """Settings of some rows on the device; [num_rows] int64."""
+        """Return the rows' settings on the device; [num_rows] int64."""
         return Rows(self._settings, row_slots, prefix)
 
     def host(self, host_slots: Sequence[int], prefix: str = "") -> Rows[np.ndarray]:
-        """The same on the host, so that a step can skip kernels no row needs."""
+        """Return their host copies, so a step can skip kernels no row needs."""
         return Rows(self._host, list(host_slots), prefix)
 
     def admit(
         self, admissions: Sequence[Admission], lists: Sequence[Sequence[int]] = ()
     ) -> list[Tensor]:
-        """Set slots up, all that a step admits at once.
+        """Set up all slots that a step admits.
 
         Args:
             admissions: Of different slots.
-            lists: More numbers that the caller needs on the device.
+            lists: More numbers to upload.
 
         Returns:
-            The lists there; [len(list)] int64 each.
+            The lists on the device; [len(list)] int64 each.
         """
         num_rows, num_words = len(admissions), self._table.shape[1]
         rows = b"".join(
@@ -176,7 +176,7 @@ class Slots:
         return list(sent[1:])
 
     def forbids_stops(self, row_slots: Tensor, min_tokens: Tensor) -> Tensor:
-        """Whether rows may not say a stop token yet; where none can end them, all may be said.
+        """Whether min_tokens still forbids stop tokens; never in steps that they cannot end.
 
         Args:
             row_slots: [n] int64.
@@ -190,7 +190,7 @@ class Slots:
         return (self.num_output_tokens[row_slots] < min_tokens) & ~counts_out
 
     def open_blocks(self, row_slots: Tensor, opens: Tensor) -> None:
-        """Begin a thinking phase anew in some rows.
+        """Start another thinking phase in some rows.
 
         Args:
             row_slots: [num_rows] int64.

@@ -1,8 +1,4 @@
-"""The whole reasoning step of an engine without a sampler of its own: sample, decide, report.
-
-The native engine calls it after each forward pass with the hidden states of the rows whose last
-known position was just computed. It works on device tensors; the host gets one packed copy.
-"""
+"""The native engine's reasoning step; vLLM samples answers itself and calls Decider directly."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,20 +12,20 @@ from coconut_serve.reasoning.mode import ProjectLogits
 from coconut_serve.reasoning.plan import RowPlan
 from coconut_serve.reasoning.progress import RowResult
 from coconut_serve.reasoning.rows import StepRows
-from coconut_serve.reasoning.sampling import Drawer, Sampler
+from coconut_serve.reasoning.sampling import AnswerSampler, TokenSampler
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 
 
 class ReasoningStep:
-    """One whole step of an engine without a sampler of its own: sample, decide, report.
+    """Samples, decides and reports for all rows of a step, with one packed copy to the host.
 
     Args:
         slots: The engine's slots.
         mode_names: Modes the model supports.
         vocab_size: Columns of the logits.
         embedding: The model's input embedding.
-        adapters: What stands between hidden states and inputs.
+        adapters: Layers between hidden states and inputs.
         project_logits: The output head with its scaling and soft-caps.
     """
 
@@ -45,12 +41,12 @@ class ReasoningStep:
     ) -> None:
         self._slots = slots
         self._decider = Decider(slots, mode_names, embedding=embedding, adapters=adapters)
-        self._sampler = Sampler(slots, vocab_size)
-        self._thinking = Drawer(slots, "thinking")
+        self._sampler = AnswerSampler(slots, vocab_size)
+        self._thinking = TokenSampler(slots, "thinking")
         self._project_logits = project_logits
 
     def admit(self, admissions: Sequence[Admission]) -> None:
-        """Set slots up, all that a step admits at once: one upload."""
+        """Set up all slots that a step admits, in one upload."""
         if admissions:
             self._sampler.admit(admissions)
 
@@ -58,23 +54,23 @@ class ReasoningStep:
         """Decide the next input of each row, write it to the row's slot, report to the host.
 
         Args:
-            rows: One plan a row.
+            rows: One plan for each row whose last known position was just computed.
             hidden: [num_rows, hidden_size], after the final norm.
-            inputs: [num_rows, hidden_size], what was fed at these positions (for traces).
+            inputs: [num_rows, hidden_size], the inputs at these positions (for traces).
 
         Returns:
-            One result a row.
+            One result for each row.
         """
         step = StepRows(rows, hidden, self._slots)
         self._sample(step)
         self._decider.decide(step)
         self._sampler.count(step.row_slots, step.host_slots, step.emitted)
-        self._sampler.bad_words.note(step.row_slots, step.host_slots, step.token)
+        self._sampler.bad_words.record(step.row_slots, step.host_slots, step.token)
         host: list[list[float]] = report.pack(step, inputs).tolist()  # the step's one copy
         return [report.read(row.wanted, v) for row, v in zip(rows, host, strict=True)]
 
     def _sample(self, step: StepRows) -> None:
-        """Compute logits for the rows that need them and draw a token for each of those."""
+        """Compute logits for the rows that need them, and sample where a token is needed."""
         wanted = [i for i, row in enumerate(step.rows) if row.needs_logits]
         if not wanted:
             return

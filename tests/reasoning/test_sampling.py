@@ -5,7 +5,7 @@ import torch
 
 from coconut_serve.params import SamplingParams
 from coconut_serve.reasoning import noise
-from coconut_serve.reasoning.sampling import Sampler
+from coconut_serve.reasoning.sampling import AnswerSampler
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 
@@ -15,9 +15,9 @@ VOCAB = 1000
 LOGITS = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * 2
 
 
-def make_sampler(num_slots: int, params: list[SamplingParams]) -> tuple[Sampler, Slots]:
+def make_sampler(num_slots: int, params: list[SamplingParams]) -> tuple[AnswerSampler, Slots]:
     slots = Slots(num_slots, 4, dtype=torch.float32, device=torch.device("cpu"))
-    sampler = Sampler(slots, VOCAB)
+    sampler = AnswerSampler(slots, VOCAB)
     for slot, p in enumerate(params):
         sampler.admit([Admission(slot=slot, sampling=p, prompt_token_ids=(1, 2, 3))])
     return sampler, slots

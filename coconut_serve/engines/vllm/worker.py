@@ -22,7 +22,7 @@ from coconut_serve.reasoning.embedding import Embedding
 from coconut_serve.reasoning.mode import needs_of
 from coconut_serve.reasoning.plan import Needs, RowPlan, plan_row
 from coconut_serve.reasoning.rows import StepRows
-from coconut_serve.reasoning.sampling import Drawer
+from coconut_serve.reasoning.sampling import TokenSampler
 from coconut_serve.reasoning.settings import Admission, SlotSnapshot
 from coconut_serve.reasoning.slots import Slots, index_of, upload
 from coconut_serve.types import HaltReason
@@ -137,7 +137,7 @@ class WorkerReasoning:
     ) -> None:
         self.slots = Slots(num_slots, hidden_size, dtype=dtype, device=device)
         self.decider = Decider(self.slots, modes, embedding=embedding, adapters=adapters)
-        self._thinking = Drawer(self.slots, "thinking")
+        self._thinking = TokenSampler(self.slots, "thinking")
         self._vocab_size = vocab_size
         self.rows: dict[int, WorkerRow] = {}  # slot -> row
         self._slot_of: dict[str, int] = {}

@@ -1,1 +1,1 @@
-"""One file a mode; registry.py lists them."""
+"""One file for each mode; registry.py lists them."""

@@ -1,4 +1,4 @@
-"""`auto`: think in tokens or soft tokens, whichever the entropy or the confidence calls for."""
+"""`auto`: think in tokens or soft tokens, depending on entropy or confidence."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -16,7 +16,7 @@ from coconut_serve.reasoning.slots import Slots
 from coconut_serve.types import HaltReason
 
 _FIRST_BLEND = 0.1  # share of the newline's embedding in the first soft input
-_SAY_END, _LEAVE = 1, 2  # what the next decision must do: a switch was beyond the budget
+_SAY_END, _LEAVE = 1, 2  # what the next decision must do after a switch over budget
 
 _SWI, _NONE = (choice(SwitchParams, "rule", name) for name in ("swi", "none"))
 _CONFIDENT = choice(SwitchParams, "soft_when", "confident")
@@ -25,15 +25,15 @@ _CONFIDENT = choice(SwitchParams, "soft_when", "confident")
 class AutoMode(ReasoningMode):
     """Switch between the sampled token and a soft one.
 
-    `swi` (SwiReasoning, arXiv 2510.05069, as in its code): starts soft; goes to tokens when the
+    `swi` (SwiReasoning, arXiv 2510.05069, as in its code): starts soft; switches to tokens when the
     entropy falls below that of the last switch, and back when it rises above it and `window` steps
-    have passed; once </think> is drawn it stays with tokens. `confidence` (ThinkRouter, arXiv
-    2602.11683): soft where the likeliest token's probability reaches `p_max`, or where it does not.
+    have passed; a sampled </think> locks the row in tokens. `confidence` (ThinkRouter, arXiv
+    2602.11683): soft when the likeliest token's probability reaches `p_max`, or when it does not.
     `none`: always soft. The text of every step is the sampled token.
 
-    A budget C of swi: the step after a switch to tokens says </think>, whatever was drawn, from the
-    C-th switch to the 2 C-th; after a later one the phase ends. A model without </think> ends it
-    at the C-th. What is said so does not lock, but may end the phase as any text may.
+    With a budget of C switches, swi forces </think> in the step after each switch to tokens from
+    the C-th to the 2 C-th; a later one ends the phase. Without a </think> token, the C-th ends it.
+    A forced </think> does not lock the row, but it can end the phase like a sampled one.
     """
 
     name: ClassVar[str] = "auto"
@@ -45,21 +45,18 @@ class AutoMode(ReasoningMode):
         self._stay = slots.register("auto_stay", torch.int64)  # steps since the last switch
         self._reference = slots.register("auto_reference", torch.float32)  # entropy at that switch
         self._num_switches = slots.register("auto_num_switches", torch.int64)  # soft to tokens
-        self._is_locked = slots.register("auto_is_locked", torch.bool)  # in tokens for good
+        self._is_locked = slots.register("auto_is_locked", torch.bool)  # stays in tokens
         self._pending = slots.register("auto_pending", torch.int64)  # _SAY_END, _LEAVE or 0
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
-        """Every step draws its text."""
         return True
 
     @classmethod
     def step_class(cls, params: ReasoningParams) -> StepClass:
-        """The rule, and the mixture of rules that have one."""
         return params.switch.rule, *Mixers.step_class(params.mixture)
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Let each rule decide its rows."""
         is_swi = ctx.host.rule == _SWI
         if is_swi.all():
             return self._swi(ctx)
@@ -72,11 +69,11 @@ class AutoMode(ReasoningMode):
         return merge(parts, ctx.hidden)
 
     def _confidence(self, ctx: StepContext) -> StepDecision:
-        """Soft or hard by the likeliest token's probability in the raw distribution."""
+        """Choose soft or hard by the likeliest token's probability in the raw distribution."""
         assert ctx.raw_logits is not None
         mixed = self._mixers.mix(ctx)
         settings = ctx.settings
-        is_always = settings.rule == _NONE  # sure enough, whatever the probability is
+        is_always = settings.rule == _NONE  # whatever the probability
         least = torch.where(is_always, 0.0, settings.p_max)
         is_sure = ctx.raw_logits.softmax(-1).amax(-1) >= least
         is_soft = is_sure == (is_always | (settings.soft_when == _CONFIDENT))
@@ -86,12 +83,12 @@ class AutoMode(ReasoningMode):
         return replace(mixed, token=ctx.sampled, is_vector=is_soft, is_switch=is_switch)
 
     def _swi(self, ctx: StepContext) -> StepDecision:
-        """Follow the entropy of the raw distribution."""
+        """Choose soft or hard by the entropy of the raw distribution."""
         assert ctx.raw_logits is not None
         rows, log_probs = ctx.row_slots, ctx.raw_logits.log_softmax(-1)
         is_first = self.slots.num_decisions[rows] == 0
         end, pending = ctx.settings.end_token_id, self._pending[rows]
-        # Only what the model draws locks: the budget counts on what it itself makes it say.
+        # Only a sampled </think> locks: a forced one would stop the count of switches.
         self._is_locked[rows] |= (ctx.sampled == end) & (end >= 0)
         ctx = replace(ctx, sampled=torch.where(pending == _SAY_END, end, ctx.sampled))
         to_hard, to_soft = self._switch(ctx, mixing.entropy(log_probs), is_first)
@@ -114,14 +111,14 @@ class AutoMode(ReasoningMode):
         )
 
     def _exceed(self, ctx: StepContext, to_hard: Tensor, *, has_end: Tensor) -> Tensor:
-        """What the next decision must do because of a switch made now; [num_rows] int64."""
+        """Return what this switch makes the next decision do; [num_rows] int64."""
         budget, count = ctx.settings.max_switches, self._num_switches[ctx.row_slots]
         is_over = to_hard & (budget > 0) & (count >= budget)
         leaves = (count > 2 * budget) | ~has_end
         return is_over * torch.where(leaves, _LEAVE, _SAY_END)
 
     def _switch(self, ctx: StepContext, entropy: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the state machine; which rows went to tokens, and which to soft ones."""
+        """Advance the state machine; return which rows switch to tokens and which to soft."""
         rows = ctx.row_slots
         reference, is_soft = self._reference[rows], self._is_soft[rows]
         stay = torch.where(is_first, 0, self._stay[rows] + 1)
@@ -144,12 +141,12 @@ class AutoMode(ReasoningMode):
         Args:
             ctx: The rows.
             soft: [num_rows, hidden_size] float32, the means.
-            blends: [num_rows] bool, which switch to tokens and feed a blend with </think>.
+            blends: [num_rows] bool, rows that switch to tokens and feed a blend with </think>.
             to_soft: [num_rows] bool.
             is_first: [num_rows] bool.
 
         Returns:
-            What soft rows and rows at a switch are fed, [num_rows, hidden_size] float32.
+            The inputs of soft rows and of rows at a switch, [num_rows, hidden_size] float32.
         """
         settings = ctx.settings  # `steps` are those of the whole phase
         progress = self.slots.num_decisions[ctx.row_slots] / settings.steps.clamp_min(1).float()

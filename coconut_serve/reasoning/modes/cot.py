@@ -14,14 +14,11 @@ class CotMode(ReasoningMode):
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:
-        """The draw has looked at them."""
-        return False
+        return False  # sampling reads them anyway
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
-        """Each step is a draw."""
         return True
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Feed the sampled token."""
         return StepDecision(token=ctx.sampled)

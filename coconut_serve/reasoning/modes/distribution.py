@@ -12,7 +12,7 @@ from coconut_serve.reasoning.slots import Slots
 class DistributionMode(ReasoningMode):
     """Feed an average of embeddings (Soft Thinking, arXiv 2505.15778, and its relatives).
 
-    mixers.py makes the average, halting.py ends the phase.
+    mixers.py computes the average, halting.py ends the phase.
     """
 
     name: ClassVar[str] = "distribution"
@@ -24,14 +24,11 @@ class DistributionMode(ReasoningMode):
 
     @classmethod
     def needs_sampled(cls, params: ReasoningParams) -> bool:
-        """Only mixtures with the sampled token draw one."""
         return KINDS[params.mixture.kind].needs_sampled
 
     @classmethod
     def step_class(cls, params: ReasoningParams) -> StepClass:
-        """The kind of mixture, and how wide it is."""
         return Mixers.step_class(params.mixture)
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Feed what the mixture makes."""
         return self._mixers.mix(ctx)

@@ -14,25 +14,23 @@ _CONSTANT = choice(ReasoningParams, "source", "constant")
 
 
 class LatentMode(ReasoningMode):
-    """Feed the last hidden state back until the row's steps are spent (arXiv 2412.06769, 3).
+    """Feed the last hidden state back until the row's steps run out (arXiv 2412.06769, section 3).
 
-    The hidden state is taken after the final norm and fed as it is, or through the adapter that
-    the checkpoint was trained with. Source "constant" feeds one embedding instead: the control
-    that tells whether what the latents hold matters.
+    The hidden state is taken after the final norm and fed unchanged, or through the adapter that
+    the checkpoint was trained with. Source "constant" feeds one embedding instead: a control that
+    shows whether the content of the latents matters.
     """
 
     name: ClassVar[str] = "latent"
 
     @classmethod
     def needs_logits(cls, params: ReasoningParams) -> bool:
-        """Only where a soft token is added."""
-        return params.soft_weight > 0
+        return params.soft_weight > 0  # to add a soft token
 
     def decide(self, ctx: StepContext) -> StepDecision:
-        """Feed the hidden state; there is no text."""
         vector = self._adapt(ctx, ctx.hidden)
         token = torch.full_like(ctx.row_slots, -1)
-        # Rows without a weight stand apart from those with one: they have no logits.
+        # Rows that need no logits are decided in a context without any.
         if ctx.logits is None or not ctx.host.soft_weight.any():
             return StepDecision(token=token, vector=self._or_constant(ctx, vector))
 
@@ -45,7 +43,7 @@ class LatentMode(ReasoningMode):
         return StepDecision(token=token, vector=Soft(ctx.logits.softmax(-1), add))
 
     def _or_constant(self, ctx: StepContext, vector: Tensor) -> Tensor:
-        """Feed the constant instead where the source says so."""
+        """Replace the vectors of rows whose source is constant."""
         if not (ctx.host.source == _CONSTANT).any():
             return vector
         fed = ctx.embedding(ctx.settings.constant_token_id.clamp_min(0)).to(vector.dtype)
