@@ -1,1 +1,1 @@
-"""Model directories: manifest, conversion to safetensors, tokenizer."""
+"""Model directories: manifest, weights (found, checked, converted from GGUF) and tokenizer."""

@@ -1,4 +1,4 @@
-"""The files of a model directory, checked before anything is loaded. Imports no torch."""
+"""Checks the files of a model directory before anything loads them. Imports no torch."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from coconut_serve.errors import StartupError
 
-# All that transformers, vLLM or this package read; each holds an object.
+# All that transformers, vLLM or this package read; each holds one JSON object.
 _JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json",
@@ -23,15 +23,15 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks; its type where it says nothing."""
+    """Return an error's text without line breaks, or its type if the text is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_files(directory: Path, *, needs_weights: bool = True) -> None:
-    """Check that the files can be read and are whole.
+    """Check that the files are readable and complete.
 
     Raises:
-        StartupError: One is damaged, or weights are missing; names it and says why.
+        StartupError: One is damaged, or weights are missing; the text names it and says why.
     """
     for name in _JSON_FILES:
         if (directory / name).is_file():
@@ -54,7 +54,7 @@ def check_files(directory: Path, *, needs_weights: bool = True) -> None:
 
 
 def _weights(directory: Path) -> Iterator[Path]:
-    """The files that hold the model, of several formats the one that engines take."""
+    """Yield the weight files, in the format that engines prefer."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{stem}{_INDEX_SUFFIX}"
         if (directory / stem).is_file():
@@ -63,7 +63,7 @@ def _weights(directory: Path) -> Iterator[Path]:
         if index.is_file():
             yield from _shards(index)
             return
-    yield from sorted(directory.glob("*.safetensors"))  # vLLM takes any names
+    yield from sorted(directory.glob("*.safetensors"))  # vLLM takes any name
 
 
 def _shards(index: Path) -> Iterator[Path]:
@@ -95,7 +95,7 @@ def _read_text(path: Path) -> str:
 
 
 def _check_content(path: Path) -> None:
-    """Refuse what stands for a file's content and is not it."""
+    """Refuse an empty file or a git-lfs pointer."""
 
     def read() -> bytes:
         with path.open("rb") as stream:
@@ -111,7 +111,7 @@ def _check_content(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Read the header, which says how long the file must be."""
+    """Read the header, which implies the file's length."""
 
     def read() -> None:
         with safe_open(path, framework="numpy"):

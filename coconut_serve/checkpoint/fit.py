@@ -1,4 +1,4 @@
-"""Whether a directory's tensors are those that its architecture asks for, before any is read."""
+"""Checks a directory's tensors against its architecture before reading any."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# How names begin in the layouts that `coconut-serve convert` reads, which is a tool above this.
+# Prefixes of names in the layouts that `coconut-serve convert` reads; importing it is not allowed.
 FOREIGN_PREFIXES = (
     "_base_model.", "base_causallm.", "base_model.model.", "codi.", "expainable_llm.",
     "latent_policy.", "latent_projector.net.", "llm.", "lt_head.", "prj.", "projector.1.",
@@ -28,10 +28,10 @@ _OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.\w+$")
 
 
 def check_weights(directory: Path) -> None:
-    """Compare names and shapes in the headers with the model's, by transformers' own loader.
+    """Compare names and shapes in the headers with the model's, using transformers' own loader.
 
-    It runs on the meta device, so it allocates nothing, and it knows what is tied, renamed, merged
-    or harmless in each architecture. Quantised files, models of more than text and those that
+    The loader runs on the meta device, so it allocates nothing, and it knows what is tied, renamed,
+    merged or harmless in each architecture. Quantised files, multimodal models and those that
     transformers has no class for are left to the engine.
 
     Raises:
@@ -43,7 +43,7 @@ def check_weights(directory: Path) -> None:
         logger.info("weights not checked beforehand: %s", one_line(error))
         return
     is_quantised = getattr(config, "quantization_config", None) is not None
-    is_larger = config.get_text_config() is not config  # it sees or hears, too
+    is_larger = config.get_text_config() is not config  # multimodal
     is_known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if is_quantised or is_larger or not is_known:
         logger.info("weights not checked beforehand: they are quantised, or of no plain text model")
@@ -58,9 +58,9 @@ def check_weights(directory: Path) -> None:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # settings that do not fit each other raise nearly anything
+        except Exception as error:  # inconsistent configs raise nearly anything
             merged = re.findall(r"^(\w\S*) +\|.*CONVERSION", "\n".join(reports), re.MULTILINE)
-            if merged:  # experts, which become one tensor: the loader does not say which are wrong
+            if merged:  # experts, merged into one tensor: the loader does not say which are wrong
                 raise _misfit(directory, [f"parts of {_some(merged)} do not fit"], []) from error
             raise StartupError(f"cannot load {directory}: {one_line(error)}") from error
     drafts = _draft_layers(config)
@@ -73,11 +73,11 @@ def check_weights(directory: Path) -> None:
 
 
 def refuse_misfits(directory: Path, name: str, info: dict[str, Any]) -> None:
-    """Refuse what transformers' loader tells of, where it tells of anything.
+    """Refuse weights in which transformers' loader reports a mismatch.
 
     Args:
         directory: Of the model.
-        name: Its class.
+        name: The model's class.
         info: What `from_pretrained` returns with output_loading_info.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_misfits(directory: Path, name: str, info: dict[str, Any]) -> None:
 
 
 def _draft_layers(config: Any) -> re.Pattern[str]:
-    """Names of layers that predict several tokens (MTP), which no class of transformers has."""
+    """Match the names of multi-token prediction (MTP) layers, which transformers leaves out."""
     first, count = config.num_hidden_layers, getattr(config, "num_nextn_predict_layers", 0) or 0
     numbers = "|".join(str(first + i) for i in range(count)) or "none"
     return re.compile(rf"(^|\.)mtp\b|\blayers\.({numbers})\.")
@@ -112,11 +112,11 @@ def _some(names: Any) -> str:
 
 @contextlib.contextmanager
 def _reports() -> Iterator[list[str]]:
-    """Keep the loader's bar and tables from the terminal; yields the tables."""
-    told: list[str] = []
+    """Keep the loader's progress bar and tables off the terminal; yields the tables."""
+    tables: list[str] = []
 
     def take(record: logging.LogRecord) -> bool:
-        told.append(re.sub(r"\x1b\[\d*m", "", record.getMessage()))
+        tables.append(re.sub(r"\x1b\[\d*m", "", record.getMessage()))
         return False
 
     source = logging.getLogger("transformers.modeling_utils")
@@ -124,7 +124,7 @@ def _reports() -> Iterator[list[str]]:
     transformers_logging.disable_progress_bar()
     source.addFilter(take)
     try:
-        yield told
+        yield tables
     finally:
         source.removeFilter(take)
         if has_bar:

@@ -1,4 +1,4 @@
-"""How a model's authors want its tokens drawn: generation_config.json, read as vLLM reads it."""
+"""The authors' sampling defaults: generation_config.json, read as vLLM reads it."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from coconut_serve.errors import InvalidRequestError, StartupError
 from coconut_serve.params import SamplingParams
 
-# A key of the file -> the field of SamplingParams that it sets; `do_sample` is not looked at.
+# Key of the file -> field of SamplingParams; `do_sample` is ignored.
 SAMPLING_KEYS: Mapping[str, str] = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
@@ -17,10 +17,10 @@ SAMPLING_KEYS: Mapping[str, str] = {
 
 
 def read_sampling_defaults(directory: Path) -> dict[str, Any]:
-    """Read a directory's defaults; none where it has no such file.
+    """Read a directory's sampling defaults; empty without the file.
 
     Raises:
-        StartupError: A value is one that no request may have either, or the file is no JSON object.
+        StartupError: A value is invalid in a request too, or the file is not a JSON object.
     """
     path = directory / "generation_config.json"
     if not path.is_file():
@@ -31,7 +31,7 @@ def read_sampling_defaults(directory: Path) -> dict[str, Any]:
             field: data[key] for key, field in SAMPLING_KEYS.items() if data.get(key) is not None
         }
         if "top_k" in given:
-            given["top_k"] = max(0, given["top_k"])  # -1: all, too
+            given["top_k"] = max(0, given["top_k"])  # -1 also means all
         SamplingParams(**given)
     except (ValueError, TypeError, AttributeError, InvalidRequestError) as error:
         raise StartupError(

@@ -1,7 +1,7 @@
 """`latent_config.json`: what a checkpoint was trained for. Imports no torch.
 
-Unknown keys and versions are errors: a manifest that says something this version does not know
-must not be served as if it said nothing.
+Unknown keys and versions are errors: ignoring what this version does not know could serve a
+checkpoint wrongly.
 """
 
 import json
@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class Token(_Strict):
-    """A boundary token; `id` counts, `text` is for people."""
+    """A token of the vocabulary; only `id` matters, `text` is for readers."""
 
     id: int = Field(ge=0)
     text: str | None = None
@@ -48,22 +48,22 @@ class Tokens(_Strict):
 
 
 class Prompt(_Strict):
-    """How a question becomes a prompt, and what is fed when a latent phase ends."""
+    """How a question becomes a prompt, and the tokens fed around a latent phase."""
 
-    template: str | None = None  # with {question}; None: the text as it is
+    template: str | None = None  # with {question}; None: the text unchanged
     chat_template: bool = True  # chat messages go through the tokenizer's template
     add_bos: bool = True
     suffix_ids: list[int] | None = None  # appended before a latent phase; None: the start token
     end_ids: list[int] | None = None  # forced after it; None: the end token
-    # By mode without latent slots: appended to the question, in place of a think token.
+    # For modes without latent steps: appended to the question instead of a think token.
     mode_suffix_ids: dict[str, list[int]] = {}
     speed: int | Literal["auto"] | None = None  # fills {speed} of the template (CoLaR)
     example: str | None = None  # a question that the model can answer
-    example_answer: str | None = None  # what its greedy answer has in it, in every mode
+    example_answer: str | None = None  # part of its greedy answer in every mode
 
 
 class Hidden(_Strict):
-    """Which hidden state is fed back; this version knows the one that COCONUT uses."""
+    """Which hidden state is fed back; this version supports only COCONUT's."""
 
     layer: Literal[-1] = -1
     norm: Literal["post_final_norm"] = "post_final_norm"
@@ -71,16 +71,16 @@ class Hidden(_Strict):
 
 
 class Distribution(_Strict):
-    """The mixture the checkpoint was trained with: any setting of a request's reasoning.mixture."""
+    """The mixture used in training: any setting of a request's reasoning.mixture."""
 
     model_config = ConfigDict(extra="allow")
 
-    slots: Literal["text", "latent"] = "text"  # latent: soft vectors stand where hidden ones would
+    slots: Literal["text", "latent"] = "text"  # latent: soft vectors replace hidden states
     kind: MixtureKind | None = None
 
     @property
     def mixture(self) -> dict[str, Any]:
-        """What is declared of the mixture."""
+        """The declared settings of the mixture."""
         return self.model_dump(exclude_none=True, exclude={"slots"})
 
     @model_validator(mode="after")
@@ -106,19 +106,19 @@ class Adapter(_Strict):
     type: str
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
     file: str = "latent/adapter.safetensors"  # tensors NAME.PART.weight, NAME.PART.bias
-    emb_std: float = 1.0  # gaussian_head: scale of what it gives
+    emb_std: float = 1.0  # gaussian_head: scale of its output
 
 
 class Halting(_Strict):
-    """When the checkpoint ends its latent phase by itself."""
+    """How the checkpoint decides to end its latent phase."""
 
     rule: Literal["fixed", "binary_rows", "stop_token"] = "fixed"
     token_ids: list[int] = []  # binary_rows: continue, stop; stop_token: any of these
     test: Literal["argmax", "sampled"] = "argmax"
     temperature: float = 1.0
-    min_steps: int = Field(default=0, ge=0)  # latents before the rule is asked the first time
+    min_steps: int = Field(default=0, ge=0)  # latents before the rule applies
     end_adds_latent: bool = False  # the end token's embedding is added to the last latent
-    keeps_last: bool = False  # the latent of the step that stops is fed all the same
+    keeps_last: bool = False  # the latent of the halting step is still fed
 
 
 class Answer(_Strict):
@@ -128,11 +128,11 @@ class Answer(_Strict):
 
 
 class Manifest(_Strict):
-    """The whole file."""
+    """The contents of `latent_config.json`."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     method: _Method = "none"
-    modes: list[str] | None = None  # None: those that no model is trained for
+    modes: list[str] | None = None  # None: those that need no training
     default_mode: str | None = None
     base_model: str | None = None
     tokens: Tokens = Tokens()
@@ -144,7 +144,7 @@ class Manifest(_Strict):
     c_thought: int = Field(default=1, ge=1)
     variable_steps: bool = False
     hidden: Hidden = Hidden()
-    source: Source = "hidden"  # constant: trained with the latent token's row in every slot
+    source: Source = "hidden"  # constant: trained with the latent token's embedding in every step
     adapters: dict[str, Adapter] = {}
     halting: Halting = Halting()
     distribution: Distribution = Distribution()
@@ -153,7 +153,7 @@ class Manifest(_Strict):
 
     @property
     def start_token_ids(self) -> tuple[int, ...]:
-        """What goes between prompt and first latent."""
+        """Tokens fed between the prompt and the first latent."""
         if self.prompt.suffix_ids is not None:
             return tuple(self.prompt.suffix_ids)
         start = self.tokens.start
@@ -161,7 +161,7 @@ class Manifest(_Strict):
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """What is forced after the last latent."""
+        """Tokens forced after the last latent."""
         if self.prompt.end_ids is not None:
             return tuple(self.prompt.end_ids)
         end = self.tokens.end
@@ -169,7 +169,6 @@ class Manifest(_Strict):
 
     @property
     def token_ids(self) -> set[int]:
-        """Every token that the file names."""
         declared = (getattr(self.tokens, name) for name in Tokens.model_fields)
         suffixes = self.prompt.mode_suffix_ids.values()
         return {
@@ -183,12 +182,11 @@ class Manifest(_Strict):
 
     @property
     def adapter_specs(self) -> dict[str, AdapterSpec]:
-        """The adapters, as engines load them."""
+        """The adapters in the form that engines load."""
         return {name: AdapterSpec(**each.model_dump()) for name, each in self.adapters.items()}
 
     @property
-    def is_trained_for(self) -> list[int]:
-        """Step counts seen in training."""
+    def trained_step_counts(self) -> list[int]:
         return [self.steps] if self.trained_steps is None else self.trained_steps
 
 
@@ -203,7 +201,7 @@ def load_manifest(directory: Path) -> Manifest | None:
     """Read a model directory's manifest; None if it has none.
 
     Raises:
-        StartupError: The file is broken, or asks for something this version cannot do.
+        StartupError: The file is broken, or needs something this version does not support.
     """
     path = directory / FILE_NAME
     if not path.is_file():
@@ -229,7 +227,7 @@ def load_manifest(directory: Path) -> Manifest | None:
 
 
 def _check_parts(path: Path, manifest: Manifest) -> None:
-    """Check what one part says against another."""
+    """Check the parts of a manifest against each other."""
     if "{speed}" in (manifest.prompt.template or "") and manifest.prompt.speed is None:
         raise StartupError(
             f"{path}: prompt.speed is needed: the template has {{speed}}", param="prompt.speed"

@@ -1,4 +1,4 @@
-"""What a start is doing: a bar on a terminal, else lines in the log."""
+"""Shows the stages of a start: a bar on a terminal, otherwise log lines."""
 
 import contextlib
 import logging
@@ -15,12 +15,12 @@ _REFRESH_SECONDS = 1.0
 
 @contextlib.contextmanager
 def stage(name: str, *, show_progress: bool, has_own_bar: bool = False) -> Iterator[None]:
-    """Show that a part of the start runs, and how long it takes.
+    """Show that a stage runs, and how long it takes.
 
     Args:
-        name: What is done, such as "packing weights".
-        show_progress: Draw on the terminal; else log a line at the beginning and one at the end.
-        has_own_bar: A library draws one meanwhile.
+        name: Of the stage, such as "packing weights".
+        show_progress: Draw on the terminal; otherwise log the beginning and the end.
+        has_own_bar: A library draws its own bar meanwhile.
     """
     started = time.monotonic()
     if not show_progress:

