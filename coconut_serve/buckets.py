@@ -9,7 +9,7 @@ from coconut_serve.errors import StartupError
 
 # Upper bounds by family; families that vLLM also has keep vLLM's names.
 BUCKETS: dict[str, tuple[float, ...]] = {
-    # Time to the first of anything: vLLM's buckets.
+    # From arrival or prefill to a first event: vLLM's buckets.
     "time_to_first_token": (
         0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
         40, 80, 160, 640, 2560,

@@ -95,7 +95,7 @@ def _read_environment(environ: Mapping[str, str], known: Iterable[str]) -> dict[
         elif "key" in key:
             hint = hint or "; did you mean COCONUT_API_KEY?"
             raise StartupError(f"{name} is no setting{hint}", param=name)
-        elif key not in _NOT_FLAGS:  # no value: it may be a secret
+        elif key not in _NOT_FLAGS:  # log no value: it may be a secret
             logger.warning("ignoring %s: it is no flag's variable%s", name, hint)
     return read
 

@@ -17,7 +17,7 @@ from coconut_serve.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-# Prefixes of names in the layouts that `coconut-serve convert` reads; importing it is not allowed.
+# Prefixes of names in the layouts that `convert` reads, which checkpoint must not import.
 FOREIGN_PREFIXES = (
     "_base_model.", "base_causallm.", "base_model.model.", "codi.", "expainable_llm.",
     "latent_policy.", "latent_projector.net.", "llm.", "lt_head.", "prj.", "projector.1.",

@@ -53,7 +53,7 @@ class HFTokenizer:
         kinds = _decoder_kinds(tokenizer.backend_tokenizer)
         self._is_byte_level = kinds <= {"ByteLevel", "Fuse"} and "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
-        self.splits_characters = "ByteLevel" in kinds  # other decoders too, unless `_is_byte_level`
+        self.splits_characters = "ByteLevel" in kinds  # perhaps among other decoders
         self._added: dict[int, str] = {}
         self._special_ids: set[int] = set()
         for token_id, token in tokenizer.added_tokens_decoder.items():

@@ -45,7 +45,7 @@ class Embedding:
         return self._call(ids)
 
     def _find_scale(self, table: Tensor, num_ids: int) -> Tensor:
-        """Estimate the call's scale from the norm of the first rows; [] float32.
+        """Compute the call's scale from the norm of the first rows; [] float32.
 
         One row is not enough: a padding token's may be zeros.
         """
@@ -88,7 +88,7 @@ class Embedding:
         return torch.stack([part.float().norm(dim=-1).sum() for part in parts]).sum() / len(ids)
 
     def mean_norm_of_all(self, vocab_size: int, device: torch.device) -> Tensor:
-        """Compute it over the whole vocabulary, once; [] float32."""
+        """Compute the mean norm over the whole vocabulary, once; [] float32."""
         if self._mean_norm is None:
             self._mean_norm = self.mean_norm(torch.arange(vocab_size, device=device))
         return self._mean_norm

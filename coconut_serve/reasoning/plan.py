@@ -53,7 +53,7 @@ class Needs:
     """What the thinking steps of a request use."""
 
     logits: bool = False  # its mode or a halting rule reads them
-    sampled: bool = False  # each step draws a token
+    sampled: bool = False  # each step samples a token
     step_class: StepClass = ()
 
 

@@ -1,4 +1,4 @@
-"""The tensors of one step, as it is being decided."""
+"""What one step knows and has decided about its rows."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from coconut_serve.reasoning.slots import Slots, index_of, take_both, upload
 
 
 class StepRows:
-    """All are [num_rows, ...] unless noted."""
+    """Tensors of one step, [num_rows, ...] unless noted; each stage of the step adds its own."""
 
     def __init__(self, rows: list[RowPlan], hidden: Tensor, slots: Slots) -> None:
         num_rows, device = len(rows), hidden.device

@@ -282,7 +282,7 @@ class AnswerSampler(TokenSampler):
         return self.bad_words.forbid(logits, row_slots, host_slots)
 
     def _penalise(self, logits: Tensor, row_slots: Tensor) -> Tensor:
-        """Penalise repetition of prompt and output (CTRL, arXiv 1909.05858); others: of output."""
+        """Repetition covers prompt and output (CTRL, arXiv 1909.05858), the others only output."""
         assert self._counts is not None
         assert self._is_in_prompt is not None
         settings = self._settings(row_slots)
