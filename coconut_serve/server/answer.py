@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server.errors import count_error
-from coconut_serve.server.parse import read_reasoning, sampling_ask
+from coconut_serve.server.parse import read_reasoning, sampling_fields
 from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import GenerationBody, check_text_format
 from coconut_serve.server.sse import Event, EventStream
 from coconut_serve.server.state import ignored_header
-from coconut_serve.service.ask import GenerationAsk
+from coconut_serve.service.ask import GenerateCall
 from coconut_serve.service.collect import collect
 from coconut_serve.service.generation import Generation
 from coconut_serve.service.select import select_shown
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 async def _whole(renderer: Renderer[Any]) -> str:
-    """Run to the end; the answer in one piece."""
+    """Run to the end and return the answer in one piece."""
     generation = renderer.generation
     async with generation:
         collected = await collect(generation, len(generation.choices))
@@ -37,7 +37,7 @@ async def _whole(renderer: Renderer[Any]) -> str:
 
 
 async def _stream(renderer: Renderer[Any]) -> AsyncIterator[Event]:
-    """Run; the answer as events, usage last if asked."""
+    """Run and yield the answer as events, usage last if requested."""
     for event in renderer.opening():
         yield event
     async with renderer.generation as deltas:
@@ -56,22 +56,22 @@ def read_ask(
     max_tokens: int | None,
     num_logprobs: int | None,
     **own: Any,
-) -> GenerationAsk:
-    """Build the part of a GenerationAsk that both endpoints have; `own` is the rest."""
+) -> GenerateCall:
+    """Build a GenerateCall; `own` holds the fields of the endpoint alone."""
     if body.request_id is not None:
         request.state.request_id = body.request_id  # for the header and the log too
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     check_text_format(body)
     asked = read_reasoning(request, body, service.config)
-    request.state.reasoning_mode = asked.mode  # for the metrics, should it be refused
+    request.state.reasoning_mode = asked.mode  # for the metrics, if it is rejected
     is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
     if body.stream and is_picked:
         raise InvalidRequestError(
             "reasoning.select must be 'all' in a stream: a pick is known at the end alone",
             param="reasoning.select",
         )
-    return GenerationAsk(
+    return GenerateCall(
         mode=asked.mode,
         effort=asked.effort,
         explains=asked.explains,
@@ -81,7 +81,7 @@ def read_ask(
         arrival=request.state.arrival,
         add_special_tokens=body.add_special_tokens,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
-        sampling=sampling_ask(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
+        sampling=sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
         **own,
     )
 
@@ -108,7 +108,7 @@ async def respond(request: Request, renderer: Renderer[Any], ignored: list[str])
 async def _until_disconnect(
     request: Request, work: Coroutine[None, None, T], generation: Generation
 ) -> T:
-    """Run `work`; cancel it, and wait until it is cancelled, when the client disconnects.
+    """Run `work`; if the client disconnects, cancel it and wait for that.
 
     Raises:
         ClientDisconnect: The client went away; there is nobody to answer.
@@ -128,4 +128,4 @@ async def _until_disconnect(
         listener.cancel()
         task.cancel()
         await asyncio.gather(listener, task, return_exceptions=True)
-        await generation.close()  # also when `work` never got to start it
+        await generation.close()  # `work` may never have started it

@@ -24,7 +24,7 @@ from coconut_serve.service.service import Service
 
 logger = logging.getLogger(__name__)
 
-_EXPOSED_HEADERS = (  # to a web page's script, beside those that every script sees
+_EXPOSED_HEADERS = (  # to scripts of web pages, beside those that are always exposed
     "openai-processing-ms", "Retry-After", "X-Coconut-Ignored-Params", "X-Reasoning-Mode",
     "x-request-id", "x-should-retry",
 )  # fmt: skip
@@ -111,7 +111,7 @@ def _limits(service: Service) -> tuple[str, ...]:
 
 
 def _torch_version() -> str:
-    """What is installed; importing it here would load it for engines that need none."""
+    """The installed version, without loading torch for engines that need none."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

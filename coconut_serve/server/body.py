@@ -1,4 +1,4 @@
-"""What the parts of request bodies are made of: strict types, and fields made from settings."""
+"""Building blocks of request bodies: strict types, and fields made from settings."""
 
 import functools
 import operator
@@ -14,14 +14,14 @@ MAX_ENTRIES = 1024  # of an object that maps names to values
 
 
 def _strict_number(value: object) -> object:
-    """Take 1 for 1.0, but neither "1" nor true."""
+    """Accept 1 as 1.0, but neither "1" nor true."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("must be a number")
     return value
 
 
 def _bounded(value: object) -> object:
-    """Refuse a huge object before each of its values is complained of."""
+    """Reject a huge object before validating each of its values."""
     if isinstance(value, dict) and len(value) > MAX_ENTRIES:
         raise ValueError(f"takes at most {MAX_ENTRIES}")
     return value
@@ -29,20 +29,20 @@ def _bounded(value: object) -> object:
 
 T = TypeVar("T")
 V = TypeVar("V")
-# The first wrong item is enough: a million complaints take seconds, and a gigabyte.
+# Stops at the first wrong item: a million errors take seconds, and a gigabyte.
 Items = Annotated[list[T], Field(fail_fast=True)]
 Values = Annotated[dict[str, V], BeforeValidator(_bounded), Field(max_length=MAX_ENTRIES)]
 Number = Annotated[float, BeforeValidator(_strict_number)]
 
 
 class Body(BaseModel):
-    """An object of a request. Unknown fields are kept, to be told of."""
+    """An object of a request. Unknown fields are kept, to be reported."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
 def say(text: str, **options: Any) -> Any:
-    """An optional field: what it is, for the reference at /openapi.json."""
+    """An optional field with its description in /openapi.json."""
     return Field(default=None, description=text, **options)
 
 
@@ -57,13 +57,13 @@ def body_of(
 
     Args:
         name: What the schema calls it.
-        about: What it is for.
+        about: Its description.
         settings: Its fields.
-        examples: Values for people, by field.
+        examples: Example values, by field.
         objects: Fields that are bodies themselves.
 
     Returns:
-        The class, as Any: a type checker knows no class that is made as the program runs.
+        The class, as Any: type checkers do not know classes made at run time.
     """
     shown = examples or {}
     made: dict[str, Any] = {
@@ -101,7 +101,7 @@ def request_type(own: Setting) -> Any:
 
 
 def _strict(kind: Any) -> Any:
-    """A type as bodies have it: 1 is a number, "1" and true are none; lists fail at once."""
+    """The strict form of a type: 1 is a number, "1" and true are not; lists fail fast."""
     origin, parts = get_origin(kind), get_args(kind)
     if kind is float:
         return Number

@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.server import usage as costs
 from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
 from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import ChatRequest
 from coconut_serve.server.state import get_service
+from coconut_serve.server.usage import chat_logprob
 from coconut_serve.service.generation import Delta
 
 router = APIRouter()
@@ -56,7 +56,7 @@ def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     """Check a message and join its text parts.
 
     Raises:
-        InvalidRequestError: The role is unknown or the content is no text.
+        InvalidRequestError: The role is unknown or the content is not text.
     """
     where = f"messages.{index}"
     role, content = message.get("role"), message.get("content")
@@ -80,7 +80,6 @@ class _ChatRenderer(Renderer[ChunkChoice]):
     """chat.completion and chat.completion.chunk objects."""
 
     def opening_parts(self) -> list[ChunkChoice]:
-        """The role of each choice."""
         opening = ChoiceDelta(role="assistant", content="")
         choices = []
         for index in range(len(self.generation.choices)):
@@ -91,7 +90,6 @@ class _ChatRenderer(Renderer[ChunkChoice]):
         return choices
 
     def part(self, delta: Delta, extra: dict[str, Any]) -> ChunkChoice:
-        """What a chunk adds to a message."""
         text = self.thinking(delta.reasoning)
         if delta.content:
             text["content"] = delta.content
@@ -99,13 +97,11 @@ class _ChatRenderer(Renderer[ChunkChoice]):
         return ChunkChoice(index=delta.index, delta=added, finish_reason=_reason(delta), **extra)
 
     def chunk(self, parts: list[ChunkChoice], extra: dict[str, Any]) -> ChatCompletionChunk:
-        """A chunk of the response."""
         return ChatCompletionChunk(
             object="chat.completion.chunk", choices=parts, **self.common(), **extra
         )
 
     def whole(self, choices: Sequence[Delta]) -> ChatCompletion:
-        """The response."""
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids["prompt_token_ids"] = self.prompt_ids(0)
@@ -124,9 +120,8 @@ class _ChatRenderer(Renderer[ChunkChoice]):
         return Choice(index=choice.index, message=message, finish_reason=_reason(choice), **extra)
 
     def logprobs(self, delta: Delta) -> dict[str, Any]:
-        """Log-probabilities by token."""
         tokenizer = self.service.tokenizer
-        items = [costs.chat_logprob(token, tokenizer) for token in delta.tokens]
+        items = [chat_logprob(token, tokenizer) for token in delta.tokens]
         return {"content": items, "refusal": None}
 
 

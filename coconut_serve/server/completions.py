@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.server import usage as costs
 from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
 from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest
 from coconut_serve.server.state import get_service
+from coconut_serve.server.usage import named_logprobs, token_text
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.generation import Delta, Generation
 from coconut_serve.service.service import Service
@@ -58,7 +58,7 @@ async def create_completion(request: Request) -> Response:
 
 
 def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
-    """Sort out the four forms of `prompt`: text, texts, ids, lists of ids."""
+    """Normalise the four forms of `prompt`: text, texts, ids, lists of ids."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -91,7 +91,7 @@ class _TextRenderer(Renderer[CompletionChoice]):
         self._lengths = [0] * len(self._texts)
 
     def opening_parts(self) -> list[CompletionChoice]:
-        """The prompts, if they are to be repeated as text or ids."""
+        """The prompts, if the client wants them back as text or ids."""
         if not self._is_echoing and not self.body.return_token_ids:
             return []
         choices = []
@@ -112,24 +112,21 @@ class _TextRenderer(Renderer[CompletionChoice]):
 
     def _make(self, delta: Delta, text: str, extra: dict[str, Any]) -> CompletionChoice:
         reason = delta.finish_reason.value if delta.finish_reason else None
-        # finish_reason is null until the end, which openai's class does not allow for.
+        # finish_reason is null until the end, which openai's class does not allow.
         extra = {"logprobs": None, **extra}
         return CompletionChoice.model_construct(
             index=delta.index, text=text, finish_reason=reason, **extra
         )
 
     def part(self, delta: Delta, extra: dict[str, Any]) -> CompletionChoice:
-        """What a chunk adds to a text."""
         return self._make(delta, delta.content, {**self.thinking(delta.reasoning), **extra})
 
     def chunk(self, parts: list[CompletionChoice], extra: dict[str, Any]) -> Completion:
-        """A chunk, which looks like the response."""
         reply = Completion(object="text_completion", choices=[], **self.common(), **extra)
         reply.choices = parts
         return reply
 
     def whole(self, choices: Sequence[Delta]) -> Completion:
-        """The response."""
         parts = []
         for each in choices:
             extra = {**self.thinking(each.reasoning), **self.whole_extra(each)}
@@ -141,15 +138,15 @@ class _TextRenderer(Renderer[CompletionChoice]):
     def logprobs(self, delta: Delta) -> Logprobs:
         """The legacy object; offsets count characters of the answer."""
         tokenizer = self.service.tokenizer
-        texts = [costs.token_text(token.token_id, tokenizer) for token in delta.tokens]
+        texts = [token_text(token.token_id, tokenizer) for token in delta.tokens]
         offsets = []
-        for token in delta.tokens:  # a token may be a part of a character, with a longer name
+        for token in delta.tokens:  # part of a character has a name longer than its text
             offsets.append(self._lengths[delta.index])
             self._lengths[delta.index] += len(self._texts[delta.index].push(token.token_id))
         known = [token.logprobs for token in delta.tokens if token.logprobs is not None]
         return Logprobs(
             tokens=texts,
             token_logprobs=[p.logprob for p in known],
-            top_logprobs=[costs.named_logprobs(p.top, tokenizer) for p in known],
+            top_logprobs=[named_logprobs(p.top, tokenizer) for p in known],
             text_offset=offsets,
         )

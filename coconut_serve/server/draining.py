@@ -1,4 +1,4 @@
-"""The HTTP server: says where it listens, follows the model, finishes its work before it ends."""
+"""The HTTP server: prints where it listens, waits for the model, drains before it exits."""
 
 import asyncio
 import logging
@@ -30,7 +30,7 @@ class DrainingServer(uvicorn.Server):
                 ssl_ca_certs=config.ssl_ca_certs,
                 ssl_cert_reqs=config.ssl_cert_reqs,
                 log_config=None,
-                log_level=logging.WARNING,  # "startup complete" would stand there while it loads
+                log_level=logging.WARNING,  # "startup complete" would appear while the model loads
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=64 * 1024,
@@ -44,7 +44,7 @@ class DrainingServer(uvicorn.Server):
         self.failure: Exception | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; on a second signal stop at once."""
+        """Start draining; on a second signal stop at once."""
         if self._draining is not None or self.service is None:
             super().handle_exit(sig, frame)
             self.force_exit = self._draining is not None
@@ -60,16 +60,16 @@ class DrainingServer(uvicorn.Server):
                     await asyncio.sleep(0.05)
         except TimeoutError:
             service.admission.is_overdue = True
-            await service.engine.stop()  # what still runs ends with an error, not a cut
+            await service.engine.stop()  # running requests end with an error, not a cut connection
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; the model may be loaded before or after."""
+        """Listen; the model may finish loading before or after."""
         await super().startup(sockets)
         self._announce()
 
     def note_loaded(self, outcome: Service | Exception) -> None:
-        """Follow the model: serve it, or stop because it did not load."""
+        """Serve the loaded model, or stop because it failed to load."""
         if isinstance(outcome, Exception):
             self.failure = outcome
             self.should_exit = True
@@ -78,7 +78,7 @@ class DrainingServer(uvicorn.Server):
         self._announce()
 
     def _announce(self) -> None:
-        """Say where the server listens, once it does and the model is there."""
+        """Print the address, once the server listens and the model is loaded."""
         if self.service is None or not self.started:
             return
         logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)

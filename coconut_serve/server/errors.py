@@ -1,4 +1,4 @@
-"""Every error leaves as OpenAI's error body; one place decides how."""
+"""Turns every error into OpenAI's error body, and counts it."""
 
 import logging
 from typing import Any
@@ -14,7 +14,7 @@ from coconut_serve.metrics import UNKNOWN, Metrics
 
 logger = logging.getLogger(__name__)
 
-_RETRY_AFTER_SECONDS = 5  # of a 503 that knows no better
+_RETRY_AFTER_SECONDS = 5  # of a 503 without an estimate
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
 _MAX_PARAM = 200
 ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}  # path -> label
@@ -35,7 +35,7 @@ def error_body(error: CoconutError) -> dict[str, Any]:
 
 
 def error_response(error: CoconutError) -> JSONResponse:
-    """The error as a response; headers tell clients whether and when to come back."""
+    """The error as a response; headers tell clients whether and when to retry."""
     headers = {}
     if error.retry_after_seconds is not None or error.status == 503:
         headers["Retry-After"] = str(error.retry_after_seconds or _RETRY_AFTER_SECONDS)
@@ -47,9 +47,9 @@ def error_response(error: CoconutError) -> JSONResponse:
 
 
 def from_validation(error: ValidationError) -> InvalidRequestError:
-    """Turn pydantic's first complaint into ours; its others would only repeat it."""
+    """Turn pydantic's first error into ours; the others would only repeat it."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Union members and list indices are no names that a client knows.
+    # Clients do not know the names of union members and list indices.
     names = [str(part) for part in first["loc"] if isinstance(part, str)]
     names = [name for name in names if name.isidentifier() and name not in ("str", "int", "bool")]
     param = ".".join(names) or None
@@ -80,13 +80,13 @@ async def handle_http(request: Request, error: Exception) -> Response:
 
 
 async def handle_disconnect(request: Request, error: Exception) -> Response:
-    """Handler of clients that went away: nobody reads this, and nothing went wrong."""
+    """Handler of client disconnects: nobody reads this, and nothing went wrong."""
     del request, error
     return Response(status_code=499)
 
 
 def unexpected_response(request: Request, error: Exception) -> JSONResponse:
-    """Answer after a bug: logged in full, told in short."""
+    """Answer after a bug; only the log has the details."""
     logger.error("unhandled error on %s", request.url.path, exc_info=error)
     ours = CoconutError("internal error; the server's log has the details")
     count_error(request, ours)
@@ -110,7 +110,7 @@ def count_http(request: Request, method: str, status: int, seconds: float) -> No
 
 
 def path_of(request: Request) -> str:
-    """The path as routes see it, without --root-path: the router's own function says so."""
+    """The path as routes see it, without --root-path; by the router's own function."""
     return get_route_path(request.scope)
 
 

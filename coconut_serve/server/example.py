@@ -1,4 +1,4 @@
-"""A request that the served model can answer, as a line for a shell."""
+"""A shell command with a request that the served model can answer."""
 
 import json
 import shlex
@@ -10,11 +10,11 @@ _QUESTION = "What is the capital of France?"  # where the manifest names none
 
 
 def example_request(service: Service, url: str) -> str:
-    """Write a curl command; with a chat if the model takes one, else a text or token ids.
+    """Write a curl command: a chat if the model takes one, else text or token ids.
 
     Args:
         service: Of the loaded model.
-        url: Of the API, with /v1; what follows a space is for people.
+        url: Of the API, with /v1; anything after a space is left out.
     """
     tokenizer, config = service.tokenizer, service.config
     question = (service.manifest.prompt.example if service.manifest else None) or _QUESTION

@@ -1,7 +1,7 @@
-"""Every request field of OpenAI, vLLM, SGLang and llama.cpp that is not ours: what it comes to.
+"""What becomes of request fields of OpenAI, vLLM, SGLang and llama.cpp that are not ours.
 
-Supported fields are those of the bodies in schemas.py. Here stand those that change nothing of an
-answer, and those that would and are refused. tests/server/test_drift.py holds the three complete.
+Supported fields are in the bodies of schemas.py. Here are those that do not affect an answer, and
+those that would and are rejected. tests/server/test_drift.py keeps the three lists complete.
 """
 
 import functools
@@ -16,10 +16,10 @@ from pydantic import BaseModel
 from coconut_serve.errors import InvalidRequestError
 
 MAX_UNKNOWN = 64  # unknown fields of a body
-_MAX_NAME = 64  # characters of a name that could be meant to be one of ours
+_MAX_NAME = 64  # characters of a name that is compared with ours
 
-# Accepted because clients send them; without effect: billing, routing, caching, transport, and
-# details of pictures and sounds, which messages cannot hold.
+# Accepted because clients send them, without effect: billing, routing, caching, transport, and
+# options of images and audio, which messages cannot hold.
 ACCEPTED = frozenset({
     # OpenAI
     "metadata", "modalities", "parallel_tool_calls", "prediction", "prompt_cache_key",
@@ -32,14 +32,14 @@ ACCEPTED = frozenset({
     "custom_labels", "data_parallel_rank", "disagg_prefill_dp_rank", "extra_key", "images_config",
     "max_dynamic_patch", "min_dynamic_patch", "ngram_corpus_id", "rid", "routed_dp_rank",
     "routed_experts_start_len", "use_audio_in_video",
-    # llama.cpp; what only qualifies a refused one says nothing without it
+    # llama.cpp; some of these only qualify a rejected field
     "cache_prompt", "dry_allowed_length", "dry_base", "dry_penalty_last_n",
     "dry_sequence_breakers", "dynatemp_exponent", "id_slot", "mirostat_eta", "mirostat_tau",
     "n_cache_reuse", "n_keep", "parse_tool_calls", "sse_ping_interval", "xtc_threshold",
     # OpenRouter
     "models", "plugins", "provider", "route", "transforms", "usage",
 })  # fmt: skip
-# Refused, except with the values that ask for nothing: a default that a client spells out.
+# Rejected, except with neutral values: a default that a client spells out.
 REJECTED: Mapping[str, tuple[object, ...]] = {
     # OpenAI
     "audio": (), "best_of": (1,), "function_call": (), "functions": (), "moderation": (),
@@ -77,10 +77,10 @@ REJECTED: Mapping[str, tuple[object, ...]] = {
     "do_sample": (True,), "extra_body": ({},), "max_new_tokens": (), "max_tokens_to_sample": (),
     "no_repeat_ngram_size": (0,), "num_beams": (1,), "num_predict": (), "sampling_params": (),
     "stop_sequences": ([],), "top_n_tokens": (0,),
-    # Thinking, as others call it
+    # Other names for thinking
     "enable_thinking": (), "thinking": (), "thinking_budget": (), "thinking_budget_tokens": (-1,),
 }  # fmt: skip
-# What to send instead of a refused field.
+# What to send instead of a rejected field.
 INSTEAD: Mapping[str, str] = {
     "do_sample": "temperature", "enable_thinking": "reasoning_mode",
     "extra_body": "its fields beside the others", "input_ids": "prompt", "n_cmpl": "n",
@@ -94,12 +94,12 @@ INSTEAD: Mapping[str, str] = {
     "thinking_budget": "reasoning.steps", "thinking_budget_tokens": "reasoning.steps",
     "thinking_token_budget": "reasoning.steps",
 }  # fmt: skip
-_OURS = ("reasoning", "latent", "latents", "thinking", "think")  # words of no harmless name
+_OURS = ("reasoning", "latent", "latents", "thinking", "think")  # never harmless in a name
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A field by its path in a body, and how a client may come to spell it."""
+    """A field by its path in a body, with the spellings a client may use."""
 
     path: str
     spellings: tuple[str, ...] = field(init=False)
@@ -129,11 +129,11 @@ def _walk(kind: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def nearest(name: str, paths: Iterable[Path]) -> str | None:
-    """The field that a path misspells, or puts at the wrong level; None if it is like none.
+    """The field that a path misspells, or puts at the wrong level; None if none is close.
 
     Args:
-        name: A dotted path that is no field.
-        paths: The fields; of equally near ones the first beside it, else the first.
+        name: An unknown dotted path.
+        paths: The fields; among equally close ones those at the same level come first.
     """
     parent, _, own = name.rpartition(".")
     squeezed = _squeeze(own)
@@ -144,7 +144,7 @@ def nearest(name: str, paths: Iterable[Path]) -> str | None:
         if "replay." in each.path and "replay." not in name:
             continue  # nobody writes those by hand
         for spelt, known in zip(each.spellings, each.letters, strict=True):
-            # A slip leaves out one letter at most, and that is cheap to count.
+            # Each slip loses one letter at most: a cheap test before the distance.
             if abs(len(spelt) - len(squeezed)) > limit or (known - letters).total() > limit:
                 continue
             distance = _distance(squeezed, spelt)
@@ -155,12 +155,12 @@ def nearest(name: str, paths: Iterable[Path]) -> str | None:
 
 
 def _squeeze(name: str) -> str:
-    """Without what spellings differ in: topK, top-k and top_k are one."""
+    """Remove what spellings differ in: topK, top-k and top_k become one."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _distance(a: str, b: str) -> int:
-    """Slips between two words: a letter more, less, other, or two swapped (Damerau, OSA)."""
+    """Letters inserted, deleted, replaced or swapped between words (Damerau-Levenshtein, OSA)."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -173,7 +173,7 @@ def _distance(a: str, b: str) -> int:
 
 
 def unknown_error(name: str, paths: Sequence[Path]) -> InvalidRequestError:
-    """The error of a field that does not exist, with what it may have been meant to be."""
+    """The error for an unknown field, with the field it may mean."""
     near = nearest(name, paths)
     return InvalidRequestError(
         f"unknown field {name!r}" + (f"; did you mean {near!r}?" if near else ""),
@@ -183,14 +183,14 @@ def unknown_error(name: str, paths: Sequence[Path]) -> InvalidRequestError:
 
 
 def ignored_fields(body: BaseModel, others: frozenset[str]) -> list[str]:
-    """Name the fields that no one knows; refuse those that must not be ignored.
+    """Name the unknown fields; reject those that must not be ignored.
 
     Args:
-        body: As it was read; the reasoning object is looked at elsewhere.
+        body: The parsed body; its reasoning object is checked elsewhere.
         others: Fields of the other endpoint of its kind.
 
     Raises:
-        InvalidRequestError: A field is known and not served, or is meant to be one of ours.
+        InvalidRequestError: A field is known but not supported, or misspells one of ours.
     """
     ignored: list[str] = []
     paths = paths_of(type(body))

@@ -1,4 +1,4 @@
-"""Where servers listen; taken, and certificates read, before anything is loaded."""
+"""Binds ports and sockets and checks certificates, before anything is loaded."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # healthcheck, which starts every few seconds, loads no pydan
 
 
 def url_of(host: str, port: int, *, scheme: str = "http") -> str:
-    """A server's address as URLs write it: IPv6 in brackets."""
+    """A server's URL; IPv6 addresses are in brackets."""
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
@@ -27,10 +27,10 @@ def api_url(config: "ServeConfig", listener: socket.socket) -> str:
 
 
 def listen(host: str, port: int, flag: str) -> socket.socket:
-    """Take a port; of "::" for IPv4 too, where the system can.
+    """Bind a port; "::" serves IPv4 too, where the system can.
 
     Raises:
-        StartupError: It cannot be had; `flag` is what names it.
+        StartupError: It is not available; `flag` names it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     is_any = host == "::" and socket.has_dualstack_ipv6()
@@ -41,10 +41,10 @@ def listen(host: str, port: int, flag: str) -> socket.socket:
 
 
 def listen_for(config: "ServeConfig") -> socket.socket:
-    """Take what clients connect to, a port or a unix socket.
+    """Bind the port or unix socket that clients connect to.
 
     Raises:
-        StartupError: It cannot be had, or the certificate cannot be used.
+        StartupError: It is not available, or the certificate cannot be used.
     """
     _check_tls(config)
     if config.uds is None:
@@ -63,7 +63,7 @@ def listen_for(config: "ServeConfig") -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what a server that was killed left behind; one that lives is left alone."""
+    """Remove the socket of a killed server, but not that of a live one."""
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
         probe.connect(str(path))
         return
@@ -88,7 +88,7 @@ def _check_tls(config: "ServeConfig") -> None:
 
 @contextlib.contextmanager
 def _naming(flag: str, path: str, reason: str) -> Iterator[None]:
-    """Turn errors into ours: those of ssl name no file and say little."""
+    """Turn errors into ours, since those of ssl name no file."""
     try:
         Path(path).read_bytes()
         yield

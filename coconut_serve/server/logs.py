@@ -1,4 +1,4 @@
-"""Log lines: text, or one JSON object each, with the id of the request they belong to."""
+"""Log lines as text or JSON objects, with the id of their request."""
 
 import logging
 import os
@@ -16,10 +16,9 @@ current: ContextVar[State | None] = ContextVar("current", default=None)
 
 
 class RequestIdFilter(logging.Filter):
-    """Gives every record of a request's own task its request_id."""
+    """Adds request_id to each record that a request's own task logs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Pass all records on."""
         state = current.get()
         if state is not None and not hasattr(record, "request_id"):
             record.request_id = state.request_id
@@ -38,20 +37,20 @@ def json_formatter() -> JsonFormatter:
 
 
 def prepare(log_format: LogFormat = "text") -> None:
-    """Set logging up for a process; COCONUT_LOG_LEVEL says how much is logged."""
+    """Set up logging for a process; COCONUT_LOG_LEVEL is the level."""
     level = os.environ.get("COCONUT_LOG_LEVEL", "").upper()
     logging.basicConfig(
         level=level if level in logging.getLevelNamesMapping() else "INFO",
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    if level != "DEBUG":  # clients of HTTP log each request: a line per question of `eval`
+    if level != "DEBUG":  # HTTP clients log each request: a line per question of `eval`
         for client in ("httpx", "httpx2"):
             logging.getLogger(client).setLevel(logging.WARNING)
     set_format(log_format)
 
 
 def set_format(log_format: LogFormat) -> None:
-    """Choose how the root logger's handlers write, and vLLM here and in its processes."""
+    """Set the format of the root logger's handlers, and of vLLM here and in its processes."""
     if log_format == "text":
         return
     for handler in logging.getLogger().handlers:

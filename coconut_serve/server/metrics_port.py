@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def add_metrics_port(app: FastAPI, *, host: str, port: int) -> None:
-    """Serve the application's metrics beside it, as long as it lives.
+    """Serve the application's metrics on another port during its lifespan.
 
     Raises:
-        StartupError: The port cannot be had.
+        StartupError: The port is not available.
     """
     listener = listen(host, port, "--metrics-port")
     logger.info("metrics on %s/metrics", url_of(host, listener.getsockname()[1]))
@@ -59,5 +59,4 @@ class _SideServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
         yield

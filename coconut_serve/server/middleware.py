@@ -1,6 +1,6 @@
-"""Around every request: its id, who may pass, how long it took.
+"""Around every request: its id, its API key, how long it took.
 
-Plain ASGI, so that a client that goes away is seen by the route itself.
+Plain ASGI, so that the route itself sees a client disconnect.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 class RequestMiddleware:
     """Sets x-request-id and openai-processing-ms, checks the key, logs one line.
 
-    Keys are compared as hashes in constant time, all of them, whichever matches. Routes find
-    their paths whether or not a proxy has taken `root_path` off them.
+    Every key is compared, as a hash and in constant time. Routes match whether or not a proxy
+    has stripped `root_path`.
     """
 
     def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], root_path: str = "") -> None:
@@ -43,12 +43,11 @@ class RequestMiddleware:
         self._keys = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        # HEAD is served as GET; the server below leaves the body out.
+        # HEAD is served as GET; uvicorn leaves the body out.
         scope = {**scope, "root_path": self._root_path or scope.get("root_path", "")}
         scope["method"] = "GET" if method == "HEAD" else method
         request = Request(scope)
@@ -79,12 +78,12 @@ class RequestMiddleware:
         except Exception as failure:
             if status:
                 raise
-            # Here and not further out: the answer has its headers, those of CORS too.
+            # Here and not further out, so that the answer gets its headers, CORS included.
             await unexpected_response(request, failure)(scope, receive, send_with_headers)
         finally:
             status, seconds = status or 500, time.perf_counter() - started
             path = scope["raw_path"].decode("ascii", "replace")  # not decoded: no line breaks
-            # Of an overloaded server the line of every ten seconds says how many it refuses.
+            # Under overload the stats line, every ten seconds, counts the rejections.
             is_quiet = path_of(request) in _QUIET_PATHS or status == 429
             level = logging.DEBUG if is_quiet else logging.INFO
             count_http(request, method, status, seconds)
@@ -100,9 +99,9 @@ class RequestMiddleware:
             )
 
     def _refusal(self, request: Request) -> CoconutError | None:
-        """What keeps the request out, found before any work is done for it.
+        """Return why to reject the request, before doing any work for it.
 
-        Under overload refusals are most of the work; each must cost the engine next to nothing.
+        Under overload most requests are rejected; each must cost the engine next to nothing.
         """
         path = path_of(request)
         if self._keys and path not in _OPEN_PATHS and not self._knows(request):

@@ -1,4 +1,4 @@
-"""What watches the server, as its settings ask: the log, traces, vLLM's names, a port."""
+"""Sets up what observes the server: log, traces, vLLM's metric names, metrics port."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ from coconut_serve.service.tracing import NoTracer, OtlpTracer, Tracer
 
 
 def prepare(config: ServeConfig, metrics: Metrics) -> Tracer:
-    """Set up the log, what the metrics page shows, and the tracer that the service is to use.
+    """Set up the log and the metrics page, and return the service's tracer.
 
     Raises:
-        StartupError: Traces are asked for and their packages are not there.
+        StartupError: Traces are on and their packages are not installed.
     """
     set_format(config.log_format)
     ProcessCollector(registry=metrics.registry)
@@ -30,10 +30,10 @@ def prepare(config: ServeConfig, metrics: Metrics) -> Tracer:
 
 
 def attach(app: FastAPI, config: ServeConfig) -> None:
-    """Add to the application what serves the above.
+    """Add the metrics port and the caller's trace context to the application.
 
     Raises:
-        StartupError: The metrics' own port cannot be had.
+        StartupError: The metrics port is not available.
     """
     if config.metrics_port is not None:
         add_metrics_port(app, host=config.host, port=config.metrics_port)

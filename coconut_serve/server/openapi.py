@@ -1,6 +1,6 @@
 """The reference at /openapi.json: what each route takes, answers and refuses.
 
-Routes read their bodies by hand and answer with ready responses, so FastAPI is told of both here.
+Routes parse bodies and build responses by hand, so FastAPI learns of both here.
 """
 
 from typing import Any
@@ -116,7 +116,7 @@ def plain(about: str, *statuses: int, media_type: str | None = None) -> Response
 
 
 def takes(body: type[BaseModel], **headers: str) -> dict[str, Any]:
-    """The body of a route, and headers that it looks at."""
+    """The body and the headers that a route reads."""
     return {
         "requestBody": {"required": True, "content": {"application/json": _content(body)}},
         "parameters": [
@@ -130,7 +130,7 @@ def takes(body: type[BaseModel], **headers: str) -> dict[str, Any]:
 
 
 def takes_generation(body: type[BaseModel]) -> dict[str, Any]:
-    """The same of a route that generates."""
+    """The same for a route that generates."""
     mode, name = "As reasoning_mode.", "What the response and the log call the request."
     return takes(body, X_Reasoning_Mode=mode, X_Request_Id=name)
 

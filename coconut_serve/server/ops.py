@@ -111,7 +111,7 @@ def _model(service: Service, name: str) -> Model:
         "unsupported_features": list(service.engine.info.unsupported_features),
         "reasoning_effort": {NO_EFFORT: f"mode {NO_THINKING}", **EFFORTS},
         "example": manifest.prompt.example if manifest else None,
-        "sampling_defaults": {  # of requests that say nothing
+        "sampling_defaults": {  # of requests that set none
             name: {"value": value, "source": "generation_config"}
             for name, value in service.prompts.sampling_defaults.items()
         },
@@ -140,7 +140,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def _refresh(service: Service) -> None:
-    """Set the gauges that nobody pushes."""
+    """Set the gauges that nothing else updates."""
     m = service.metrics
     try:
         await service.engine.check_health()
@@ -163,7 +163,7 @@ async def tokenize(request: Request) -> Response:
     tokenizer = require_tokenizer(service.tokenizer)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", param="prompt")
-    # Off the event loop: a long text must not hold up everybody's streams.
+    # Off the event loop: a long text must not block other streams.
     if body.messages is not None:
         messages = [clean_message(m, i) for i, m in enumerate(body.messages)]
         render = functools.partial(

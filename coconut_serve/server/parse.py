@@ -1,4 +1,4 @@
-"""From an HTTP request to a GenerationAsk: body, model name, reasoning mode, unknown fields."""
+"""Parses HTTP requests: body, model name, reasoning mode, unknown fields."""
 
 import json
 import re
@@ -23,9 +23,9 @@ from coconut_serve.server.schemas import (
     check_effort,
     check_mode_name,
 )
-from coconut_serve.service.ask import SamplingAsk
+from coconut_serve.service.ask import SamplingFields
 from coconut_serve.service.presets import NO_EFFORT
-from coconut_serve.service.replay import ReplayAsk
+from coconut_serve.service.replay import ReplayInput
 
 BodyT = TypeVar("BodyT", bound=NamedBody)
 
@@ -33,14 +33,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReasoningAsk:
-    """What a request says of reasoning, from wherever it said it."""
+class ReasoningFields:
+    """Reasoning fields of a request, from body, header or model name."""
 
     mode: str | None
     effort: str | None
     explains: bool
     settings: dict[str, Any]
-    replay: ReplayAsk | None = None
+    replay: ReplayInput | None = None
 
 
 def request_id(request: Request) -> str:
@@ -58,8 +58,8 @@ async def read_body(
         The body, and the names of unknown fields that were ignored.
 
     Raises:
-        PayloadTooLargeError: It is larger than `max_bytes`.
-        InvalidRequestError: It is no JSON object, or a field is wrong.
+        PayloadTooLargeError: It is larger than `config.max_body_bytes`.
+        InvalidRequestError: It is not a JSON object, or a field is wrong.
         NotFoundError: The model is not served here.
     """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip()
@@ -77,14 +77,14 @@ async def read_body(
     try:
         text = raw.decode("utf-8-sig")
         data = json.loads(text, parse_constant=_refuse_constant)
-        if "\\u" in text:  # a lone surrogate is no text
+        if "\\u" in text:  # a lone surrogate is not text
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     try:
-        # null means not given, as clients mean it.
+        # Clients send null for fields they leave out.
         body = kind.model_validate({k: v for k, v in data.items() if v is not None})
     except ValidationError as error:
         raise from_validation(error) from None
@@ -98,11 +98,11 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) -> ReasoningAsk:
+def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) -> ReasoningFields:
     """Find the reasoning mode and its settings.
 
     A mode may come from the body, `reasoning.mode`, the X-Reasoning-Mode header or a suffix of the
-    model name. Saying it twice differently is an error, never a guess.
+    model name. Two that disagree are an error, never a guess.
 
     Raises:
         InvalidRequestError: A value is wrong, or two places disagree.
@@ -136,7 +136,7 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
             code="reasoning_mode_conflict",
         )
     mode = next(iter(said.values()), None)
-    return ReasoningAsk(
+    return ReasoningFields(
         mode=mode,
         effort=effort,
         explains=settings.pop("explain", False),
@@ -145,12 +145,12 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
     )
 
 
-def _pop_replay(settings: dict[str, Any]) -> ReplayAsk | None:
-    """Take the vectors out of the settings, which answers repeat."""
+def _pop_replay(settings: dict[str, Any]) -> ReplayInput | None:
+    """Take the vectors out of the settings, since answers repeat the settings."""
     fingerprint, steps = (settings.pop(f"replay.{name}", None) for name in ("fingerprint", "steps"))
     if steps is None:
         return None
-    return ReplayAsk(
+    return ReplayInput(
         fingerprint=fingerprint,
         vectors=tuple(step.vector for step in steps),
         token_ids=tuple(step.token_id for step in steps),
@@ -186,7 +186,7 @@ def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
     """Name ignored unknown fields; with --strict-params they are errors.
 
     Raises:
-        InvalidRequestError: A field is rejected, misspelt reasoning, or unknown in strict mode.
+        InvalidRequestError: A field is rejected, misspelt, or unknown in strict mode.
     """
     unknown = ignored_fields(body, OTHERS.get(type(body), frozenset()))
     if unknown and config.strict_params:
@@ -196,12 +196,12 @@ def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
     return unknown
 
 
-def sampling_ask(
+def sampling_fields(
     body: GenerationBody, *, max_tokens: int | None, num_logprobs: int | None
-) -> SamplingAsk:
+) -> SamplingFields:
     """The sampling fields of a body."""
     is_renamed = getattr(body, "max_completion_tokens", None) is not None
-    return SamplingAsk(
+    return SamplingFields(
         max_tokens=max_tokens,
         max_tokens_field="max_completion_tokens" if is_renamed else "max_tokens",
         params={

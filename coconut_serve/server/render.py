@@ -1,4 +1,4 @@
-"""How a generation is shown: events of a stream, or one object."""
+"""Renders a generation as events of a stream or as one object."""
 
 import time
 from abc import ABC, abstractmethod
@@ -7,21 +7,21 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from coconut_serve.server import usage as costs
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import Event
+from coconut_serve.server.usage import trace_json, usage
 from coconut_serve.service.generation import Delta, Generation
 from coconut_serve.service.service import Service
 
-PartT = TypeVar("PartT", bound=BaseModel)  # what a chunk says of one choice
+PartT = TypeVar("PartT", bound=BaseModel)  # a choice in a chunk
 
 
 class Renderer(ABC, Generic[PartT]):
-    """Makes the response objects of one call: those of an endpoint are a subclass.
+    """Makes the response objects of one call; each endpoint has a subclass.
 
     Args:
         service: For its tokenizer and settings.
-        generation: What is shown; the renderer reads its counts.
+        generation: What to render; the renderer reads its counts.
         body: What the client asked for.
     """
 
@@ -34,11 +34,11 @@ class Renderer(ABC, Generic[PartT]):
 
     @abstractmethod
     def whole(self, choices: Sequence[Delta]) -> BaseModel:
-        """Make the response of choices that have ended."""
+        """Make the response from finished choices."""
 
     @abstractmethod
     def part(self, delta: Delta, extra: dict[str, Any]) -> PartT:
-        """Make what a chunk says of one choice."""
+        """Make the choice of a chunk."""
 
     @abstractmethod
     def chunk(self, parts: list[PartT], extra: dict[str, Any]) -> BaseModel:
@@ -46,10 +46,10 @@ class Renderer(ABC, Generic[PartT]):
 
     @abstractmethod
     def logprobs(self, delta: Delta) -> Any:
-        """Make the endpoint's object of the log-probabilities of the delta's tokens."""
+        """Make the endpoint's log-probability object for the delta's tokens."""
 
     def opening_parts(self) -> list[PartT]:
-        """What is sent before anything is generated, a chunk each."""
+        """Choices to send before generation starts, one chunk each."""
         return []
 
     def opening(self) -> Iterator[Event]:
@@ -62,11 +62,11 @@ class Renderer(ABC, Generic[PartT]):
         if extra or delta.content or self.thinking(delta.reasoning):
             options = self.body.stream_options
             has_usage = options is not None and options.continuous_usage_stats
-            usage = {"usage": costs.usage(self.generation)} if has_usage else {}
-            yield self._event([self.part(delta, extra)], usage)
+            so_far = {"usage": usage(self.generation)} if has_usage else {}
+            yield self._event([self.part(delta, extra)], so_far)
 
     def closing(self) -> Iterator[Event]:
-        """The events behind the last delta."""
+        """The events after the last delta."""
         options = self.body.stream_options
         if options is not None and options.include_usage:
             yield self._event([], self.cost())
@@ -85,12 +85,12 @@ class Renderer(ABC, Generic[PartT]):
         }
 
     def cost(self) -> dict[str, Any]:
-        """What the call took; `reasoning_info` repeats `usage.reasoning`."""
-        usage = costs.usage(self.generation)
-        return {"usage": usage, "reasoning_info": usage.reasoning}  # type: ignore[attr-defined]  # extra field
+        """The usage fields; `reasoning_info` repeats `usage.reasoning`."""
+        total = usage(self.generation)
+        return {"usage": total, "reasoning_info": total.reasoning}  # type: ignore[attr-defined]  # extra field
 
     def thinking(self, text: str) -> dict[str, str]:
-        """Thinking text under the names that clients know."""
+        """Thinking text, by the configured field names."""
         if not text or not self.body.include_reasoning:
             return {}
         field = self.service.config.reasoning_field
@@ -104,7 +104,7 @@ class Renderer(ABC, Generic[PartT]):
         return list(prepared.prompt_token_ids[index // prepared.num_choices])
 
     def extra(self, delta: Delta) -> dict[str, Any]:
-        """Fields beyond OpenAI's, and logprobs, of what a choice gained."""
+        """Fields beyond OpenAI's, and logprobs, of a delta."""
         extra: dict[str, Any] = {}
         if self.body.return_token_ids and delta.tokens:
             extra["token_ids"] = [token.token_id for token in delta.tokens]
@@ -112,7 +112,7 @@ class Renderer(ABC, Generic[PartT]):
             first = self._num_steps[delta.index]
             self._num_steps[delta.index] += len(delta.trace)
             extra["reasoning_trace"] = [
-                costs.trace_json(step, number, self.service.tokenizer)
+                trace_json(step, number, self.service.tokenizer)
                 for number, step in enumerate(delta.trace, first)
             ]
         has_asked = self.generation.prepared.ask.sampling.num_logprobs is not None
@@ -123,7 +123,7 @@ class Renderer(ABC, Generic[PartT]):
         return extra
 
     def whole_extra(self, choice: Delta) -> dict[str, Any]:
-        """The same of a choice that has ended, whose fields are all there."""
+        """The same for a finished choice, with every field present."""
         extra = {"logprobs": None, **self.extra(choice)}
         if self.body.return_token_ids:
             extra.setdefault("token_ids", [])

@@ -1,7 +1,7 @@
-"""Request bodies: strict types, ranges, and a clear word on every unknown field.
+"""Request bodies: strict types, ranges, and an error or a note for every unknown field.
 
 Responses are `openai.types` classes with our extra fields; requests are these models, because
-openai's own request types drop unknown keys and know no ranges.
+openai's own request types drop unknown keys and check no ranges.
 """
 
 import difflib
@@ -108,7 +108,7 @@ class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from pa
         """logit_bias by token id, checked.
 
         Raises:
-            InvalidRequestError: Keys are no ids, or values out of range.
+            InvalidRequestError: Keys are not ids, or values are out of range.
         """
         given = self.logit_bias or {}
         if any(not key.isdecimal() or len(key) > 10 for key in given):
@@ -133,7 +133,7 @@ class ChatBody(NamedBody):
     )
 
     def template_options(self) -> dict[str, Any]:
-        """What the template is to be rendered with.
+        """Variables to render the template with.
 
         Raises:
             InvalidRequestError: The template's own arguments are given, or two that exclude
@@ -218,7 +218,7 @@ def check_mode_name(mode: str, param: str) -> str:
     """Return the mode if it exists.
 
     Raises:
-        InvalidRequestError: It does not; the text names those that do.
+        InvalidRequestError: It does not; the message names those that do.
     """
     names = list(mode_names())
     if mode not in names:
@@ -243,7 +243,7 @@ def check_effort(effort: str | None, param: str) -> str | None:
 
 
 def check_text_format(body: GenerationBody) -> None:
-    """Refuse structured output.
+    """Reject structured output.
 
     Raises:
         InvalidRequestError: With code unsupported_parameter.

@@ -22,14 +22,14 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: JSON, and the name that clients listen for, if the API names its events."""
+    """One event: its JSON, and its name if the API names its events."""
 
     data: str
     name: str | None = None
 
 
 class EventStream(StreamingResponse):
-    """Streams events and always closes what produces them.
+    """Streams events and always closes their source.
 
     Args:
         events: What is sent; an error in it becomes an event, then [DONE].
@@ -62,7 +62,7 @@ class EventStream(StreamingResponse):
         self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; a client that went away cancels this."""
+        """Send the stream; a client disconnect cancels this."""
         task = asyncio.current_task()
         assert task is not None
         line = _Line(send, self._max_send_seconds, self._keep_alive_seconds)
@@ -82,11 +82,11 @@ class EventStream(StreamingResponse):
 
 
 class _Line:
-    """The way to one client, and one timer for it: events are many, and most come in time.
+    """The connection to one client, with one timer, since most of its many events are on time.
 
     Args:
         send: ASGI's.
-        max_send_seconds: A single send may take.
+        max_send_seconds: Limit of a single send.
         keep_alive_seconds: Silence after which a comment is sent.
     """
 
@@ -96,18 +96,17 @@ class _Line:
         self._max_send_seconds = max_send_seconds
         self._keep_alive_seconds = keep_alive_seconds
         self._is_open = False  # between headers and end
-        self._sent = time.monotonic()  # the last time
-        self._began: float | None = None  # the send that goes on
+        self._sent = time.monotonic()  # end of the last send
+        self._began: float | None = None  # start of the running send
 
     async def send(self, message: Message) -> None:
-        """Pass a message on."""
         self._began = time.monotonic()
         await self._send(message)
         self._sent, self._began = time.monotonic(), None
         self._is_open = message.get("more_body", message["type"] == "http.response.start")
 
     async def watch(self, task: "asyncio.Task[Any]") -> None:
-        """Bridge silence; cancel the task when the line is stuck."""
+        """Send keep-alives in silence; cancel the task when the client is stuck."""
         while not self.is_stuck:
             is_sending = self._began is not None
             since = self._sent if self._began is None else self._began
@@ -124,7 +123,7 @@ class _Line:
         task.cancel()
 
     async def _bridge(self) -> None:
-        """Send a comment; the task's own events do not wait for it."""
+        """Send a keep-alive; the task's own events do not wait for it."""
         message = {"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True}
         try:
             async with asyncio.timeout(self._max_send_seconds):
@@ -154,7 +153,7 @@ async def _frames(
 
 
 def _one_line(text: str) -> str:
-    """Escape what JSON may hold as it is, but clients that split as str.splitlines() do not."""
+    """Escape what JSON allows unescaped, but clients using str.splitlines() split at."""
     if text.isascii():
         return text
     for mark in ("\u0085", "\u2028", "\u2029"):

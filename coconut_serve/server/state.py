@@ -1,4 +1,4 @@
-"""What routes find out of a request's application."""
+"""What routes share: the loaded service, and the header of ignored fields."""
 
 from starlette.requests import Request
 

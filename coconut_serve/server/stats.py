@@ -12,7 +12,7 @@ _INTERVAL_SECONDS = 10.0
 
 
 async def log_stats(metrics: Metrics, *, interval_seconds: float = _INTERVAL_SECONDS) -> None:
-    """Log what happened in each interval, until cancelled; silent while nothing does."""
+    """Log the activity of each interval until cancelled; silent while idle."""
     m = metrics
     counters = {
         "prompt_tokens": m.prompt_tokens,
@@ -32,7 +32,7 @@ async def log_stats(metrics: Metrics, *, interval_seconds: float = _INTERVAL_SEC
         now = time.monotonic()
         gained = {name: after[name] - before[name] for name in counters}
         running, waiting = m.total(m.running), m.total(m.waiting)
-        gained["ended"] -= gained["rejected"]  # they are requests too
+        gained["ended"] -= gained["rejected"]  # `requests` counts those too
         is_idle = not running and not waiting and not any(gained.values())
         if not (is_idle and was_idle):
             _log(gained, now - then, running, waiting, m.total(m.kv_usage))

@@ -1,4 +1,4 @@
-"""Takes the trace of the caller from its headers; only with --otlp-traces-endpoint."""
+"""Reads the caller's trace from its headers; only with --otlp-traces-endpoint."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -7,13 +7,12 @@ from coconut_serve.service.tracing import attach_context
 
 
 class TraceContextMiddleware:
-    """Lets the span of a request be a child of its caller's."""
+    """Makes the span of a request a child of its caller's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

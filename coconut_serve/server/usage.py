@@ -1,4 +1,4 @@
-"""What an answer cost, and how it was thought: usage, reasoning_info, traces, logprobs."""
+"""Builds usage, reasoning_info, traces and logprobs of an answer."""
 
 import base64
 import struct
@@ -15,7 +15,7 @@ from coconut_serve.service.generation import Generation, TokenDelta, TraceStep
 from coconut_serve.service.tokenizer import Tokenizer
 from coconut_serve.types import HaltReason, SequenceCounts
 
-_OF_MODEL = ("default", "generation_config", "manifest")  # sources of what nobody asked for
+_OF_MODEL = ("default", "generation_config", "manifest")  # sources of unchanged settings
 
 
 class ReasoningInfo(BaseModel):
@@ -36,7 +36,7 @@ class ReasoningInfo(BaseModel):
 
 
 def reasoning_info(generation: Generation) -> dict[str, Any]:
-    """The effective mode and what it did, of the first choice shown; totals are in usage."""
+    """The effective mode and what it did for the first choice shown; `usage` has the totals."""
     prepared = generation.prepared
     state = generation.choices[generation.shown]
     counts = state.counts

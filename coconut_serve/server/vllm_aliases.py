@@ -1,4 +1,4 @@
-"""The `vllm:` names that public dashboards, gateways and autoscalers ask for, over our metrics.
+"""Our metrics under the `vllm:` names that public dashboards, gateways and autoscalers query.
 
 Sums over reasoning modes. As in vLLM, thinking positions are generated tokens.
 """
@@ -43,7 +43,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 class VllmAliases(Collector):
-    """Shows our metrics a second time under vLLM's names.
+    """Exposes our metrics a second time under vLLM's names.
 
     Args:
         metrics: Ours; the collector registers itself beside them.
@@ -54,11 +54,10 @@ class VllmAliases(Collector):
         self._registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        """Name none in advance: collecting here would collect ourselves."""
+        """Describe nothing: collecting here would recurse."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """Read ours and rename them."""
         names = [f"coconut_{source}" for sources in ALIASES.values() for source in sources]
         wanted = {name: self._registry._names_to_collectors[name] for name in names}
         ours = {name: next(iter(each.collect())) for name, each in wanted.items()}

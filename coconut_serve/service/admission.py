@@ -1,4 +1,4 @@
-"""How many sequences the server takes on: the engine's slots and a bounded queue."""
+"""Admission control: the engine's slots and a bounded queue."""
 
 import heapq
 import math
@@ -12,12 +12,12 @@ from coconut_serve.errors import InvalidRequestError, NotReadyError, QueueFullEr
 
 _MAX_RETRY_AFTER_SECONDS = 60
 _NUM_SAMPLES = 64
-_TOLD_SECONDS = 0.2
+_ESTIMATE_SECONDS = 0.2
 
 
 @dataclass(slots=True, eq=False)
 class Places:
-    """What one call holds, given back when its last sequence has ended."""
+    """The places one call holds until its last sequence has ended."""
 
     count: int
     max_positions: int  # after the prompt, of its longest sequence
@@ -25,12 +25,12 @@ class Places:
 
 
 class Admission:
-    """Counts sequences in flight; refuses what would wait behind a full queue.
+    """Counts sequences in flight and rejects calls when the queue is full.
 
     Args:
         max_running: Sequences the engine runs at once.
         max_queue: Sequences that may wait beyond those.
-        step_seconds: Tells how long a step takes lately; 0 before the first.
+        step_seconds: Returns how long recent steps took; 0 before the first.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Admission:
         self._max_queue = max_queue
         self._limit = max_running + max_queue
         self._step_seconds = step_seconds
-        self._calls: dict[Places, None] = {}  # in the order in which they came
-        # Calls seldom use all positions they may; of the last, the share that they did use.
+        self._calls: dict[Places, None] = {}  # in order of arrival
+        # Calls seldom use all positions they may; the share that recent ones used.
         self._used_shares: deque[float] = deque(maxlen=_NUM_SAMPLES)
-        self._told = (0.0, 0, 0)  # until when an estimate holds, of how many places, the estimate
+        self._estimate = (0.0, 0, 0)  # cached: valid until, for how many places, the estimate
         self.num_in_flight = 0
         self.is_draining = False
-        self.is_overdue = False  # draining, and what still runs is being ended
+        self.is_overdue = False  # draining took too long; running sequences are being ended
 
     @property
     def has_room(self) -> bool:
@@ -62,12 +62,12 @@ class Admission:
         return places
 
     def check(self, count: int) -> None:
-        """Return if there are places for `count` sequences now.
+        """Check that `count` sequences fit now.
 
         Raises:
-            InvalidRequestError: There will never be room for so many.
-            NotReadyError: The server drains.
-            QueueFullError: There is no room; Retry-After says when there may be.
+            InvalidRequestError: So many can never fit.
+            NotReadyError: The server is draining.
+            QueueFullError: There is no room now; Retry-After estimates when.
         """
         if self.is_draining:
             raise NotReadyError("the server is shutting down", retry_after_seconds=5)
@@ -79,10 +79,10 @@ class Admission:
             )
 
     def check_size(self, count: int) -> None:
-        """Return if there can ever be places for `count` sequences.
+        """Check that `count` sequences can ever fit.
 
         Raises:
-            InvalidRequestError: There will never be room for so many.
+            InvalidRequestError: So many can never fit.
         """
         if count > self._limit:
             raise InvalidRequestError(
@@ -91,32 +91,32 @@ class Admission:
             )
 
     def release(self, places: Places, *, has_ended: bool = True) -> None:
-        """Give a call's places back; one that was cut off says nothing of how long calls are."""
+        """Free a call's places; one that was cut short says nothing about usual lengths."""
         del self._calls[places]
         self.num_in_flight -= places.count
         if places.num_done and has_ended:
             self._used_shares.append(places.num_done / places.max_positions)
 
     def retry_after_seconds(self, count: int = 1) -> int:
-        """Estimate when `count` places are free: the steps until then, and how long one takes."""
+        """Estimate when `count` places will be free: steps until then times seconds a step."""
         seconds = self._steps_until_free(count) * self._step_seconds()
         return max(1, min(_MAX_RETRY_AFTER_SECONDS, math.ceil(seconds)))
 
     def _recent_estimate(self, count: int) -> int:
-        """The estimate of a moment ago: refusals come by the thousand and must cost nothing."""
+        """Return a briefly cached estimate: rejections come by the thousand and must be cheap."""
         now = time.monotonic()
-        until, told_count, seconds = self._told
-        if now >= until or told_count != count:
+        until, for_count, seconds = self._estimate
+        if now >= until or for_count != count:
             seconds = self.retry_after_seconds(count)
-            self._told = (now + _TOLD_SECONDS, count, seconds)
+            self._estimate = (now + _ESTIMATE_SECONDS, count, seconds)
         return seconds
 
     def _steps_until_free(self, count: int) -> float:
-        """Let calls end as they came, each with the positions that it is expected to have left."""
+        """Simulate the calls in order of arrival, each with its expected remaining positions."""
         share = fmean(self._used_shares) if self._used_shares else 1.0
         missing = self.num_in_flight + count - self._limit
         num_slots, now = self._max_running, 0.0
-        running: list[tuple[float, int]] = []  # a heap: when a call ends, its places
+        running: list[tuple[float, int]] = []  # heap of (end of a call, its places)
         waiting = iter(self._calls)
         while missing > 0:
             while num_slots > 0 and (call := next(waiting, None)) is not None:
@@ -129,7 +129,7 @@ class Admission:
 
 
 def _expected_left(call: Places, share: float) -> float:
-    """Positions that a call will still make; of one longer than expected as many again."""
+    """Positions a call has left; one past its expected length gets that length again."""
     expected = call.max_positions * share
     most = call.max_positions - call.num_done
     return max(1.0, min(most, expected - call.num_done if call.num_done < expected else expected))

@@ -1,4 +1,4 @@
-"""Several lines of thought for one choice need noise: without it they would all be the same."""
+"""Branches of a choice need noise: without it they would all be the same."""
 
 from coconut_serve.params import ReasoningParams
 from coconut_serve.reasoning.registry import Feeds, properties_of
@@ -8,9 +8,9 @@ def has_noise(params: ReasoningParams, temperature: float, adapter_type: str | N
     """Whether branches of a request differ.
 
     Args:
-        params: How it thinks.
-        temperature: Of its tokens.
-        adapter_type: Of its adapter, as the manifest says; None without one.
+        params: Its reasoning settings.
+        temperature: Of its sampled tokens.
+        adapter_type: Of its adapter in the manifest; None without one.
     """
     if params.steps == 0:
         return False

@@ -1,4 +1,4 @@
-"""Whole choices out of the deltas of a generation."""
+"""Joins the deltas of a generation into whole choices."""
 
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from coconut_serve.service.generation import Delta, TokenDelta, TraceStep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """All choices of a call that has ended."""
+    """All choices of a finished call."""
 
     choices: tuple[Delta, ...]  # each as one delta
-    ended: tuple[int, ...]  # their indices, in the order in which they ended
+    ended: tuple[int, ...]  # their indices, in order of ending
 
 
 @dataclass(slots=True)
 class _Parts:
-    """What one choice has gained; joined once, so that a long answer costs linear time."""
+    """Deltas of one choice, joined once so that a long answer takes linear time."""
 
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
@@ -45,10 +45,10 @@ class _Parts:
 
 
 async def collect(deltas: AsyncIterable[Delta], num_choices: int) -> Collected:
-    """Wait for the end of all choices.
+    """Join deltas until all choices have ended.
 
     Args:
-        deltas: Of all choices, as they come; each choice has one with a finish reason.
+        deltas: Of all choices, interleaved; each choice has one with a finish reason.
         num_choices: Their indices are [0, num_choices).
 
     Raises:

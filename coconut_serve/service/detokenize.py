@@ -1,4 +1,4 @@
-"""Ids to text as they come: no half characters, no half stop strings."""
+"""Incremental detokenization: no partial characters, no partial stop strings."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from coconut_serve.service.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Text of one sequence. Holds back what may be the beginning of a stop string.
+    """Text of one sequence. Holds back text that may begin a stop string.
 
     Args:
         tokenizer: None for a model without one: there is no text then.
         stop: Stop strings.
         include_stop: Whether the answer keeps the stop string that ended it.
-        skip_special_tokens: Whether special tokens have no text.
-        min_tokens: Stop strings count only once this many ids have come.
-        context: Ids of the text that is continued; (): a new text, which begins without a space.
+        skip_special_tokens: Whether to leave special tokens out of the text.
+        min_tokens: Ids before stop strings are looked for.
+        context: Ids of the text to continue; (): a new text, which begins without a space.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Detokenizer:
         return self._release(self._stream.push(token_id))
 
     def flush(self) -> str:
-        """End the text: nothing more comes, so nothing needs to be held back."""
+        """End the text and return what was held back."""
         if self._stream is None or self.stopped_by is not None:
             return ""
         text = self._release(self._stream.flush()) + self._held
@@ -68,7 +68,7 @@ class Detokenizer:
 
 
 def _num_held(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of the text that begins some stop string."""
+    """Length of the longest suffix of the text that begins a stop string."""
     longest = max((len(s) for s in stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-length:]) for s in stop):

@@ -14,7 +14,7 @@ from coconut_serve.errors import CoconutError, GenerationError
 from coconut_serve.metrics import Metrics
 from coconut_serve.params import Phase
 from coconut_serve.service.admission import Admission, Places
-from coconut_serve.service.ask import GenerationAsk
+from coconut_serve.service.ask import GenerateCall
 from coconut_serve.service.detokenize import Detokenizer
 from coconut_serve.service.prompt import Prepared
 from coconut_serve.service.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
-    """One answer token: its id, its own text and log-probabilities."""
+    """One answer token and its log-probabilities."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -51,7 +51,7 @@ class TraceStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What a choice gained: text for the client, ids, trace steps, its end; or all of it."""
+    """What one output adds to a choice, or a whole choice."""
 
     index: int
     content: str = ""
@@ -64,11 +64,11 @@ class Delta:
 
 @dataclass(slots=True)
 class ChoiceState:
-    """What is known of a choice so far."""
+    """Counts and times of one choice so far."""
 
     counts: SequenceCounts = field(default_factory=SequenceCounts)
     halt_reason: HaltReason = HaltReason.NONE
-    begun: float | None = None  # when its first step was through
+    begun: float | None = None  # when its first output came
     thinking_seconds: float = 0.0  # from there to the first answer token, or the end
 
 
@@ -80,12 +80,12 @@ class Generation:
         engine: Runs them.
         tokenizer: None for a model without one.
         admission: Places are taken on creation and given back on leaving.
-        metrics: What is measured here is recorded there.
-        span: Told of each phase, and ended on leaving.
+        metrics: Where measurements go.
+        span: Gets an event for each phase; ended on leaving.
 
     Raises:
-        QueueFullError: There is no place.
-        NotReadyError: The server drains.
+        QueueFullError: The queue is full.
+        NotReadyError: The server is draining.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Generation:
         self._admission = admission
         self._metrics = metrics
         self.choices = [ChoiceState() for _ in prepared.requests]
-        self.shown = 0  # the choice that `reasoning_info` tells of
+        self.shown = 0  # the choice that `reasoning_info` describes
         self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         longest = max(request.max_new_positions for request in prepared.requests)
@@ -130,11 +130,10 @@ class Generation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Abort what still runs and give the places back."""
         await self.close()
 
     async def close(self) -> None:
-        """Abort what still runs; safe to call again, and before entering."""
+        """Abort running sequences and free their places; idempotent, allowed before entering."""
         places, self._places = self._places, None
         for task in self._tasks:
             task.cancel()
@@ -147,7 +146,7 @@ class Generation:
                 self._span.end(self._cost(), self._error)
 
     def _cost(self) -> dict[str, Value]:
-        """The span's attributes that are known at the end."""
+        """Span attributes known at the end."""
         counts = [choice.counts for choice in self.choices]
         return {
             "gen_ai.usage.input_tokens": sum(map(len, self.prepared.prompt_token_ids)),
@@ -174,7 +173,7 @@ class Generation:
             yield delta
 
     async def _run(self, index: int, request: Request) -> None:
-        """Follow one sequence from arrival to end."""
+        """Run one sequence and queue its deltas."""
         ask = self.prepared.ask
         clock = _Clock(self._metrics, request, ask, self._span, index)
         text = _ChoiceText(self._tokenizer, self.prepared, request)
@@ -219,7 +218,7 @@ class Generation:
             state.halt_reason = output.halt_reason
 
     def _emit(self, index: int, output: RequestOutput, text: "_ChoiceText") -> FinishReason | None:
-        """Send what the output adds; why the choice has ended, if it has."""
+        """Queue the delta of an output; return the finish reason once the choice has ended."""
         content, reasoning = text.push(output)
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if finish_reason is not None:
@@ -245,7 +244,7 @@ class Generation:
 
 
 class _ChoiceText:
-    """Text of one choice: thinking and answer apart."""
+    """Thinking and answer text of one choice, kept apart."""
 
     def __init__(self, tokenizer: Tokenizer | None, prepared: Prepared, request: Request) -> None:
         sampling = prepared.ask.sampling
@@ -293,7 +292,7 @@ class _Clock:
     """Measures one sequence: arrival, first result, first answer token, gaps, end."""
 
     def __init__(
-        self, metrics: Metrics, request: Request, ask: GenerationAsk, span: Span, index: int
+        self, metrics: Metrics, request: Request, ask: GenerateCall, span: Span, index: int
     ) -> None:
         self._metrics = metrics
         self._span, self._index = span, index
@@ -309,7 +308,7 @@ class _Clock:
         self._span.event(name, {"choice": self._index, **attributes})
 
     def note(self, output: RequestOutput) -> None:
-        """Follow an output."""
+        """Record the times of an output."""
         now, m, mode = time.monotonic(), self._metrics, self._mode
         if self._first is None:
             self._first = now
@@ -363,7 +362,7 @@ class _Clock:
         self._metrics.add(self._metrics.requests, 1, self._mode, self._endpoint, outcome)
 
     def cancel(self, counts: SequenceCounts) -> None:
-        """Record a sequence that its client dropped."""
+        """Record a sequence whose client went away."""
         m, mode = self._metrics, self._mode
         stage = "queued" if self._first is None else "thinking"
         stage = stage if self._first_answer is None else "decode"

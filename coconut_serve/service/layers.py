@@ -1,4 +1,4 @@
-"""The settings of a request, merged once from all who say them: each has a value and a source."""
+"""Merges the layers of a request's settings; each setting keeps its value and source."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,21 +10,21 @@ from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.service.model import ModelReasoning, has_slots
 from coconut_serve.service.presets import DEFAULT_KIND, MIXTURES, PRESETS, UNTRAINED
 
-_LEARNED = "halt.learned_token_ids"  # the one setting that manifests have and requests do not
+_LEARNED = "halt.learned_token_ids"  # set by manifests, never by requests
 
 
 class Told(NamedTuple):
-    """What a setting is, and who says so; None: nobody does, and it depends on others."""
+    """A setting's value and source; None: unset, so its value depends on other settings."""
 
     value: Any = None
-    source: str = "default"  # or request, preset, manifest; "effort" and "server" (its bounds)
+    source: str = "default"  # or request, preset, manifest, effort, server (its bounds)
 
     def or_else(self, default: Any) -> "Told":
-        """The same, or what it depends on."""
+        """Itself, or `default` if unset."""
         return Told(default) if self.value is None else self
 
     def settled(self, value: Any, source: str = "default") -> "Told":
-        """What it came to, and whose it is if nobody set it."""
+        """The final value; `source` counts only if nobody set it."""
         return Told(value, source if self.source == "default" else self.source)
 
 
@@ -33,13 +33,13 @@ _DEFAULTS: Settings = {_LEARNED: Told(()), **{n: Told(own.unsaid) for n, own in 
 
 
 def merge(mode: str, asked: Mapping[str, Any], model: ModelReasoning) -> Settings:
-    """Merge what request, preset, manifest and declarations say; the first of them wins."""
+    """Merge request, preset, manifest and declared defaults; the first of them wins."""
     manifest = model.manifest or Manifest()
     preset = PRESETS.get(asked.get("preset", ""), {})
     declared = _declared(manifest, mode)
     trained = manifest.distribution.kind or DEFAULT_KIND
     if "mixture.kind" in preset or asked.get("mixture.kind", trained) != trained:
-        # Numbers mean nothing for another kind, and a preset is the same on every model.
+        # The manifest's numbers are for its own kind, and a preset is the same on every model.
         declared = {k: v for k, v in declared.items() if not k.startswith("mixture.")}
     mild: dict[str, Any] = {}
     if model.lacks_training(mode) and not model.is_thinker and not preset:
@@ -55,7 +55,7 @@ def merge(mode: str, asked: Mapping[str, Any], model: ModelReasoning) -> Setting
 
 
 def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
-    """What the manifest says of settings, by the names of a request."""
+    """The manifest's settings, under their names in a request."""
     own = properties_of(mode)
     declared = {f"mixture.{name}": value for name, value in manifest.distribution.mixture.items()}
     declared["speed"] = manifest.prompt.speed
@@ -77,14 +77,14 @@ def _declared(manifest: Manifest, mode: str) -> dict[str, Any]:
 
 
 def fields_of(kind: Any, told: Settings) -> dict[str, Any]:
-    """What is told of a record's settings, by its fields; its lists are tuples."""
+    """Values of a record's settings by field name; lists become tuples."""
     found = {field: told[name].value for field, name in names_of(kind).items() if name in told}
     values = ((field, value) for field, value in found.items() if value is not None)
     return {field: tuple(v) if isinstance(v, list) else v for field, v in values}
 
 
 def check_asked(asked: Mapping[str, Any]) -> None:
-    """Check what was asked for by itself, whether the mode looks at it or not.
+    """Check each requested setting, whether or not the mode uses it.
 
     Raises:
         InvalidRequestError: A setting is out of range.

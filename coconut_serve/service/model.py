@@ -17,10 +17,10 @@ from coconut_serve.service.tokenizer import Tokenizer
 
 
 def declared_modes(manifest: Manifest | None) -> tuple[str, ...]:
-    """The modes that a checkpoint is for.
+    """The modes that a checkpoint supports.
 
     Raises:
-        StartupError: Its manifest names a mode that does not exist, or is not among its modes.
+        StartupError: Its manifest names a mode that does not exist, or one outside its `modes`.
     """
     if manifest is None or manifest.modes is None:
         modes = untrained_modes()
@@ -49,11 +49,11 @@ def choose_modes(
     allowed_modes: tuple[str, ...] | None,
     default_mode: str | None,
 ) -> tuple[tuple[str, ...], str]:
-    """Decide which modes are served, and which of them a request gets that names none.
+    """Choose the modes to serve, and the default among them.
 
     Raises:
-        StartupError: As `declared_modes`, or the server's settings name a mode that the model has
-            not. `latent` may be allowed of any model: some adapters need no training.
+        StartupError: As `declared_modes`, or the server's settings name a mode the model lacks.
+            `latent` may be allowed for any model: some adapters need no training.
     """
     declared = declared_modes(manifest)
     modes = tuple(m for m in engine_modes if m in declared)
@@ -79,7 +79,7 @@ def choose_modes(
 
 
 def has_slots(mode: str, manifest: Manifest | None) -> bool:
-    """Whether steps of a mode stand in slots of their own."""
+    """Whether a mode's steps fill latent positions; soft tokens do if the model was trained so."""
     own = properties_of(mode)
     is_trained = manifest is not None and manifest.distribution.slots == "latent"
     return own.is_steady and (own.feeds is Feeds.HIDDEN or is_trained)
@@ -150,7 +150,7 @@ class ModelReasoning:
         )
 
     def suffix_ids(self, mode: str) -> tuple[int, ...]:
-        """What ends a question in a mode without latent slots, if the manifest says so."""
+        """Ids that end a question in a mode without latent positions; () unless in the manifest."""
         suffixes = (self.manifest or Manifest()).prompt.mode_suffix_ids
         return next((tuple(ids) for name, ids in suffixes.items() if name == mode), ())
 
@@ -165,20 +165,16 @@ class ModelReasoning:
         return properties_of(mode).feeds is Feeds.MIXTURE and not is_named
 
     def has_slots(self, mode: str) -> bool:
-        """Whether steps stand in slots of their own, bounded as those of hidden states are.
-
-        Soft tokens do where the model was trained so; else they stand in the text.
-        """
         return has_slots(mode, self.manifest)
 
     @property
-    def takes_speed(self) -> bool:
-        """Whether the question's template says how fast to think."""
+    def template_has_speed(self) -> bool:
+        """Whether the question template has a {speed}."""
         return "{speed}" in (self.question_template or "")
 
     @property
     def default_speed(self) -> int | str | None:
-        """What the template's {speed} is where a request names none."""
+        """The template's {speed} for requests that set none."""
         return (self.manifest or Manifest()).prompt.speed
 
     @property

@@ -1,4 +1,4 @@
-"""How a thinking phase is bounded: how many steps it has, and which tokens stand at its ends."""
+"""Bounds of a thinking phase: its number of steps and the tokens at its ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,21 +11,20 @@ from coconut_serve.service.layers import Settings, Told
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.presets import EFFORTS, EOS
 
-_DEFAULT_SOFT_STEPS = 16  # of a model without think tokens that was trained for soft ones
-_EFFORT_THINKING_TOKENS = 4096  # what effort scales where thinking is otherwise unbounded
+_DEFAULT_SOFT_STEPS = 16  # of a model trained for soft tokens, without think tokens
+_EFFORT_THINKING_TOKENS = 4096  # effort scales this where thinking is otherwise unbounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What bounds a thinking phase; if nothing does, there is none."""
+    """Bounds of a thinking phase; the default is no phase."""
 
-    told: Settings = field(default_factory=dict)  # steps, start and end, as they are
+    told: Settings = field(default_factory=dict)  # final steps, start and end
     stop_ids: tuple[int, ...] = ()  # the model's own end of thought
     source: str = "default"  # of the bounds that the request leaves to the model
 
     @property
     def steps(self) -> Told:
-        """How many steps it has."""
         return self.told.get("steps", Told(0))
 
     def ids(self, name: str) -> tuple[int, ...]:
@@ -37,10 +36,10 @@ class Bounds:
 def bound_thinking(
     mode: str, merged: Settings, model: ModelReasoning, num_taken: int, *, is_open: bool
 ) -> Bounds:
-    """Bound a phase in slots, or in a text that `is_open`, beside prompt and answer.
+    """Bound a phase of latent positions, or of text if `is_open`, beside `num_taken` others.
 
     Raises:
-        InvalidRequestError: Too many steps, or a text that is no token.
+        InvalidRequestError: Too many steps, or a text that is not a token.
     """
     if model.has_slots(mode):
         return _in_slots(merged, model)
@@ -51,7 +50,7 @@ def bound_thinking(
 
 
 def _in_slots(merged: Settings, model: ModelReasoning) -> Bounds:
-    """A phase of slots of its own."""
+    """Bound a phase of latent positions."""
     manifest = model.manifest or Manifest()
     source = "manifest" if model.manifest else "default"
     limit = manifest.max_steps if model.manifest else MAX_STEPS
@@ -65,12 +64,12 @@ def _in_slots(merged: Settings, model: ModelReasoning) -> Bounds:
 
 
 def _in_text(mode: str, merged: Settings, model: ModelReasoning, num_taken: int) -> Bounds:
-    """A phase in the text: capped, and ended by the think token."""
+    """Bound a phase of text: capped, and ended by the think token."""
     stop_ids = () if model.think_end_id is None else (model.think_end_id,)
     source = "manifest" if model.manifest and model.manifest.tokens.think_end else "default"
     end = _bound(merged, "end", model, stop_ids, source)
     may_switch = properties_of(mode).switches and merged["switch.max_switches"].value > 0
-    num_forced = MAX_FORCED_TOKENS if may_switch else len(end.value)  # its words may be longer
+    num_forced = MAX_FORCED_TOKENS if may_switch else len(end.value)  # final words may be longer
     if model.is_thinker:
         default, limit = max(0, model.max_model_len - num_taken - num_forced), model.max_model_len
         scaled = _scale(merged, _EFFORT_THINKING_TOKENS, default)
@@ -87,7 +86,7 @@ def _scale(merged: Settings, steps: int, most: int) -> int | None:
 
 
 def _steps(merged: Settings, default: int, scaled: int | None, limit: int) -> Told:
-    """How many steps to take; an effort counts for more than the manifest, less than a preset."""
+    """The number of steps; an effort overrides the manifest, but neither preset nor request."""
     steps = merged["steps"].or_else(default)
     if scaled is not None and steps.source not in ("request", "preset"):
         steps = Told(scaled, "effort")
@@ -111,10 +110,10 @@ def _bound(
 def tokens_of(name: str, tokens: Sequence[int | str], model: ModelReasoning) -> tuple[int, ...]:
     """Ids of tokens given by id or text.
 
-    Those of our own lists, which are tuples, are left out where their text is no token.
+    Our own lists, which are tuples, skip texts that are not a token.
 
     Raises:
-        InvalidRequestError: A text of the request is no single token.
+        InvalidRequestError: A text of the request is not a single token.
     """
     found, is_asked = list[int](), isinstance(tokens, list)
     for token in tokens:

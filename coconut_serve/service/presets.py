@@ -3,15 +3,15 @@
 import string
 from typing import Any
 
-# Named sets of tokens that `auto` never feeds softly; SwiReasoning's are the signs of formulas.
+# Named sets of tokens that `auto` never feeds as mixtures; SwiReasoning's is formula symbols.
 HARD_TOKENS: dict[str, tuple[str, ...]] = {
     "none": (),
     "math": tuple(string.ascii_letters + string.digits + "+-*/=^<>()"),
 }
 
-EOS = "eos"  # in our own lists of tokens: all that end the model's answers
-# Tokens with a blank line in them. A large vocabulary has hundreds, so these are the common ones:
-# the line after a mark that ends a sentence, a bracket or a formula.
+EOS = "eos"  # in our own token lists: every token that ends the model's answers
+# Tokens with a blank line. A large vocabulary has hundreds; these are the common ones, where the
+# line follows the end of a sentence, a bracket or a formula.
 _BLANK_LINES = tuple(
     mark + "\n\n"
     for mark in ("", " ", "\n", "\n\n", *".:,;!?)]}\"'*`$", "**", "```", "$$", ").", ":**")
@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "halt.entropy_below": 0.0,
     },
 }
-# All that a kind of mixture looks at, and what it is where nobody says otherwise.
+# Settings each mixture kind uses, with their defaults.
 MIXTURES: dict[str, dict[str, Any]] = {
     "topk": {
         "top_k": 10, "temperature": 0.6, "top_p": 0.95, "filter_top_k": 30, "min_p": 0.001,
@@ -95,10 +95,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gated": {"temperature": 1.0, "norm": "none", "in_answer": False},
 }  # fmt: skip
 DEFAULT_KIND = "topk"
-# Defaults that do least harm to a model without think tokens that was not trained for soft ones
-# (docs/methods.md); a request that says anything of mixture or switch decides all of it.
+# Least harmful defaults for a model without think tokens or soft-token training (docs/methods.md);
+# a request that sets anything of mixture or switch replaces all of that part.
 UNTRAINED: dict[str, Any] = {"steps": 4, "mixture.temperature": 0.3, "switch.rule": "confidence"}
-# The same of a mixture's noise.
+# Settings each kind of mixture noise uses, with their defaults.
 NOISES: dict[str, dict[str, Any]] = {
     "none": {},
     "gumbel": {"noise_temperature": 0.5, "noise_clamp": ()},

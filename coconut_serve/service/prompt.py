@@ -1,4 +1,4 @@
-"""From a normalised API request to engine requests: tokens, limits, reasoning."""
+"""Builds engine requests from a normalised API request: tokens, limits, reasoning."""
 
 import random
 import uuid
@@ -19,7 +19,7 @@ from coconut_serve.params import (
 )
 from coconut_serve.reasoning.registry import Feeds, properties_of
 from coconut_serve.service import presets, reasoning
-from coconut_serve.service.ask import GenerationAsk, SamplingAsk
+from coconut_serve.service.ask import GenerateCall, SamplingFields
 from coconut_serve.service.branches import has_noise
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt_text import bad_word_ids, derive_seed, keep_last, notes_on
@@ -28,11 +28,11 @@ from coconut_serve.service.replay import add_replay
 from coconut_serve.service.tokenizer import ChatMessage, Tokenizer, require_tokenizer
 from coconut_serve.types import Request
 
-# The end of a rendered chat that its template alone wrote: "<think>\n\n</think>\n\n" is 4 tokens.
+# Last tokens of a rendered chat, written by its template: "<think>\n\n</think>\n\n" is 4.
 _TEMPLATE_TAIL = 4
 _MAX_CHARACTERS_PER_TOKEN = 64
-_SEED_BITS = 53  # of a seed drawn here: every JSON reader gives it back as it was
-_DEFAULT_ANSWER_TOKENS = 16  # completions; chat answers until the model ends or the context does
+_SEED_BITS = 53  # of a seed drawn here: JSON readers keep 53 bits exactly
+_DEFAULT_ANSWER_TOKENS = 16  # of completions; chat answers until EOS or the end of the context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Prepared:
     prompt_token_ids: tuple[tuple[int, ...], ...]  # by prompt
     mode: str
     resolved: Resolved
-    ask: GenerationAsk
+    ask: GenerateCall
 
     @property
     def num_sequences(self) -> int:
@@ -64,9 +64,9 @@ class PromptBuilder:
         model: What the model can do.
         info: The engine's limits.
         max_n: Choices a request may ask for.
-        trace_bounds: The least detailed trace that is given, and the most.
-        check_size: Raises where a call of so many sequences can never be served.
-        sampling_defaults: The model's own, by the names of SamplingParams.
+        trace_bounds: The least and the most detailed trace the server gives.
+        check_size: Raises if a call of so many sequences can never be served.
+        sampling_defaults: The model's own, by field of SamplingParams.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PromptBuilder:
         self._check_size = check_size
         self.sampling_defaults = sampling_defaults
 
-    def prepare(self, ask: GenerationAsk) -> Prepared:
+    def prepare(self, ask: GenerateCall) -> Prepared:
         """Build the requests of a call.
 
         Raises:
@@ -104,7 +104,7 @@ class PromptBuilder:
         reasoning.check_mode(mode, self._model, {**preset, **ask.reasoning})
         prompts = self._tokenise(ask, mode)
         fallback = _DEFAULT_ANSWER_TOKENS if ask.has_default_max_tokens else None
-        # A text is continued as it is: `cot` thinks only if it ends in a thought.
+        # A continued text is left as it is: `cot` thinks only if it ends inside a thought.
         may_think = not properties_of(mode).thinks_in_text or not ask.is_continued
         may_think = may_think or any(self._ends_in_thought(ask, p, mode) for p in prompts)
         resolved = reasoning.resolve(
@@ -115,14 +115,14 @@ class PromptBuilder:
             trace_bounds=self._trace_bounds,
             num_prompt_tokens=min(max(map(len, prompts)), self._most_prompt_tokens(ask)),
             max_tokens=given.max_tokens or fallback or 1,
-            has_speed=self._model.takes_speed and ask.messages is not None,
+            has_speed=self._model.template_has_speed and ask.messages is not None,
             is_open=may_think,
         )
         self._check_size(len(prompts) * ask.n * resolved.branches)
         resolved = add_replay(resolved, ask.replay, self._info, self._trace_bounds[1])
         self._check_resolved(resolved, ask.sampling)
         asked = ask.sampling.seed
-        # Equal prompts get equal draws where a seed is asked for, and others where none is.
+        # With a requested seed equal prompts sample alike; without one they differ.
         seeds = [random.getrandbits(_SEED_BITS) if asked is None else asked for _ in prompts]
         of_thinking = [seed if resolved.seed is None else resolved.seed for seed in seeds]
         resolved = resolved.seeded(seeds[0], "server" if asked is None else "request")
@@ -132,15 +132,15 @@ class PromptBuilder:
         default = fallback or self.sampling_defaults.get("max_tokens")
         both = zip(seeds, of_thinking, strict=True)
         requests = tuple(self._requests(ask, mode, resolved, prompts, default, both))
-        drawn = requests[0].thinking or requests[0].sampling  # before `after`
-        told = given.told(drawn, self.sampling_defaults)
+        drawn = requests[0].thinking or requests[0].sampling  # without `after`
+        sampled = given.report(drawn, self.sampling_defaults)
         return Prepared(
             requests=requests,
             prompt_token_ids=tuple(prompts),
             mode=mode,
             resolved=replace(
                 resolved,
-                parameters=resolved.parameters | told,
+                parameters=resolved.parameters | sampled,
                 warnings=(*resolved.warnings, *notes),
             ),
             ask=ask,
@@ -148,15 +148,15 @@ class PromptBuilder:
 
     def _requests(
         self,
-        ask: GenerationAsk,
+        ask: GenerateCall,
         mode: str,
         resolved: Resolved,
         prompts: Sequence[tuple[int, ...]],
         default: int | None,
         seeds: Iterable[tuple[int, int]],
     ) -> Iterator[Request]:
-        """Build what the engine is given, prompt by prompt; seeds are of answer and thinking."""
-        # Engine ids are ours: two calls may carry the same client id at once.
+        """Yield engine requests, prompt by prompt; `seeds` are (answer, thinking) by prompt."""
+        # The engine gets unique ids: two calls may carry the same client id at once.
         unique = uuid.uuid4().hex
         bad_words = bad_word_ids(ask.sampling.bad_words, self._tokenizer, self._info.vocab_size)
         by_logprob = resolved.branches > 1 and resolved.select == "logprob"
@@ -164,7 +164,7 @@ class PromptBuilder:
             params = resolved.params
             is_text = properties_of(mode).thinks_in_text and ask.is_continued
             if is_text and not self._ends_in_thought(ask, prompt, mode):
-                # Others of this call do end in a thought.
+                # Other prompts of this call do end in a thought.
                 params = replace(params, steps=0, end_token_ids=(), halt=HaltParams())
             max_tokens = self._answer_tokens(prompt, params, default, ask)
             sampling = self._sampling(
@@ -183,7 +183,7 @@ class PromptBuilder:
                     group_id=f"{unique}-{index}" if num_sequences > 1 else None,
                 )
 
-    def _tokenise(self, ask: GenerationAsk, mode: str) -> list[tuple[int, ...]]:
+    def _tokenise(self, ask: GenerateCall, mode: str) -> list[tuple[int, ...]]:
         """Turn messages or prompts into token ids, before the start-of-thought token."""
         if ask.truncate_prompt_tokens is None:
             self._check_length(ask)
@@ -208,8 +208,8 @@ class PromptBuilder:
             require(is_valid, "prompt", f"has token ids outside 0..{last}")
         return prompts
 
-    def _is_bounded(self, ask: GenerationAsk, mode: str) -> bool:
-        """Whether a prompt gets what opens the thinking phase, closes it, or ends a question."""
+    def _is_bounded(self, ask: GenerateCall, mode: str) -> bool:
+        """Whether to open or close the thinking phase of a prompt, or to end its question."""
         is_text = ask.messages is None
         if self._model.suffix_ids(mode):
             return is_text or not ask.is_continued
@@ -220,8 +220,8 @@ class PromptBuilder:
         is_named |= not own.thinks and (is_implied or not is_text)
         return is_named or not ask.is_continued
 
-    def _check_length(self, ask: GenerationAsk) -> None:
-        """Refuse what can never fit, before it costs anything."""
+    def _check_length(self, ask: GenerateCall) -> None:
+        """Reject prompts that can never fit before tokenising them."""
         limit = self._info.max_model_len
         most = _MAX_CHARACTERS_PER_TOKEN * limit
         if ask.num_characters > most * max(1, len(ask.prompts)):
@@ -232,19 +232,15 @@ class PromptBuilder:
             detail = f"the prompt has {longest}. Please shorten it."
             raise ContextLengthError(limit, detail, param=ask.text_field)
 
-    def _most_prompt_tokens(self, ask: GenerationAsk) -> int:
-        """Prompt tokens that are kept; of what shall fit beside thinking, half the context."""
+    def _most_prompt_tokens(self, ask: GenerateCall) -> int:
+        """Most prompt tokens to keep; half the context where the prompt is cut to fit (-1)."""
         count, limit = ask.truncate_prompt_tokens, self._info.max_model_len
         return limit if count is None else limit // 2 if count < 0 else count
 
     def _truncate(
-        self,
-        ask: GenerationAsk,
-        prompts: list[tuple[int, ...]],
-        resolved: Resolved,
-        num_answer: int,
+        self, ask: GenerateCall, prompts: list[tuple[int, ...]], resolved: Resolved, num_answer: int
     ) -> list[tuple[int, ...]]:
-        """Cut prompts to truncate_prompt_tokens; what starts a phase comes behind them."""
+        """Cut prompts to truncate_prompt_tokens; the start tokens are appended later."""
         count, limit = ask.truncate_prompt_tokens, self._info.max_model_len
         if count is None:
             return prompts
@@ -277,11 +273,11 @@ class PromptBuilder:
         """Render a chat: the model's chat template, or the manifest's question template.
 
         Args:
-            messages: Cleaned.
+            messages: Already checked.
             mode: None: the model's default.
             speed: reasoning.speed; None: the model's default.
-            options: Of the chat template.
-            add_special_tokens: To what the template wrote; None: as the model says.
+            options: Variables of the chat template.
+            add_special_tokens: To the rendered text; None: the model's default.
 
         Raises:
             InvalidRequestError: The model has no template, or refuses these messages.
@@ -318,7 +314,7 @@ class PromptBuilder:
         if suffix and not {start, end} & {*ids[len(ids) - tail :]}:
             return (*ids, *suffix)
         own = properties_of(mode)
-        is_raw = own.thinks_in_text and bool(suffix)  # text that goes on as it is
+        is_raw = own.thinks_in_text and bool(suffix)  # a text to continue unchanged
         if end is None or is_raw or self._model.has_slots(mode):
             return ids
         is_open = self._is_thinking_open(ids, tail)
@@ -327,13 +323,13 @@ class PromptBuilder:
         return ids if is_open or start is None else (*ids, start)
 
     def _start(self, prompt: tuple[int, ...], start_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Append what starts a phase, unless that is the think token and a template wrote it."""
+        """Append the start tokens, unless that is the think token and the template wrote it."""
         is_think = start_ids == (self._model.think_start_id,)
         is_there = is_think and self._is_thinking_open(prompt, _TEMPLATE_TAIL)
         return prompt if is_there else prompt + start_ids
 
-    def _tail(self, ask: GenerationAsk, prompt: tuple[int, ...], mode: str) -> int:
-        """How many last ids of a prompt say whether it ends in a thought."""
+    def _tail(self, ask: GenerateCall, prompt: tuple[int, ...], mode: str) -> int:
+        """How many of a prompt's last ids decide whether it ends in a thought."""
         if ask.messages is None:
             return len(prompt)
         if self._model.suffix_ids(mode):
@@ -342,21 +338,21 @@ class PromptBuilder:
             return _TEMPLATE_TAIL
         return _TEMPLATE_TAIL + len(self._model.encode(str(ask.messages[-1].get("content"))))
 
-    def _ends_in_thought(self, ask: GenerationAsk, prompt: tuple[int, ...], mode: str) -> bool:
+    def _ends_in_thought(self, ask: GenerateCall, prompt: tuple[int, ...], mode: str) -> bool:
         return self._is_thinking_open(prompt, self._tail(ask, prompt, mode))
 
     def _is_thinking_open(self, ids: tuple[int, ...], tail: int) -> bool:
         """Whether a prompt ends inside a thinking phase, by the think tokens in its last ids.
 
-        Of a chat only what its template wrote counts: further up they may be a user's text. A
-        model without a start token thinks from the end of the prompt on.
+        In a chat only the template's own ids count: earlier ones may be a user's text. A model
+        without a start token thinks from the end of the prompt on.
         """
         bounds = (self._model.think_start_id, self._model.think_end_id)
         last = next((i for i in reversed(ids[-tail:]) if i in bounds), None)
         return last == bounds[0]
 
-    def _check_resolved(self, resolved: Resolved, sampling: SamplingAsk) -> None:
-        """Check what the reasoning settings say together with other fields."""
+    def _check_resolved(self, resolved: Resolved, sampling: SamplingFields) -> None:
+        """Check the reasoning settings against other fields."""
         params = resolved.params
         draws = params.steps > 0 and params.mixture.kind == "multiplex"
         is_random = sampling.params.get("temperature", 1.0) >= MIN_TEMPERATURE
@@ -374,7 +370,7 @@ class PromptBuilder:
             outside = [i for i in ids if not 0 <= i < self._info.vocab_size]
             require(not outside, f"reasoning.{name}", f"{outside}: not in the vocabulary")
 
-    def _check_branches(self, resolved: Resolved, sampling: SamplingAsk) -> None:
+    def _check_branches(self, resolved: Resolved, sampling: SamplingFields) -> None:
         if resolved.branches == 1:
             return
         params, manifest = resolved.params, self._model.manifest
@@ -398,12 +394,9 @@ class PromptBuilder:
         prompt: tuple[int, ...],
         params: ReasoningParams,
         default: int | None,
-        ask: GenerationAsk,
+        ask: GenerateCall,
     ) -> int:
-        """Answer tokens the request may have; checks that they fit beside prompt and thinking.
-
-        A default is cut to what is left.
-        """
+        """Return max_tokens, which must fit beside prompt and thinking; cut a default to fit."""
         limit, thinking = self._info.max_model_len, self._num_thinking(params)
         asked, room = ask.sampling.max_tokens, limit - len(prompt) - thinking
         if room < (asked or 1):
@@ -419,13 +412,13 @@ class PromptBuilder:
 
     def _sampling(
         self,
-        ask: SamplingAsk,
+        ask: SamplingFields,
         max_tokens: int,
         bad_words: tuple[tuple[int, ...], ...],
         *,
         needs_logprobs: bool,
     ) -> SamplingParams:
-        """Resolve the sampling fields; OpenAI's defaults."""
+        """Resolve the sampling fields; the defaults are OpenAI's."""
         size = self._info.vocab_size
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             outside = [i for i in getattr(ask, name) if not 0 <= i < size]

@@ -1,10 +1,10 @@
-"""Parts of a prompt: bad words, what is cut, what is noted, seeds of its choices."""
+"""Helpers of the prompt builder: bad words, warnings, truncation, seeds."""
 
 import hashlib
 from collections.abc import Sequence
 
 from coconut_serve.errors import require
-from coconut_serve.service.ask import GenerationAsk
+from coconut_serve.service.ask import GenerateCall
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 
@@ -12,9 +12,9 @@ from coconut_serve.service.tokenizer import Tokenizer, require_tokenizer
 def bad_word_ids(
     words: Sequence[str], tokenizer: Tokenizer | None, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:
-    """The sequences of tokens that words come to, at the start of a text and behind a space.
+    """Token sequences of each word, at the start of a text and after a space.
 
-    As vLLM finds them: the second counts where it is as long and starts with another token.
+    As in vLLM, the second counts only if it is as long and starts with another token.
 
     Raises:
         InvalidRequestError: A word is empty, or the model has no tokenizer.
@@ -36,12 +36,12 @@ def bad_word_ids(
 
 
 def notes_on(
-    ask: GenerationAsk,
+    ask: GenerateCall,
     prompts: Sequence[tuple[int, ...]],
     model: ModelReasoning,
     tokenizer: Tokenizer | None,
 ) -> list[str]:
-    """What a client should know of how its prompts were read."""
+    """Warnings about how a client's prompts were read."""
     notes = []
     if model.question_template and len(ask.messages or ()) > 1:
         notes.append("this model takes one question: only the last user message was used")
@@ -58,7 +58,7 @@ def notes_on(
 
 
 def keep_last(ids: tuple[int, ...], count: int, head: tuple[int, ...]) -> tuple[int, ...]:
-    """The last `count` ids; where they begin with `head`, such as BOS, that and the last others."""
+    """Keep the last `count` ids; a leading `head`, such as BOS, stays and is counted."""
     if len(ids) <= count:
         return ids
     head = head[:count] if ids[: len(head)] == head else ()

@@ -1,4 +1,4 @@
-"""From what a request asks of reasoning to resolved parameters, each with its source."""
+"""Resolves a request's reasoning settings, each with its source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,25 +28,25 @@ from coconut_serve.service.relevance import GATED, RULES, SWI, named_rules, rele
 _HIDDEN_SOURCE = settings_of(ReasoningParams)["source"].default
 _GATE = "gate"  # the kind of adapter that a gated mixture needs
 _REALIGN = "realign"  # the adapter that serves models without latent training, on request
-_FINAL_WORDS = "\n\nThe final answer is"  # what SwiReasoning's code forces behind </think>
-_FINAL_ANSWER_TOKENS = 32  # what it allows from there on
+_FINAL_WORDS = "\n\nThe final answer is"  # SwiReasoning's code forces this after </think>
+_FINAL_ANSWER_TOKENS = 32  # and allows so many from there on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """How one request thinks, and how that was decided."""
+    """The resolved reasoning of one request, with the source of each setting."""
 
     params: ReasoningParams
     suffix_ids: tuple[int, ...]  # to append to the prompt
     parameters: dict[str, dict[str, Any]]  # name -> {"value", "source"}
     warnings: tuple[str, ...]
     seed: int | None = None  # of the thinking phase; None: the request's
-    after: Mapping[str, Any] = field(default_factory=dict)  # how the answer is drawn otherwise
+    after: Mapping[str, Any] = field(default_factory=dict)  # sampling settings of the answer alone
     branches: int = 1  # sequences of each choice
     select: Select = "first"
 
     def seeded(self, seed: int, source: str) -> "Resolved":
-        """Let the request's seed serve thinking that has none of its own, and tell it."""
+        """Use the request's seed for thinking without a seed of its own, and report it."""
         if self.seed is not None:
             return self
         told = {"seed": {"value": seed, "source": source}} if "seed" in self.parameters else {}
@@ -85,9 +85,9 @@ def resolve(
 ) -> Resolved:
     """Resolve a request's reasoning.
 
-    `asked` are its explicit settings by dotted name, e.g. "mixture.top_k"; `trace_bounds` the
-    least detailed trace that the server gives, and the most. `has_speed`: the prompt says how
-    fast to think; `is_open`: it is no text that goes on as it is, in which `cot` may not think.
+    `asked` holds its explicit settings by dotted name, e.g. "mixture.top_k"; `trace_bounds` the
+    least and the most detailed trace the server gives. `has_speed`: the prompt says how fast to
+    think. `is_open`: thinking in text is possible; not so in a text that is continued unchanged.
 
     Raises:
         InvalidRequestError: A setting is out of range or not supported.
@@ -115,7 +115,7 @@ def resolve(
 def _warnings(
     params: ReasoningParams, model: ModelReasoning, preset_steps: int, ignored: Sequence[str]
 ) -> tuple[str, ...]:
-    """What is not as the request, its preset or the model's training would have it."""
+    """Warnings where settings depart from the request, its preset or the model's training."""
     mode, steps, notes = params.mode, params.steps, list[str]()
     if steps < preset_steps:
         notes.append(f"steps={steps}, the most of this model; the preset has {preset_steps}")
@@ -135,7 +135,7 @@ def _params(
     mode: str, seen: Settings, bounds: Bounds, model: ModelReasoning,
     trace_bounds: tuple[TraceLevel, TraceLevel],
 ) -> tuple[ReasoningParams, Settings]:  # fmt: skip
-    """What an engine gets, and the settings that were worked out for it."""
+    """The engine's parameters, and the settings derived for them."""
     halt, stops = _halt(seen, bounds, model)
     fed, feeding = _fed(mode, seen, model)
     own = {"mode": seen["mode"].settled(mode), "steps": bounds.steps}
@@ -150,7 +150,7 @@ def _params(
 
 
 def _halt(seen: Settings, bounds: Bounds, model: ModelReasoning) -> tuple[HaltParams, Settings]:
-    """The halting rules: all that are set up, or those that `halt.rule` names, which must be."""
+    """The halting rules: all that are configured, or those that `halt.rule` names (must be)."""
     named = named_rules(seen["halt.rule"].value) if "halt.rule" in seen else []
     told, name = dict[str, Told](), "halt.stop_tokens"
     if name in seen:
@@ -169,7 +169,7 @@ def _halt(seen: Settings, bounds: Bounds, model: ModelReasoning) -> tuple[HaltPa
 
 
 def _fed(mode: str, seen: Settings, model: ModelReasoning) -> tuple[dict[str, Any], Settings]:
-    """What the mode feeds: as fields of ReasoningParams, and the settings that were worked out."""
+    """What the mode feeds, as fields of ReasoningParams, and the settings derived for it."""
     manifest, is_hidden = model.manifest or Manifest(), properties_of(mode).feeds is Feeds.HIDDEN
     fed, told = dict[str, Any](switch=SwitchParams()), dict[str, Told]()
     if "source" in seen:
@@ -192,7 +192,7 @@ def _fed(mode: str, seen: Settings, model: ModelReasoning) -> tuple[dict[str, An
 
 
 def _latents(manifest: Manifest, source: str) -> dict[str, Any]:
-    """How the model was trained to be fed hidden states."""
+    """Fields that say how the model was trained on hidden states."""
     opens = manifest.tokens.start if manifest.boundary == "model_emitted" else None
     token = manifest.tokens.latent or manifest.tokens.start
     return {
@@ -204,7 +204,7 @@ def _latents(manifest: Manifest, source: str) -> dict[str, Any]:
 
 
 def _adapter(seen: Settings, manifest: Manifest, *, is_gated: bool) -> Told:
-    """The adapter of hidden states or, where the mixture is gated, its gate."""
+    """The adapter of hidden states, or the gate of a gated mixture."""
     adapter, own = seen["adapter"], manifest.adapters
     if adapter.value == "auto":
         has_own = "default" in own
@@ -218,7 +218,7 @@ def _adapter(seen: Settings, manifest: Manifest, *, is_gated: bool) -> Told:
 
 
 def _switch(seen: Settings, model: ModelReasoning) -> tuple[SwitchParams, Settings]:
-    """When the mode switches, and what is fed where its switches are spent."""
+    """When the mode switches, and what it feeds once its switches are spent."""
     hard, end_id = seen["switch.hard_tokens"].value, model.think_end_id
     hard = HARD_TOKENS[hard] if isinstance(hard, str) else hard
     found = {
@@ -233,7 +233,7 @@ def _switch(seen: Settings, model: ModelReasoning) -> tuple[SwitchParams, Settin
         answer = seen["switch.answer_tokens"]
         is_free = answer.source == "default"
         told["switch.answer_tokens"] = Told(_FINAL_ANSWER_TOKENS) if is_free else answer
-        told["end"] = seen["end"]  # as asked for: the final words may be fed in its place
+        told["end"] = seen["end"]  # as requested: the final words may be fed instead
         words = (end_id, *(model.encode(_FINAL_WORDS) if model.encode else ()))
         if seen["end"].value == "auto" and 1 < len(words) <= MAX_FORCED_TOKENS:
             ids["final_token_ids"] = words
@@ -241,7 +241,7 @@ def _switch(seen: Settings, model: ModelReasoning) -> tuple[SwitchParams, Settin
 
 
 def _trace(seen: Settings, least: TraceLevel, most: TraceLevel) -> Settings:
-    """How much is told of each step, where the server tells more than was asked for."""
+    """The trace level, where the server raises it above the request's."""
     levels, level = get_args(TraceLevel), seen["trace"].value
     is_allowed = levels.index(level) <= levels.index(most)
     require(is_allowed, "reasoning.trace", f"must be at most {most!r} on this server (--max-trace)")

@@ -1,4 +1,4 @@
-"""Which settings a request's thinking looks at, and what to say of those asked for in vain."""
+"""Which settings a request's thinking uses, and warnings for those without effect."""
 
 from collections.abc import Collection
 
@@ -10,8 +10,8 @@ from coconut_serve.service.phases import Bounds
 from coconut_serve.service.presets import MIXTURES, NOISES, PRESETS
 
 GATED = "gated"  # the kind of mixture that has an adapter
-SWI = "swi"  # the rule of switches that has no mixture
-# What halt.rule names -> the field of HaltParams without which that rule is off.
+SWI = "swi"  # the switching rule without a mixture
+# Name in halt.rule -> the field of HaltParams that turns the rule on.
 RULES = {
     "learned": "learned_token_ids", "stop_token": "stop_token_ids", "cold_stop": "entropy_below",
     "uncertain": "entropy_above", "converged": "converge_metric",
@@ -25,7 +25,7 @@ _OF_NOISE = {f"reasoning.mixture.{name}" for settings in NOISES.values() for nam
 
 
 def relevant(mode: str, merged: Settings, bounds: Bounds, *, has_speed: bool) -> Settings:
-    """The settings that are looked at; looking at any other is a KeyError.
+    """The settings in use; reading any other is a KeyError.
 
     They follow from the mode's properties, the choices among the settings (kind, noise, rules),
     the bounds of the thinking phase, and whether the prompt says how fast to think.
@@ -54,7 +54,7 @@ def relevant(mode: str, merged: Settings, bounds: Bounds, *, has_speed: bool) ->
 
 
 def _mixing(merged: Settings) -> list[str]:
-    """What the chosen kind of mixture and its noise look at."""
+    """Settings that the chosen mixture kind and its noise use."""
     own = MIXTURES[merged["mixture.kind"].value]
     noise = NOISES[merged["mixture.noise"].value] if "noise" in own else ()
     names = [f"mixture.{name}" for name in ("kind", *own, *noise)]
@@ -62,12 +62,12 @@ def _mixing(merged: Settings) -> list[str]:
 
 
 def named_rules(rule: str | list[str]) -> list[str]:
-    """The halting rules that halt.rule names; none: all that are set up hold, or none does."""
+    """The halting rules that halt.rule names; [] for auto (all configured) and fixed (none)."""
     return [] if rule in ("auto", "fixed") else [rule] if isinstance(rule, str) else rule
 
 
 def _halting(rule: str | list[str]) -> list[str]:
-    """What the halting rules look at."""
+    """Settings that the halting rules use."""
     named = named_rules(rule)
     off = {field for name, field in RULES.items() if named and name not in named}
     names = names_of(HaltParams) if rule != "fixed" else {}
@@ -75,7 +75,7 @@ def _halting(rule: str | list[str]) -> list[str]:
 
 
 def unused(names: Collection[str], told: Settings, mode: str) -> list[str]:
-    """Warn of what was asked for and nobody looks at, with the choice that is the cause."""
+    """Warnings for settings without effect, with the choice that disables them."""
     causes: dict[str, list[str]] = {}
     paths = {"effort": "reasoning_effort"}
     for name in sorted(paths.get(name, f"reasoning.{name}") for name in names):

@@ -1,4 +1,4 @@
-"""Thinking steps of an earlier answer, fed again in place of a request's own."""
+"""Replays thinking steps of an earlier answer instead of a request's own."""
 
 import base64
 import binascii
@@ -16,27 +16,27 @@ _PATH = "reasoning.replay"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayAsk:
-    """What a request gives: steps as a trace with vectors told them."""
+class ReplayInput:
+    """Steps to replay, from a trace with vectors."""
 
-    fingerprint: str  # of what made them
+    fingerprint: str  # system_fingerprint of what made them
     vectors: tuple[str, ...]  # by step: float32, little-endian, in base64
     token_ids: tuple[int | None, ...]  # by step: its text
 
 
 def add_replay(
-    resolved: Resolved, asked: ReplayAsk | None, info: EngineInfo, most: TraceLevel
+    resolved: Resolved, asked: ReplayInput | None, info: EngineInfo, most: TraceLevel
 ) -> Resolved:
-    """Let the first steps of a request feed what it gives.
+    """Make the first steps of a request feed the given vectors.
 
     Args:
-        resolved: How it thinks.
-        asked: What it gives; None: nothing.
+        resolved: Its resolved reasoning.
+        asked: What to replay; None: nothing.
         info: The engine's, for the size of vectors and the fingerprint.
-        most: The most detailed trace of this server: who may not have vectors may not give any.
+        most: The server's most detailed trace: without vectors in traces, none are accepted.
 
     Raises:
-        InvalidRequestError: Not here, not in this mode, or not these vectors.
+        InvalidRequestError: Replay is off, not for this mode, or the vectors do not fit.
     """
     if asked is None:
         return resolved
@@ -63,7 +63,7 @@ def add_replay(
 
 
 def _decode(text: str, size: int) -> bytes:
-    """Read one vector of `size` numbers; never with anything that could run code."""
+    """Decode one vector of `size` numbers, with nothing that could run code."""
     path = f"{_PATH}.steps"
     try:
         data = base64.b64decode(text, validate=True)

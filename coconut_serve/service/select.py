@@ -1,4 +1,4 @@
-"""Which of the lines of thought of a choice become its answer."""
+"""Selects the branches of a choice that become its answer."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from coconut_serve.service.generation import Delta
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
-    """One branch that has ended."""
+    """A finished branch."""
 
     text: str
     logprobs: Sequence[float]  # of its answer tokens
-    place: int  # in the order in which they ended
+    place: int  # in order of ending
 
 
 def choose(branches: Sequence[Branch], select: Select) -> list[int]:
@@ -25,7 +25,7 @@ def choose(branches: Sequence[Branch], select: Select) -> list[int]:
     Args:
         branches: All of one choice.
         select: first: the one that ended first. vote: the answer that most agree on, of those that
-            agree the earliest. logprob: the answer of the highest mean log-probability a token.
+            agree the earliest. logprob: the highest mean log-probability per answer token.
             all: every one.
     """
     everyone = range(len(branches))
@@ -43,7 +43,7 @@ def choose(branches: Sequence[Branch], select: Select) -> list[int]:
 
 
 def select_shown(collected: Collected, *, branches: int, select: Select) -> list[Delta]:
-    """Keep the branches that the client sees, in the order of their choices.
+    """Keep the branches the client sees, in order of their choices.
 
     Args:
         collected: `branches` of each choice in a row.

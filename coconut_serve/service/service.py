@@ -13,7 +13,7 @@ from coconut_serve.engines.base import Engine
 from coconut_serve.errors import StartupError
 from coconut_serve.metrics import Metrics
 from coconut_serve.service.admission import Admission
-from coconut_serve.service.ask import GenerationAsk
+from coconut_serve.service.ask import GenerateCall
 from coconut_serve.service.generation import Generation
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import PromptBuilder
@@ -95,7 +95,7 @@ class Service:
             metrics=metrics,
         )
 
-    async def generate(self, ask: GenerationAsk) -> Generation:
+    async def generate(self, ask: GenerateCall) -> Generation:
         """Check a request, take its places and return its (not yet started) generation.
 
         Raises:

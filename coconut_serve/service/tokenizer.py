@@ -1,4 +1,4 @@
-"""What the service needs of a tokenizer, and a byte tokenizer for tests and the stub engine."""
+"""The tokenizer interface, and a byte tokenizer for tests and the stub engine."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def require_tokenizer(
 
 
 class ByteTokenizer:
-    """One id a byte, and special ids; for tests and the stub engine."""
+    """One id for each byte, and special ids; for tests and the stub engine."""
 
     EOS = 256
     THINK_START = 257
@@ -84,40 +84,32 @@ class ByteTokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The one end id."""
         return (self.EOS,)
 
     @property
     def unknown_token_id(self) -> int | None:
-        """All text is bytes."""
         return None
 
     @property
     def has_chat_template(self) -> bool:
-        """It has a fixed one."""
         return True
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """One id a byte; nothing is added."""
         del add_special_tokens
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Bytes to text; special ids have no text."""
         del skip_special_tokens
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
     def find_id(self, token: str) -> int | None:
-        """Single bytes only."""
         data = token.encode()
         return data[0] if len(data) == 1 else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The byte itself."""
         return bytes([token_id]) if token_id < 256 else b""
 
     def render_chat(self, messages: Sequence[ChatMessage], **options: object) -> str:
-        """One line a message."""
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
         if options.get("continue_final_message"):
             return text.removesuffix("\n")
@@ -126,7 +118,6 @@ class ByteTokenizer:
     def stream(
         self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()
     ) -> TextStream:
-        """Hold back incomplete characters."""
         del skip_special_tokens, context
         return _ByteStream()
 

@@ -1,4 +1,4 @@
-"""One OpenTelemetry span a request, with an event at each phase; off unless asked for."""
+"""One OpenTelemetry span per request, with an event at each phase; off by default."""
 
 import time
 from collections.abc import Callable
@@ -12,10 +12,10 @@ Value = str | int | float | bool
 
 
 class Span(Protocol):
-    """What is told of one request."""
+    """The span of one request."""
 
     def event(self, name: str, attributes: dict[str, Value]) -> None:
-        """Note that something happened now."""
+        """Record an event at the present time."""
 
     def end(self, attributes: dict[str, Value], error: Exception | None) -> None:
         """Close the span; called once."""
@@ -28,19 +28,18 @@ class Tracer(Protocol):
         """Open the span of a request, below the context of its HTTP request."""
 
     def stop(self) -> None:
-        """Send what is left."""
+        """Send pending spans."""
 
 
 class NoTracer:
     """Traces nothing."""
 
     def start(self, prepared: Prepared) -> Span:
-        """Open nothing."""
         del prepared
         return _NoSpan()
 
     def stop(self) -> None:
-        """Send nothing."""
+        pass
 
 
 class _NoSpan:
@@ -59,7 +58,7 @@ class OtlpTracer:
         model_name: As clients know it.
 
     Raises:
-        StartupError: The packages of the extra `otlp` are not there.
+        StartupError: The packages of the extra `otlp` are not installed.
     """
 
     def __init__(self, endpoint: str, *, model_name: str) -> None:
@@ -82,7 +81,6 @@ class OtlpTracer:
         self._model_name = model_name
 
     def start(self, prepared: Prepared) -> Span:
-        """Open the span of a request."""
         from opentelemetry.trace import SpanKind
 
         ask, sampling = prepared.ask, prepared.requests[0].sampling
@@ -104,7 +102,6 @@ class OtlpTracer:
         return _OtlpSpan(span)
 
     def stop(self) -> None:
-        """Send what is left, and stop the thread."""
         self._provider.shutdown()
 
 
@@ -126,11 +123,7 @@ class _OtlpSpan:
 
 
 def attach_context(headers: dict[str, str]) -> Callable[[], None]:
-    """Make the caller's trace (W3C traceparent) the parent of spans of this task.
-
-    Returns:
-        What ends that.
-    """
+    """Parent this task's spans to the caller's trace (W3C traceparent); return what undoes it."""
     from opentelemetry import context, propagate
 
     token = context.attach(propagate.extract(headers))

@@ -9,7 +9,7 @@ from coconut_serve.checkpoint.tokenizer import load_tokenizer
 from coconut_serve.cli import main
 from coconut_serve.engines.base import EngineInfo
 from coconut_serve.reasoning.registry import mode_names
-from coconut_serve.service.ask import GenerationAsk, SamplingAsk
+from coconut_serve.service.ask import GenerateCall, SamplingFields
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import PromptBuilder
 from coconut_serve.types import Request
@@ -34,10 +34,10 @@ def requests_for(directory: Path, info: EngineInfo) -> list[Request]:
         check_size=lambda _: None,
     )  # fmt: skip
     text = " ".join(f"w{i}" for i in QUESTION)
-    sampling = SamplingAsk(max_tokens=NUM_ANSWER, params={"temperature": 0.0})
+    sampling = SamplingFields(max_tokens=NUM_ANSWER, params={"temperature": 0.0})
     prepared = [
         builder.prepare(
-            GenerationAsk(
+            GenerateCall(
                 request_id=mode, endpoint="chat", mode=mode, sampling=sampling,
                 messages=[{"role": "user", "content": text}],
             )

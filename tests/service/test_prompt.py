@@ -10,7 +10,7 @@ from coconut_serve.engines.base import EngineInfo
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.reasoning.registry import mode_names
 from coconut_serve.service.admission import Admission
-from coconut_serve.service.ask import GenerationAsk, SamplingAsk
+from coconut_serve.service.ask import GenerateCall, SamplingFields
 from coconut_serve.service.model import ModelReasoning
 from coconut_serve.service.prompt import Prepared, PromptBuilder
 from coconut_serve.service.tokenizer import ByteTokenizer
@@ -60,12 +60,12 @@ def make_builder(
 
 
 def chat(builder: PromptBuilder, mode: str, text: str = "hi", **changes: Any) -> Prepared:
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r",
         endpoint="chat",
         mode=mode,
         messages=[{"role": "user", "content": text}],
-        sampling=SamplingAsk(max_tokens=10),
+        sampling=SamplingFields(max_tokens=10),
         **changes,
     )
     return builder.prepare(ask)
@@ -96,12 +96,12 @@ def test_raw_prompt_thinks_only_if_it_ends_in_a_thought() -> None:
     """`max_tokens` of a plain completion once bounded nothing: all of it was thinking."""
 
     def steps(prompt: str, mode: str | None) -> tuple[int, int]:
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r",
             endpoint="completions",
             mode=mode,
             prompts=[prompt],
-            sampling=SamplingAsk(max_tokens=10),
+            sampling=SamplingFields(max_tokens=10),
         )
         request = builder.prepare(ask).requests[0]
         return request.reasoning.steps, request.prompt_token_ids[-1]
@@ -150,9 +150,9 @@ def test_question_ends_as_the_manifest_says_for_its_mode(mode: str) -> None:
     ],
 )
 def test_raw_prompt_ends_so_too_unless_it_has_bounds(mode: str, prompt: str, whole: str) -> None:
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="c", mode=mode, prompts=[prompt],
-        sampling=SamplingAsk(max_tokens=10),
+        sampling=SamplingFields(max_tokens=10),
     )  # fmt: skip
     prepared = make_builder(**SUFFIXES).prepare(ask)
     assert text_of(prepared) == whole
@@ -162,7 +162,7 @@ def test_raw_prompt_ends_so_too_unless_it_has_bounds(mode: str, prompt: str, who
 
 def test_raw_text_that_is_no_thought_says_that_it_takes_no_steps() -> None:
     """It said how many steps there was room for, and the engine got none."""
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="c", mode="cot", prompts=["abc"], reasoning={"steps": 9}
     )
     resolved = make_builder().prepare(ask).resolved
@@ -195,7 +195,7 @@ def test_speed_fills_its_place_in_the_template() -> None:
     assert ask() == ("hi {speed}" + end.format(5), {"value": 5, "source": "manifest"})
     assert ask(speed=2) == ("hi {speed}" + end.format(2), {"value": 2, "source": "request"})
     assert ask(speed="auto")[0].endswith(end.format("auto"))
-    raw = GenerationAsk(
+    raw = GenerateCall(
         request_id="r", endpoint="c", mode=None, prompts=["a"], reasoning={"speed": 2}
     )
     for builder, asked in ((colar, raw), (make_builder(), raw)):
@@ -211,8 +211,8 @@ def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
     seeds = [r.sampling.seed for r in prepared.requests]
     assert len(set(seeds)) == 4
     assert seeds != [r.sampling.seed for r in again.requests], "no seed given"
-    ask = GenerationAsk(
-        request_id="r", endpoint="c", mode=None, prompts=["a"], n=3, sampling=SamplingAsk(seed=5)
+    ask = GenerateCall(
+        request_id="r", endpoint="c", mode=None, prompts=["a"], n=3, sampling=SamplingFields(seed=5)
     )
     one, two = make_builder().prepare(ask), make_builder().prepare(ask)
     assert [r.sampling.seed for r in one.requests] == [r.sampling.seed for r in two.requests]
@@ -221,9 +221,9 @@ def test_choices_have_unrelated_seeds_and_the_first_has_the_clients() -> None:
 
 
 def test_answer_may_be_drawn_otherwise_than_thinking() -> None:
-    sampling = SamplingAsk(params={"temperature": 0.5, "top_k": 7}, seed=3)
+    sampling = SamplingFields(params={"temperature": 0.5, "top_k": 7}, seed=3)
     for mode in ("cot", "latent", "none"):
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode=mode, prompts=["a<"], sampling=sampling,
             reasoning={"after.temperature": 0.0, "after.top_p": 0.9},
         )  # fmt: skip
@@ -242,12 +242,12 @@ def test_answer_may_be_drawn_otherwise_than_thinking() -> None:
 def test_padded_positions_are_counted_before_they_are_known() -> None:
     """A thinking model's phase is open-ended; padded, its whole cap stands before the answer."""
     for asked, expected in (({}, 200 - 2), ({"pad_positions": True}, 200 - 2 - 101)):
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode="cot", prompts=["a<"],
-            reasoning={"steps": 100, **asked}, sampling=SamplingAsk(max_tokens=None),
+            reasoning={"steps": 100, **asked}, sampling=SamplingFields(max_tokens=None),
         )  # fmt: skip
         builder = make_builder()
-        prepared = builder.prepare(replace(ask, sampling=SamplingAsk(max_tokens=1)))
+        prepared = builder.prepare(replace(ask, sampling=SamplingFields(max_tokens=1)))
         [request] = prepared.requests
         prompt, params = request.prompt_token_ids, request.reasoning
         assert builder._answer_tokens(prompt, params, None, ask) == expected
@@ -258,7 +258,7 @@ def test_too_many_sequences_are_refused_before_they_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """128 prompts of 8 choices of 32 branches once took a second of everybody's streams."""
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="c", mode="distribution", prompts=["a"] * 128, n=8,
         reasoning={"branches": 32, "select": "all", "mixture.kind": "multiplex"},
     )  # fmt: skip
@@ -271,9 +271,9 @@ def test_equal_prompts_of_a_seeded_call_are_drawn_alike() -> None:
     """The second was drawn otherwise, so that it could not be asked for alone."""
 
     def seeds(*prompts: str, seed: int | None = 5) -> list[int]:
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode=None, prompts=prompts, n=2,
-            sampling=SamplingAsk(seed=seed),
+            sampling=SamplingFields(seed=seed),
         )  # fmt: skip
         return [r.sampling.seed for r in make_builder().prepare(ask).requests]
 
@@ -283,9 +283,9 @@ def test_equal_prompts_of_a_seeded_call_are_drawn_alike() -> None:
 
 def test_thinking_may_have_a_seed_of_its_own() -> None:
     def seeds(**asked: Any) -> list[tuple[int, int]]:
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode="distribution", prompts=["a"], n=3,
-            sampling=SamplingAsk(seed=5), reasoning=asked,
+            sampling=SamplingFields(seed=5), reasoning=asked,
         )  # fmt: skip
         prepared = make_builder().prepare(ask)
         expected = {"value": asked.get("seed", 5), "source": "request"}
@@ -302,9 +302,9 @@ def test_thinking_may_have_a_seed_of_its_own() -> None:
 
 def test_a_seed_that_the_server_drew_is_told_and_repeats_the_request() -> None:
     def prepare(seed: int | None) -> tuple[Any, list[tuple[int, int]]]:
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode="distribution", prompts=["a"], n=2,
-            sampling=SamplingAsk(seed=seed),
+            sampling=SamplingFields(seed=seed),
         )  # fmt: skip
         prepared = make_builder().prepare(ask)
         told = prepared.resolved.parameters["seed"]
@@ -319,7 +319,7 @@ def test_a_seed_that_the_server_drew_is_told_and_repeats_the_request() -> None:
 
 @pytest.mark.parametrize("thinks", [True, False])
 def test_answer_gets_what_the_context_leaves(thinks: bool) -> None:
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="chat", mode="none", messages=[{"role": "user", "content": "x"}]
     )
     request = make_builder(thinks=thinks).prepare(ask).requests[0]
@@ -341,7 +341,7 @@ def test_unknown_tokens_are_told_with_what_the_model_answers() -> None:
         prompt |= {"template": "{question}", "chat_template": False}
         builder = make_builder(WordTokenizer(), thinks=False, prompt=prompt)
         messages = [{"role": "user", "content": text}]
-        ask = GenerationAsk(request_id="r", endpoint="chat", mode="cot", messages=messages)
+        ask = GenerateCall(request_id="r", endpoint="chat", mode="cot", messages=messages)
         return builder.prepare(ask).resolved.warnings
 
     assert warnings("a or b") == ()

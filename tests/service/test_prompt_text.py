@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coconut_serve.errors import InvalidRequestError
-from coconut_serve.service.ask import GenerationAsk, SamplingAsk
+from coconut_serve.service.ask import GenerateCall, SamplingFields
 from coconut_serve.service.prompt_text import bad_word_ids, keep_last
 from coconut_serve.service.tokenizer import ByteTokenizer
 from tests.service.test_prompt import OpeningTokenizer, chat, make_builder, text_of
@@ -31,8 +31,8 @@ class WordTokenizer(ByteTokenizer):
 
 
 def continued(text: str, mode: str, tokenizer: ByteTokenizer | None = None, **more: Any) -> Any:
-    ask = GenerationAsk(
-        request_id="r", endpoint="chat", mode=mode, sampling=SamplingAsk(max_tokens=10),
+    ask = GenerateCall(
+        request_id="r", endpoint="chat", mode=mode, sampling=SamplingFields(max_tokens=10),
         messages=[{"role": "user", "content": "a < b"}, {"role": "assistant", "content": text}],
         chat_template_options={"continue_final_message": True, "add_generation_prompt": False},
         **more,
@@ -67,9 +67,9 @@ def test_chat_without_generation_prompt_ends_with_its_last_message() -> None:
 
 def test_special_tokens_are_added_as_the_request_says() -> None:
     def first(special: bool | None, **own: Any) -> int:
-        ask = GenerationAsk(
+        ask = GenerateCall(
             request_id="r", endpoint="c", mode="none", add_special_tokens=special,
-            sampling=SamplingAsk(max_tokens=1), **own,
+            sampling=SamplingFields(max_tokens=1), **own,
         )  # fmt: skip
         return make_builder(BosTokenizer()).prepare(ask).prompt_token_ids[0][0]
 
@@ -82,9 +82,9 @@ def test_special_tokens_are_added_as_the_request_says() -> None:
 def truncated(
     count: int, prompts: Sequence[Any], tokenizer: Any = None, **more: Any
 ) -> list[tuple[int, ...]]:
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="c", prompts=prompts, truncate_prompt_tokens=count,
-        sampling=SamplingAsk(max_tokens=10), **{"mode": "none", **more},
+        sampling=SamplingFields(max_tokens=10), **{"mode": "none", **more},
     )  # fmt: skip
     builder = make_builder(tokenizer, thinks=False, modes=["none", "latent"], steps=6)
     return list(builder.prepare(ask).prompt_token_ids)
@@ -134,11 +134,11 @@ def test_bad_words_are_the_sequences_that_vllm_finds() -> None:
 
 
 def test_restrictions_reach_the_engine() -> None:
-    sampling = SamplingAsk(max_tokens=3, allowed_token_ids=(5, 6), bad_words=("ab",))
+    sampling = SamplingFields(max_tokens=3, allowed_token_ids=(5, 6), bad_words=("ab",))
     [request] = chat(make_builder(), "none").requests
     assert request.sampling.allowed_token_ids == ()
     assert request.sampling.bad_words == ()
-    ask = GenerationAsk(
+    ask = GenerateCall(
         request_id="r", endpoint="c", mode="cot", prompts=["a<"], sampling=sampling,
         reasoning={"seed": 3},
     )  # fmt: skip
