@@ -53,7 +53,7 @@ import httpx
 import torch
 
 import coconut_serve
-from coconut_serve.engines.vllm.params import from_extra_args, thinking_of, to_extra_args
+from coconut_serve.engines.vllm.params import from_extra_args, worker_params, to_extra_args
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.params import ReasoningParams
 from tests import test_docs
@@ -100,7 +100,7 @@ async def on_the_native_engine() -> None:
             adapter=lambda hidden: -2.0 * hidden,
         )
     assert result.token_ids == answer
-    thinking = thinking_of(request, hidden_size=32, hidden_token_id=3)
+    thinking = worker_params(request, hidden_size=32, hidden_token_id=3)
     flat = to_extra_args(thinking)
     assert flat["reasoning_negate_by"] == 2.0
     read = from_extra_args(flat)

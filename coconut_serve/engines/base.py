@@ -1,4 +1,4 @@
-"""The seam between the service and an engine."""
+"""The interface between the service and an engine."""
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -25,23 +25,23 @@ class EngineInfo:
     dtype: str = "none"
     device: str = "none"
     weights_bytes: int = 0  # 0: unknown
-    kv_cache_bytes: int = 0  # what it may take
-    hidden_size: int = 0  # of the model's inputs; 0: there are none
+    kv_cache_bytes: int = 0  # at most
+    hidden_size: int = 0  # of the model's inputs; 0: no vectors
     fingerprint: str = ""  # of the weights and what they run on
-    adapters: tuple[str, ...] = ()  # what may stand between hidden states and inputs
-    unsupported_features: tuple[str, ...] = ()  # what such an engine could have and this refuses
+    adapters: tuple[str, ...] = ()  # available between hidden states and inputs
+    unsupported_features: tuple[str, ...] = ()  # that such engines may have and this one rejects
 
     @property
     def system_fingerprint(self) -> str:
-        """What produces answers: vectors mean nothing to anything else."""
+        """Identifies what makes answers; vectors are valid only for the same one."""
         return f"coconut-{self.engine}-{self.fingerprint or '0'}"
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
-    """Refuse what an engine can never run.
+    """Reject a request that an engine can never run.
 
     Raises:
-        InvalidRequestError: The prompt does not fit, or the way of thinking is not there.
+        InvalidRequestError: The prompt does not fit, or a reasoning setting is not supported.
     """
     ids, reasoning = request.prompt_token_ids, request.reasoning
     last = info.vocab_size - 1
@@ -73,14 +73,14 @@ class Engine(Protocol):
     """Generates sequences; many at once, each one an async generator."""
 
     async def start(self) -> None:
-        """Load the model and begin to work.
+        """Load the model and start working.
 
         Raises:
             StartupError: It cannot run as configured.
         """
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Yield what each step adds; the last output alone has a finish_reason.
+        """Yield what each step adds; only the last output has a finish_reason.
 
         Closing the generator aborts the sequence and frees its blocks within one step, so callers
         iterate it inside `contextlib.aclosing`.
@@ -91,7 +91,7 @@ class Engine(Protocol):
         """
 
     async def check_health(self) -> None:
-        """Return if the engine works.
+        """Check that the engine works.
 
         Raises:
             EngineDeadError: It does not.

@@ -1,4 +1,4 @@
-"""How often an engine that failed may start anew."""
+"""Limits how often a failed engine restarts."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class RestartBudget:
     _failures: list[float] = field(default_factory=list)  # times
 
     def allows_another(self) -> bool:
-        """Record a failure; whether the engine may start anew after it."""
+        """Record a failure; return whether the engine may restart after it."""
         now = time.monotonic()
         self._failures = [t for t in self._failures if now - t < self.window_seconds] + [now]
         return len(self._failures) <= _MAX_RESTARTS

@@ -1,8 +1,8 @@
-"""A deterministic engine without tensors: settable speed and failures, for tests of all the rest.
+"""A deterministic engine without tensors, with configurable speed and failures, for tests.
 
-Answers repeat the prompt, id by id but for stop tokens, and so do thinking steps of modes with
-text, which end a thought by themselves after some tokens, where an end token may do so; those of
-`latent` have none.
+Answers repeat the prompt's ids except stop tokens, and so do thinking steps of modes with text;
+those of `latent` have no tokens. Where a stop token may end a thought, it comes after 16 steps,
+or after `min_steps`.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from coconut_serve.types import (
 _TRACE = ReasoningTrace(entropy=0.0, max_prob=1.0, norm=1.0, cosine=1.0, retained_mass=1.0)
 _NUM_BLOCKS = 4096
 _BLOCK_SIZE = 16
-_THOUGHT_TOKENS = 16  # then it says the end of the thought
+_THOUGHT_TOKENS = 16  # then it ends the thought
 
 
 class StubEngine:
-    """Generates by rule; one asyncio task a request, so requests run side by side.
+    """Generates by rule; requests run concurrently.
 
     Args:
         config: Speed and scripted failures.
@@ -71,20 +71,16 @@ class StubEngine:
         self.num_restarts = 0
 
     async def start(self) -> None:
-        """Be ready at once."""
         self._death = None
 
     async def stop(self) -> None:
-        """Refuse all that comes and end what runs."""
         self._death = EngineDeadError("the engine is shutting down")
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError after a scripted failure or `stop`."""
         if self._death is not None:
             raise EngineDeadError(self._death.message)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the steps of one request."""
         await self.check_health()
         check_request(request, self.info)
         arrival = time.monotonic()
@@ -110,7 +106,7 @@ class StubEngine:
             self._report({})
 
     def _count_request(self) -> None:
-        """Die if the script says so."""
+        """Count a request; die after `fail_after_requests` of them."""
         self._num_requests += 1
         allowed = self._config.fail_after_requests
         if allowed is not None and self._num_requests > allowed:
@@ -154,7 +150,7 @@ class StubEngine:
                 return
 
     async def _pace(self, position: int) -> None:
-        """Take the time of one position; fail where the script says."""
+        """Sleep for one position; fail at `fail_at_token`."""
         if self._death is not None:
             raise EngineDeadError(self._death.message)
         if position == self._config.fail_at_token:

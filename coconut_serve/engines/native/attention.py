@@ -101,7 +101,7 @@ class AttentionPlan(Plan):
 
 
 def register() -> None:
-    """Make IMPLEMENTATION known to transformers; may be called again."""
+    """Register IMPLEMENTATION with transformers; idempotent."""
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 
@@ -120,7 +120,7 @@ def paged_attention(
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Hand one layer's call to the step's plan; returns [1, num_rows, num_heads, head_dim]."""
+    """Pass one layer's call to the step's plan; returns [1, num_rows, num_heads, head_dim]."""
     if attention_mask is not None or s_aux is not None or position_bias is not None:
         raise NotImplementedError("its attention has a mask, sinks or a bias of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,4 +1,4 @@
-"""From a schedule to the tensors of one step."""
+"""Builds the tensors of one step from its schedule."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class StepBatch:
     """All tensors of a step; rows are positions, decode rows first."""
 
     token_ids: Tensor  # [num_rows] int64; 0 where a vector or a slot's input goes
-    positions: Tensor  # [num_rows] int64, as the model is told them
+    positions: Tensor  # [num_rows] int64, position ids
     plan: AttentionPlan
     replay_rows: Tensor | None  # [num_replayed] int64, rows that repeat a fed vector
     replay_vectors: Tensor | None  # [num_replayed, hidden_size]
@@ -123,7 +123,7 @@ class BatchBuilder:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _follow_blocks(self, sequence: Sequence) -> None:
-        """Add the blocks a sequence got since its last step."""
+        """Add the blocks allocated to a sequence since its last step to its table."""
         slot = sequence.slot
         assert slot is not None
         done, count = self._num_tabled[slot], len(sequence.blocks)

@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 NULL_BLOCK = 0  # never written by a sequence: padding reads it, so stale values reach no one
-_ROOTS = (b"\0" * 16, b"\1" * 16)  # of prompts, and of those computed with factors for long ones
+_ROOTS = (b"\0" * 16, b"\1" * 16)  # of prompts, and of prompts of long sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class BlockPool:
 
     A block is free, used (reference count > 0) or cached (count 0 but published). Only full blocks
     of prompt token ids are ever published: a fed-back vector has no id to be found by
-    (invariant 3). Allocation takes free blocks first, used ones before those whose memory is not
-    taken yet; then the least recently used cached one.
+    (invariant 3). Allocation takes free blocks first, once used ones before untouched memory; then
+    the least recently used cached one.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, has_prefix_cache: bool = True) -> None:
@@ -104,9 +104,8 @@ class BlockPool:
     def match(self, token_ids: SequenceOf[int], is_long: bool = False) -> list[int]:
         """Find the cached blocks that hold the longest known prefix, without taking them.
 
-        Keys of long sequences are others than those of the same ids in a short one.
-
-        The last token is never covered: its hidden state is needed to go on.
+        Prefixes of long and short sequences are kept apart. The last token is never covered: its
+        hidden state is needed to go on.
         """
         if not self._has_prefix_cache:
             return []
@@ -131,7 +130,7 @@ class BlockPool:
             blocks: The sequence's blocks from position 0.
             token_ids: The prompt ids computed so far, from position 0; a partial block at the end
                 is ignored.
-            is_long: Whether they were computed as parts of a long sequence.
+            is_long: Whether the sequence is a long one.
         """
         if not self._has_prefix_cache:
             return

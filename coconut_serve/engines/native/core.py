@@ -1,7 +1,7 @@
-"""The native engine's work: load, then schedule, compute and report until told to stop.
+"""The native engine's worker: loads, then schedules, computes and reports until stopped.
 
-It knows no event loop: messages come in by a queue, events go out by a call. engine.py runs it in
-a thread or in a process of its own.
+It has no event loop: messages come in through a queue, events go out through a callback. hosts.py
+runs it in a thread or in a process of its own.
 """
 
 import logging
@@ -46,13 +46,13 @@ _AUTO_CPU_CACHE_BYTES = 2 * 2**30  # at most, and no more than the requests can 
 
 
 class EngineCore:
-    """Continuous batching of all modes over one paged cache, on the CPU or one GPU.
+    """Loads the model, then runs steps and answers messages.
 
     Args:
         config: Model and limits.
         modes: Reasoning modes to support.
-        inbox: What to do.
-        send: Takes what happened; called from the thread that runs.
+        inbox: Messages to handle.
+        send: Called with each event, from the thread of `run`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EngineCore:
         self._modes = modes
         self._inbox = inbox
         self._send = send
-        self._stats: list[StepStats] = []  # to be sent
+        self._stats: list[StepStats] = []  # since the last event
         self._in_flight: set[str] = set()  # request ids
         self._restarts = RestartBudget(_RESTART_WINDOW_SECONDS)
         self._num_restarts = 0
@@ -75,7 +75,7 @@ class EngineCore:
     # ---- loading -------------------------------------------------------------------------
 
     def load(self) -> EngineInfo:
-        """Load the model and make the cache.
+        """Load the model and allocate the cache.
 
         Raises:
             StartupError: It cannot run as configured.
@@ -111,7 +111,7 @@ class EngineCore:
         )
 
     def _check_directory(self, device: torch.device) -> None:
-        """Refuse what cannot work before weights are read, which may take minutes."""
+        """Reject what cannot work before reading weights, which may take minutes."""
         config = self._config
         settings = read_config(config.model).get_text_config()
         limit = max_positions(settings)
@@ -127,7 +127,7 @@ class EngineCore:
         check_weights(config.model)
 
     def _size_cache(self) -> tuple[int, int]:
-        """Decide how many positions the cache holds and how long a sequence may be."""
+        """Return how many positions the cache holds, and how many a sequence may have."""
         config, model = self._config, self._model
         size = self._block_size
         free = free_memory(model.device)
@@ -162,7 +162,7 @@ class EngineCore:
         return positions, min(wanted or positions, positions)
 
     def _reset(self) -> None:
-        """Make an empty cache and scheduler; the old cache goes first."""
+        """Make an empty cache and scheduler, after freeing the old cache."""
         self._runner: Runner | None = None
         config = self._config
         is_cpu = self._model.device.type == "cpu"
@@ -188,7 +188,7 @@ class EngineCore:
     # ---- working -------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Work until told to stop or failed too often; nothing waits for ever."""
+        """Run until stopped or failed too often; the last event ends all sequences."""
         is_stopping = False
         death = EngineDeadError("the engine is shutting down")
         torch.set_num_threads(self._num_threads)  # holds for the calling thread
@@ -203,7 +203,7 @@ class EngineCore:
             self._post([], death)
 
     def _drain_inbox(self) -> bool:
-        """Take all messages, waiting for one when idle; True to stop."""
+        """Handle all messages, waiting for one when idle; return True to stop."""
         while True:
             try:
                 message = self._inbox.get(block=not self._scheduler.has_work())
@@ -222,7 +222,7 @@ class EngineCore:
                     return True
 
     def _guarded_step(self) -> None:
-        """Run a step; if it fails, end all sequences and start afresh."""
+        """Run a step; if it fails, end all sequences and reset."""
         try:
             self._one_step()
         except Exception as failure:
@@ -243,7 +243,7 @@ class EngineCore:
         self._in_flight.clear()
 
     def _one_step(self) -> None:
-        """Schedule, run, follow, send: the life of a step."""
+        """Schedule, run, update, send: the life of a step."""
         started = time.perf_counter()
         schedule = self._scheduler.schedule()
         assert self._runner is not None
@@ -257,12 +257,12 @@ class EngineCore:
         self._post([(output.request_id, output) for output in outputs])
 
     def _report_idle(self) -> None:
-        """Check the books while nothing runs and zero the gauges."""
+        """Check blocks and slots while nothing runs, and zero the gauges."""
         self._scheduler.check_integrity()
         self._report(0.0, {}, Schedule())
 
     def _report(self, seconds: float, rows: dict[tuple[str, str], int], schedule: Schedule) -> None:
-        """Note the facts of a step for whoever counts."""
+        """Record the statistics of a step for the next event."""
         scheduler, pool = self._scheduler, self._scheduler.pool
         running, waiting = scheduler.count_by_mode()
         num_prefill = sum(r.end - r.start for r in schedule.rows if r.end - r.start > 1)
@@ -288,7 +288,7 @@ class EngineCore:
         outputs: list[tuple[str, RequestOutput | EngineDeadError]],
         death: EngineDeadError | None = None,
     ) -> None:
-        """Send what happened since the last time: one event a step."""
+        """Send everything since the last event: one event a step."""
         stats, self._stats = self._stats, []
         self._send(Event(stats, outputs, self._num_restarts, death))
 

@@ -1,4 +1,4 @@
-"""Where the native engine runs, in what dtype, with how many threads and how much memory."""
+"""Device, dtype, threads and free memory of the native engine."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ def resolve_device(name: str) -> torch.device:
     """Turn the flag into a device.
 
     Raises:
-        StartupError: CUDA is asked for and not there.
+        StartupError: CUDA is requested and not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_in_cgroup() -> int:
-    """What the container's limit leaves (cgroup v2); very much without a limit."""
+    """Bytes left under the container's limit (cgroup v2); sys.maxsize without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()

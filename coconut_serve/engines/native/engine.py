@@ -1,4 +1,4 @@
-"""The native engine as the service sees it; what works is in core.py, elsewhere."""
+"""The asyncio side of the native engine; core.py does the work, in a thread or process."""
 
 import asyncio
 import time
@@ -18,10 +18,10 @@ class NativeEngine:
     Args:
         config: Model and limits.
         modes: Reasoning modes to support.
-        on_step: Called after each step with its facts.
-        has_own_process: Work in a process, so that steps and HTTP do not wait for each other's
-            Python; else in a thread.
-        prepare: Called in that process before all else; must be picklable.
+        on_step: Called after each step with its statistics.
+        has_own_process: Run the core in a process, so that steps and HTTP do not share a GIL;
+            else in a thread.
+        prepare: Called first in that process; must be picklable.
     """
 
     def __init__(
@@ -45,28 +45,24 @@ class NativeEngine:
         self._is_started = False
 
     async def start(self) -> None:
-        """Load the model and begin to work."""
         self._loop = asyncio.get_running_loop()
         self._info = await asyncio.to_thread(self._host.start)
         self._is_started = True
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine can do."""
         return self._info
 
     @property
     def num_restarts(self) -> int:
-        """How often the engine recovered from a failed step."""
         return self._num_restarts
 
     @property
     def pid(self) -> int:
-        """The process that works."""
+        """Id of the process that runs the core."""
         return self._host.pid
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError if the engine cannot work."""
         self._require_alive()
 
     def _require_alive(self) -> None:
@@ -76,11 +72,9 @@ class NativeEngine:
             raise EngineDeadError("the engine is not running")
 
     async def stop(self) -> None:
-        """End what runs and wait for it."""
         await asyncio.to_thread(self._host.stop)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Yield what each step adds to one sequence; closing aborts it."""
         self._require_alive()
         check_request(request, self._info)
         outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
@@ -100,8 +94,8 @@ class NativeEngine:
                 self._host.send(Abort(request.request_id))
 
     def _take(self, event: Event) -> None:
-        """Count what a step did, then hand it to the event loop; any thread may call."""
-        for stats in event.stats:  # first: who sees an answer finds it in the metrics
+        """Record a step's statistics, then pass its outputs to the event loop; from any thread."""
+        for stats in event.stats:  # first, so that the metrics include every answer a client has
             self._on_step(stats)
         self._num_restarts = event.num_restarts
         if event.death is not None:
@@ -111,7 +105,7 @@ class NativeEngine:
 
     def _deliver(self, event: Event) -> None:
         for request_id, output in event.outputs:
-            if request_id in self._outputs:  # else the client has gone away
+            if request_id in self._outputs:  # else the client is gone
                 self._outputs[request_id].put_nowait(output)
         if event.death is not None:
             for channel in self._outputs.values():

@@ -1,4 +1,4 @@
-"""Where the work of the native engine is done: in a thread, or in a process of its own."""
+"""Runs the native engine's core in a thread, or in a process of its own."""
 
 import atexit
 import contextlib
@@ -20,7 +20,7 @@ from coconut_serve.errors import CoconutError, EngineDeadError, StartupError
 
 logger = logging.getLogger(__name__)
 
-_STOP_SECONDS = 30.0  # for a step that runs; then the process is killed
+_STOP_SECONDS = 30.0  # for a running step; then the process is killed
 
 Prepare = Callable[[], None]
 
@@ -30,24 +30,24 @@ class Host(Protocol):
 
     @property
     def pid(self) -> int:
-        """The process that works."""
+        """Id of the process that runs the core."""
 
     def start(self) -> EngineInfo:
-        """Load the model and begin to work.
+        """Load the model and start working.
 
         Raises:
             StartupError: It cannot run as configured.
         """
 
     def send(self, message: Message) -> None:
-        """Tell it something; if it is dead, that is told by an event, before or after."""
+        """Send a message; a dead core reports its death by an event, before or after."""
 
     def stop(self) -> None:
-        """End it and wait for that."""
+        """Stop the core and wait until it has ended."""
 
 
 class ThreadHost:
-    """Works in this process.
+    """Runs the core in a thread of this process.
 
     Args:
         config: Model and limits.
@@ -65,7 +65,6 @@ class ThreadHost:
         self._thread: threading.Thread | None = None
 
     def start(self) -> EngineInfo:
-        """Load the model and start the thread."""
         from coconut_serve.engines.native.core import EngineCore
 
         self.core = EngineCore(*self._arguments, self._inbox, self._take)
@@ -75,24 +74,22 @@ class ThreadHost:
         return info
 
     def send(self, message: Message) -> None:
-        """Put it into the inbox."""
         self._inbox.put(message)
 
     def stop(self) -> None:
-        """Join the thread."""
         self.send(Stop())
         if self._thread is not None:
             self._thread.join()
 
 
 class ProcessHost:
-    """Works in a child process, which ends with this one, however this one ends.
+    """Runs the core in a child process, which ends with this one, however this one ends.
 
     Args:
         config: Model and limits.
         modes: Reasoning modes to support.
         take: Called with each event, from a thread.
-        prepare: Called in the child before all else.
+        prepare: Called first in the child.
     """
 
     def __init__(
@@ -114,14 +111,12 @@ class ProcessHost:
 
     @property
     def pid(self) -> int:
-        """The child's."""
         return self._process.pid or 0
 
     def start(self) -> EngineInfo:
-        """Start the child and wait until it has loaded."""
         self._process.start()
-        self._theirs.close()  # so that the pipe ends with the child
-        atexit.register(self.stop)  # and the child with this process
+        self._theirs.close()  # so that the pipe closes with the child
+        atexit.register(self.stop)  # and the child ends with this process
         try:
             answer = self._pipe.recv()
         except EOFError:
@@ -135,7 +130,7 @@ class ProcessHost:
         return answer  # type: ignore[no-any-return]
 
     def _read(self) -> None:
-        """Take events until the last, or until the child dies without one."""
+        """Pass on events until the last, or until the child dies without one."""
         event = Event([], [], num_restarts=0)
         try:
             while event.death is None:
@@ -159,12 +154,11 @@ class ProcessHost:
         return f" (killed by signal {-code})" if code < 0 else f" (exit status {code})"
 
     def send(self, message: Message) -> None:
-        """Write it to the pipe."""
         with self._writing, contextlib.suppress(OSError):  # dead: the reader sees it too
             self._pipe.send(message)
 
     def stop(self) -> None:
-        """Let the child end; kill it if it does not. Once more does nothing."""
+        """Stop the child; kill it if it does not end. Idempotent."""
         if self._reader.ident is None:  # it has not loaded
             return
         self.send(Stop())
@@ -180,8 +174,8 @@ class ProcessHost:
 def _work(
     config: EngineConfig, modes: tuple[str, ...], pipe: Connection, prepare: Prepare | None
 ) -> None:
-    """Be the child."""
-    # Signals to the whole group are the parent's to answer: it drains, then says stop.
+    """Child process entry point."""
+    # The parent handles signals to the process group: it drains, then sends Stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if prepare is not None:
@@ -192,7 +186,7 @@ def _work(
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def send(event: Event) -> None:
-        with contextlib.suppress(OSError):  # the parent is gone; the inbox says so
+        with contextlib.suppress(OSError):  # the parent is gone; `_receive` stops the core
             pipe.send(event)
 
     core = EngineCore(config, modes, inbox, send)
@@ -207,14 +201,14 @@ def _work(
         return
     try:
         pipe.send(info)
-    except OSError:  # nobody waits for it any more
+    except OSError:  # the parent is gone
         return
     threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
     core.run()
 
 
 def _receive(pipe: Connection, inbox: "queue.SimpleQueue[Message]") -> None:
-    """Fill the inbox; the end of the pipe is the end of the parent."""
+    """Fill the inbox; a closed pipe means that the parent has ended."""
     while True:
         try:
             inbox.put(pipe.recv())

@@ -1,8 +1,8 @@
-"""What a model computes otherwise once a sequence is long enough, and how the engine follows.
+"""LongRoPE by sequence, and short attention windows for the self-test.
 
-Keys in the cache hold the rotary factors they were made with, so LongRoPE's second set of factors
-(arXiv 2402.13753), which holds for all positions of a sequence longer than the model's original
-length, is chosen by sequence, and a sequence that grows past that length is computed anew.
+LongRoPE (arXiv 2402.13753) uses a second set of rotary factors for all positions of a sequence that
+is longer than the model's original length. Cached keys keep the factors they were computed with, so
+the set is chosen by sequence, and a sequence that grows past that length is recomputed.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 class LongRotary(nn.Module):
-    """Rotary embeddings with the factors that each row's sequence calls for.
+    """Rotary embeddings with factors chosen by the length of each row's sequence.
 
     Args:
-        plain: transformers' module of type longrope, which asks the longest row of a batch.
+        plain: transformers' module of type longrope, which chooses by the longest row of a batch.
     """
 
     def __init__(self, plain: Any) -> None:
@@ -38,10 +38,10 @@ class LongRotary(nn.Module):
 
     @classmethod
     def replace(cls, model: PreTrainedModel) -> Self | None:
-        """Take the place of a model's rotary embeddings, if they are of that type.
+        """Replace a model's rotary embeddings, if they are of type longrope.
 
         Raises:
-            ValueError: Their factors depend on the length in a way that is not known here.
+            ValueError: Only some of its layers are of that type.
         """
         found = [
             (name, module.rope_type)
@@ -59,7 +59,7 @@ class LongRotary(nn.Module):
         return rotary
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cosines and sines, [1, num_rows, dim] each, for position_ids [1, num_rows]."""
+        """Return cosines and sines, [1, num_rows, dim] each, for position_ids [1, num_rows]."""
         short: tuple[Tensor, Tensor] = self._short(x, position_ids)
         if self.is_long is None:
             return short
@@ -69,7 +69,7 @@ class LongRotary(nn.Module):
 
 
 def _fixed(plain: Any, inv_freq: Tensor) -> Any:
-    """A copy with factors that stay; transformers leaves those of type default alone."""
+    """A copy with fixed factors; transformers never updates those of type default."""
     module = copy.deepcopy(plain)
     module.rope_type = "default"
     module.inv_freq = inv_freq
@@ -77,14 +77,14 @@ def _fixed(plain: Any, inv_freq: Tensor) -> Any:
 
 
 def _kinds(module: Any) -> tuple[str, ...]:
-    """The rotary types of a module, if it has any: one, or one by type of layer."""
+    """The rotary types of a module: none, one, or one for each type of layer."""
     kinds = getattr(module, "rope_type", ())
     return tuple(kinds.values()) if isinstance(kinds, dict) else (kinds,) if kinds else ()
 
 
 @contextlib.contextmanager
 def narrowed(model: PreTrainedModel) -> Iterator[None]:
-    """Make windows and chunks of attention so short that a short prompt goes past them."""
+    """Shorten windows and chunks of attention so that a short prompt exceeds them."""
     config = model.config.get_text_config()
     changed: list[tuple[Any, str, int]] = []
     for owner in (config, *model.modules()):

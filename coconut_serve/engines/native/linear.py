@@ -22,7 +22,7 @@ MIN_ROWS = 5  # oneDNN takes up to 1.8 times as long for 1, 2 or 3 rows as for 5
 def pad_rows(x: Tensor) -> Tensor:
     """Add zeros below until there are MIN_ROWS; [num_rows, ...] -> [max(num_rows, MIN_ROWS), ...].
 
-    It also lets a row alone and one among a few go through the same kernel.
+    A single row then also goes through the same kernel as a few.
     """
     missing = MIN_ROWS - x.shape[0]
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing > 0 else x
@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b; x [..., in_features] -> [..., out_features].
 
-        Callers that have few rows `pad_rows` them.
+        Callers apply `pad_rows` to few rows.
         """
         out: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._packed, self._bias, "none", [], ""
@@ -67,7 +67,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 class PackedTable:
-    """A table as the right side of a product, packed when it is first needed.
+    """A table as the right operand of a product, packed on first use.
 
     Args:
         table: [num_rows, width].
@@ -88,7 +88,7 @@ class PackedTable:
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Replace the model's linear layers by packed ones, in place.
 
-    A head tied to the embedding is packed too: one more copy of that matrix, well spent.
+    A head tied to the embedding is packed too, which is worth one more copy of that matrix.
 
     Returns:
         How many layers were replaced; 0 where packing does not work.

@@ -1,4 +1,4 @@
-"""What the asyncio side of the native engine and its working side tell each other."""
+"""Messages between the asyncio side of the native engine and its core."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Nobody wants the sequence any more."""
+    """End a sequence that nobody waits for."""
 
     request_id: str
 
@@ -31,9 +31,9 @@ Message = Add | Abort | Stop
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a step did."""
+    """The results of a step."""
 
-    stats: list[StepStats]  # to be counted before the outputs are seen
+    stats: list[StepStats]  # to record before the outputs are delivered
     outputs: list[tuple[str, RequestOutput | EngineDeadError]]  # by request id
     num_restarts: int
-    death: EngineDeadError | None = None  # nothing follows
+    death: EngineDeadError | None = None  # then this is the last event

@@ -1,4 +1,4 @@
-"""A transformers model, unmodified, run over a paged cache; checked against itself at load."""
+"""Runs an unmodified transformers model over a paged cache; tests itself at load."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from coconut_serve.errors import StartupError
 from coconut_serve.reasoning.embedding import ROWS_AT_ONCE, Embedding
 
 _TEST_LENGTH = 24  # positions of the self-test's prompt
-# What modelling code that does not fit ours raises.
+# What incompatible modelling code raises.
 _REFUSALS = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -39,13 +39,12 @@ class LayerShape:
 
 
 class _ShapeProbe(Plan):
-    """Stands in for a step's plan and notes the shapes that each layer would store."""
+    """Stands in for a step's plan and records the shapes each layer would store."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
 
     def attend(self, layer: int, attend: LayerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Note shapes and return zeros."""
         self.shapes[layer] = LayerShape(k.shape[0], k.shape[-1], v.shape[-1])
         return q.new_zeros(q.shape[1], q.shape[0], v.shape[-1])
 
@@ -126,7 +125,7 @@ class PagedModel:
 
     @property
     def long_after(self) -> int | None:
-        """Length above which a sequence is computed as a long one; None: there is no such thing."""
+        """Length above which a sequence uses LongRoPE's long factors; None: there are none."""
         return self._rotary.original_length if self._rotary else None
 
     def forward(
@@ -138,7 +137,7 @@ class PagedModel:
             inputs: [num_rows, hidden_size] embeddings.
             positions: [num_rows] int64.
             plan: Where the rows read and write.
-            is_long: [num_rows] bool, whose sequence is longer than `long_after`; None: none is.
+            is_long: [num_rows] bool, rows of sequences longer than `long_after`; None: no row is.
 
         Returns:
             [num_rows, hidden_size], after the final norm.
@@ -179,7 +178,7 @@ class PagedModel:
     def make_caches(self, num_slots: int) -> list[tuple[Tensor, Tensor]]:
         """Create keys and values [num_slots, kv_heads, dim] for each layer.
 
-        On CPU their memory is taken as they are written. Slot 0, which padding reads, is zero.
+        On CPU memory is committed as it is written. Slot 0, which padding reads, is zero.
         """
 
         def make(layer: LayerShape, dim: int) -> Tensor:
@@ -205,7 +204,7 @@ class PagedModel:
         return layers + vector
 
     def _probe_layers(self) -> list[LayerShape]:
-        """Run one position and note what each layer would store."""
+        """Run one position and record what each layer would store."""
         probe = _ShapeProbe()
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._decoder(
@@ -253,7 +252,7 @@ class PagedModel:
 
 
 def _test_positions(model: PreTrainedModel) -> list[int]:
-    """First position ids of the self-test's prompts, one for each way a model has to compute."""
+    """First position id of each self-test prompt: one for each set of rotary factors."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return [0]
@@ -261,7 +260,7 @@ def _test_positions(model: PreTrainedModel) -> list[int]:
 
 
 def _plain_logits(model: PreTrainedModel, token_ids: Tensor, first: int) -> Tensor:
-    """What transformers gives; [num_ids, vocab_size] float32."""
+    """Logits of the plain model; [num_ids, vocab_size] float32."""
     places: dict[str, Tensor] = {}
     if first:
         positions = torch.arange(first, first + len(token_ids), device=token_ids.device)
@@ -291,7 +290,7 @@ def _load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:
         raise _unreadable(directory, error) from error
-    # Of models that see or hear too, the rest of the file is not expected here.
+    # Files of multimodal models hold more weights than the text model takes.
     refuse_misfits(directory, type(model).__name__, {**info, "unexpected_keys": ()})
     assert isinstance(model, PreTrainedModel)
     return model.eval()
@@ -310,7 +309,7 @@ def _unsupported(directory: Path, reason: str) -> StartupError:
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The module whose last_hidden_state is what the output head reads."""
+    """The module whose last_hidden_state the output head reads."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model:
         decoder = model.base_model
@@ -319,7 +318,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def _logit_transform(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
-    """What some families do after the head: a scale (Cohere, Granite), a soft-cap (Gemma 2)."""
+    """The family's own step after the head: a scale (Cohere, Granite), a soft-cap (Gemma 2)."""
     scale: Any = getattr(config, "logit_scale", None)
     divisor: Any = getattr(config, "logits_scaling", None)
     cap: Any = getattr(config, "final_logit_softcapping", None)
@@ -335,7 +334,7 @@ def _logit_transform(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The longest sequence the model was made for, None if it does not say."""
+    """The longest sequence the model was made for; None if its config does not say."""
     for name in ("max_position_embeddings", "n_positions"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:

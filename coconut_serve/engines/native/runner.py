@@ -46,7 +46,7 @@ class Runner:
         self._block_size = block_size
         num_cache_slots = num_blocks * block_size
         self._caches = model.make_caches(num_cache_slots)
-        self._inputs = torch.empty(  # memory is taken as it is written, like that of the caches
+        self._inputs = torch.empty(  # memory is committed as it is written, as for the caches
             num_cache_slots, model.hidden_size, dtype=model.dtype, device=model.device
         )
         self._slots = Slots(num_slots, model.hidden_size, dtype=model.dtype, device=model.device)
@@ -104,7 +104,7 @@ class Runner:
         return self._step.run(rows, hidden, inputs)
 
     def _admit(self, sequence: Sequence) -> Admission:
-        """Say what a slot is to hold, from what preemption saved if there is such."""
+        """Describe the new content of a slot, restored if the sequence was preempted."""
         assert sequence.slot is not None
         if sequence.request.reasoning.adapter == REALIGN and REALIGN not in self._adapters.names:
             model = self._model
@@ -118,7 +118,7 @@ class Runner:
         return Admission.read(sequence.slot, sequence.request, snapshot)
 
     def _save(self, preemption: Preemption) -> SavedState:
-        """Copy what rebuilds a sequence: its slot and the vectors fed so far."""
+        """Save what rebuilds a sequence: its slot and the vectors fed so far."""
         sequence = preemption.sequence
         positions = [p for p, token in enumerate(sequence.inputs[:-1]) if token is None]
         computed = [p for p in positions if p < preemption.num_computed]

@@ -55,7 +55,7 @@ class Schedule:
 
 
 def _place(row: ScheduledRow) -> tuple[Any, ...]:
-    """Where a row stands in its step: decode rows first, then rows that are decided alike."""
+    """Sort key of a row in its step: decode rows first, then by class."""
     return not row.is_decode, *row.sequence.progress.step_class
 
 
@@ -71,7 +71,7 @@ class Scheduler:
         max_num_seqs: Slots.
         max_num_batched_tokens: Positions a step computes at most.
         max_model_len: Positions a sequence may have.
-        long_after: Longer sequences are computed with other factors; None: none are.
+        long_after: Longer sequences use LongRoPE's long factors; None: there are none.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self._by_id: dict[str, Sequence] = {}
         self.num_preemptions = 0
-        self.wait_reason: WaitReason = "capacity"  # of what the last step left waiting
+        self.wait_reason: WaitReason = "capacity"  # why the last step left sequences waiting
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence; ids of live sequences differ."""
+        """Queue a new sequence; its id must be unique among live ones."""
         assert sequence.request.request_id not in self._by_id, "a request id is live twice"
         self._by_id[sequence.request.request_id] = sequence
         sequence.is_long = self._is_long(sequence)
@@ -105,7 +105,7 @@ class Scheduler:
         return self._long_after is not None and sequence.num_ids > self._long_after
 
     def abort(self, request_id: str) -> bool:
-        """Drop a sequence, wherever it is; False if it has ended already."""
+        """Drop a waiting or running sequence; False if it has already ended."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return False
@@ -129,12 +129,12 @@ class Scheduler:
         prefilling = [s for s in self.running if not s.is_decoding]
         for sequence in decoding + prefilling:
             if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted by an older one just now
+                continue  # an older one has just preempted it
             end = sequence.num_computed + min(sequence.num_to_compute, budget)
             if end > sequence.num_computed and self._grow(sequence, end, plan, rows):
                 rows[sequence] = ScheduledRow(sequence, sequence.num_computed, end)
                 budget = self._budget - sum(row.end - row.start for row in rows.values())
-        if plan.preemptions:  # nobody comes in the step in which somebody goes
+        if plan.preemptions:  # a step that preempts admits nothing
             self.wait_reason = "kv" if len(plan.preemptions) > num_longer else "capacity"
         else:
             self.wait_reason = self._admit_waiting(plan, rows, budget)
@@ -142,17 +142,17 @@ class Scheduler:
         return plan
 
     def _lengthen(self, plan: Schedule) -> None:
-        """Let sequences that have become long be computed anew: their keys are of short ones."""
+        """Recompute sequences that have become long: their keys have the short factors."""
         for sequence in reversed(self.running[:]):
             if not sequence.is_long and self._is_long(sequence):
                 self._preempt(sequence, plan)
-                self.num_preemptions -= 1  # no block was wanting
+                self.num_preemptions -= 1  # not for lack of blocks
                 sequence.is_long = True
 
     def _grow(
         self, sequence: Sequence, end: int, plan: Schedule, rows: dict[Sequence, ScheduledRow]
     ) -> bool:
-        """Get blocks up to `end`, preempting newer sequences; False if it had to go itself."""
+        """Allocate blocks up to `end`, preempting newer sequences; False if preempted itself."""
         while True:
             blocks = self.pool.allocate(self._num_missing_blocks(sequence, end))
             if blocks is not None:
@@ -183,13 +183,13 @@ class Scheduler:
     def _admit_waiting(
         self, plan: Schedule, rows: dict[Sequence, ScheduledRow], budget: int
     ) -> WaitReason:
-        """Give slots and blocks to waiting sequences, first come first served; why it stopped."""
+        """Admit waiting sequences, first come first served; return why it stopped."""
         for sequence in list(self.waiting):
             if not self._free_slots or budget == 0:
                 return "capacity"
             leader = self._leader(sequence)
             if leader is not None and leader.num_computed < sequence.num_prompt_tokens - 1:
-                continue  # its prompt is being computed by a member of its group
+                continue  # a member of its group is computing the prompt
             if not self._take_prefix(sequence, leader, plan):
                 return "kv"
             end = sequence.num_computed + min(sequence.num_to_compute, budget)
@@ -255,14 +255,14 @@ class Scheduler:
         plan.admissions.append(sequence)
 
     def update(self, plan: Schedule, results: list[RowResult]) -> list[RequestOutput]:
-        """Follow a computed step.
+        """Apply the results of a step.
 
         Args:
             plan: What was scheduled.
             results: One for each deciding row, in order.
 
         Returns:
-            What each of those rows adds for its client.
+            The output of each of those rows.
         """
         outputs = []
         remaining = iter(results)
@@ -273,7 +273,7 @@ class Scheduler:
             sequence.progress.num_forward_passes += 1
             self._publish(sequence, row)
             if is_deciding:
-                outputs.append(self._follow(sequence, next(remaining)))
+                outputs.append(self._apply(sequence, next(remaining)))
         return outputs
 
     def _publish(self, sequence: Sequence, row: ScheduledRow) -> None:
@@ -284,8 +284,8 @@ class Scheduler:
             token_ids = sequence.request.prompt_token_ids[: after * size]
             self.pool.publish(sequence.blocks, token_ids, sequence.is_long)
 
-    def _follow(self, sequence: Sequence, result: RowResult) -> RequestOutput:
-        """Follow one decision; free the sequence if it is the last."""
+    def _apply(self, sequence: Sequence, result: RowResult) -> RequestOutput:
+        """Apply one decision; free the sequence if it is the last."""
         sequence.append(result)
         is_full = sequence.num_ids > self._max_model_len
         is_full |= sequence.num_known >= sequence.request.max_num_positions

@@ -15,7 +15,7 @@ from coconut_serve.types import Request
 
 
 class SequenceStatus(Enum):
-    """Where a sequence is in its life."""
+    """The life cycle of a sequence."""
 
     WAITING = auto()  # no slot, no blocks; may hold what preemption saved
     RUNNING = auto()
@@ -32,7 +32,7 @@ class SavedState:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Block table, inputs and status; its phases are its progress.
+    """Block table, inputs and status; `progress` tracks its phases.
 
     Positions [0, num_known) have a known input. All but the last of them are replayable from
     `inputs`: a token id, or None for a fed vector. The input of the last one is in the slot: the
@@ -48,7 +48,7 @@ class Sequence:
     inputs: list[int | None] = field(default_factory=list)  # by position, the last one pending
     saved: SavedState | None = None
     replay: Tensor | None = None  # [num_vector_positions, hidden_size] while rebuilding
-    gaps: list[tuple[int, int]] = field(default_factory=list)  # from a position on, ids skipped
+    gaps: list[tuple[int, int]] = field(default_factory=list)  # (position, ids skipped before it)
     progress: Progress = field(init=False)
     is_long: bool = False  # computed with the model's factors for long sequences
 
@@ -73,7 +73,7 @@ class Sequence:
         return self.num_known + sum(skipped for _, skipped in self.gaps)
 
     def position_ids(self, start: int, end: int) -> np.ndarray:
-        """Where the model is told that positions [start, end) are; [end - start] int64."""
+        """Position ids that the model gets for positions [start, end); [end - start] int64."""
         ids = np.arange(start, end)
         for first, skipped in self.gaps:
             ids[max(0, first - start) :] += skipped
@@ -90,7 +90,7 @@ class Sequence:
         return self.num_to_compute == 1
 
     def append(self, result: RowResult) -> None:
-        """Make what was decided the new pending input; before `progress` follows the decision."""
+        """Make a decision the new pending input; call before `progress.advance`."""
         progress = self.progress
         ends_phase = progress.is_thinking and result.phase is not Phase.THINK
         if ends_phase and self.request.reasoning.pad_positions:

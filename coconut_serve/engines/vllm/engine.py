@@ -17,9 +17,9 @@ from coconut_serve.config import EngineConfig
 from coconut_serve.engines.base import EngineInfo, OnStep, check_request
 from coconut_serve.engines.restarts import RestartBudget
 from coconut_serve.engines.vllm import plugin
-from coconut_serve.engines.vllm.follow import Follower
 from coconut_serve.engines.vllm.options import build_engine_args, check_adapter, check_device
-from coconut_serve.engines.vllm.params import counts_by_itself, thinking_of, to_extra_args
+from coconut_serve.engines.vllm.params import counts_by_itself, to_extra_args, worker_params
+from coconut_serve.engines.vllm.reader import OutputReader
 from coconut_serve.engines.vllm.stats import StepObserver
 from coconut_serve.errors import (
     CoconutError,
@@ -35,8 +35,8 @@ from coconut_serve.types import Request, RequestOutput
 logger = logging.getLogger(__name__)
 
 _RESTART_WINDOW_SECONDS = 600.0
-_MAX_STOPS = 128  # vLLM's own, of a request with min_tokens
-_MAX_BIASES = 1024  # vLLM's own
+_MAX_STOPS = 128  # vLLM's limit for a request with min_tokens
+_MAX_BIASES = 1024  # vLLM's limit
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class VllmEngine:
     Args:
         config: Model and limits.
         modes: Reasoning modes to support.
-        on_step: Called after each step with its facts.
+        on_step: Called after each step with its statistics.
         flags: vLLM's own command-line flags.
     """
 
@@ -78,13 +78,11 @@ class VllmEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine can do."""
         assert self._info is not None, "the engine has not started"
         return self._info
 
     @property
     def num_restarts(self) -> int:
-        """How often vLLM was started anew after it died."""
         return self._num_restarts
 
     async def start(self) -> None:
@@ -113,7 +111,7 @@ class VllmEngine:
             raise StartupError(f"vLLM did not start: {one_line(error)}") from error
 
     def _check_weights(self) -> None:
-        """Refuse wrong weights by name: vLLM runs without some that are missing."""
+        """Reject wrong weights by name: vLLM runs even if some are missing."""
         if not any(flag.startswith(("--load-format", "--load_format")) for flag in self._flags):
             check_weights(self._config.model)
 
@@ -130,7 +128,7 @@ class VllmEngine:
             from coconut_serve.engines.vllm.hooks import check_config
 
             config = args.create_engine_config()
-            check_config(config)  # here, where the reason can be told; the workers check again
+            check_config(config)  # here, where the user sees the reason; workers check again
             return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: observer])
 
         llm = await asyncio.to_thread(create)
@@ -146,7 +144,7 @@ class VllmEngine:
         return _Life(llm, observer)
 
     async def _check_workers(self, llm: Any) -> dict[str, Any]:
-        """Ask every worker whether the hooks are live; their adapters and memory."""
+        """Check that the hooks are live in every worker; return their adapters and memory."""
         whole: dict[str, Any] = {"adapters": (), "weights_bytes": 0, "kv_cache_bytes": 0}
         for rank, status in enumerate(await llm.collective_rpc("coconut_status")):
             logger.info("vLLM worker %s: %s", rank, status)
@@ -161,7 +159,6 @@ class VllmEngine:
         return whole
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError if vLLM cannot work."""
         life = self._life
         if self._death is None and life is not None and life.llm.errored:
             self._note_death(life)
@@ -171,7 +168,7 @@ class VllmEngine:
             )
 
     def _note_death(self, life: _Life) -> None:
-        """Refuse what comes and start vLLM anew, unless it dies too often."""
+        """Reject new requests and restart vLLM, unless it dies too often."""
         if self._life is not life or self._death is not None:
             return
         if not self._restarts.allows_another():
@@ -193,7 +190,6 @@ class VllmEngine:
         self._death = None
 
     async def stop(self) -> None:
-        """End what runs and shut vLLM down."""
         self._death = EngineDeadError("the engine is shutting down")
         if self._revival is not None:
             self._revival.cancel()
@@ -201,13 +197,12 @@ class VllmEngine:
         life, self._life = self._life, None
         if life is None:
             return
-        # Shutting down wakes nobody who waits for an output.
+        # Shutting down does not wake those that wait for an output.
         life.llm.output_processor.propagate_error(self._death)
         await asyncio.sleep(0)
         await asyncio.to_thread(life.llm.shutdown)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Yield what each step adds to one sequence; closing aborts it."""
         await self.check_health()
         life = self._life
         assert life is not None
@@ -227,23 +222,23 @@ class VllmEngine:
             life.observer.note_end()
 
     async def _outputs(self, life: _Life, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """Follow one request through vLLM, with our errors."""
+        """Run one request in vLLM; raise our errors instead of vLLM's."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
-        # No stop token, and none of a bad word, which a step without text interrupts.
+        # Not a stop token, and not in a bad word, which a step without text interrupts.
         taken = request.sampling.stop_token_ids.union(*request.sampling.bad_words)
         hidden = next(i for i in range(self.info.vocab_size) if i not in taken)
         size = self.info.hidden_size
-        thinking = thinking_of(request, hidden_size=size, hidden_token_id=hidden)
-        follower = Follower(request, thinking)
+        thinking = worker_params(request, hidden_size=size, hidden_token_id=hidden)
+        reader = OutputReader(request, thinking)
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         params = _sampling_params(request, to_extra_args(thinking), thinking.report_width)
         stream = life.llm.generate(prompt, params, request.request_id, lora_request=self._adapter)
         try:
             async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
-                    for output in _read(chunk, follower):
+                    for output in _read(chunk, reader):
                         self._count(life, request, output)
                         yield output
                         if output.finish_reason is not None:
@@ -269,7 +264,7 @@ class VllmEngine:
         life.observer.count_row(mode, feeds.value)
 
     def _check(self, request: Request) -> None:
-        """Refuse what can never run; vLLM's own limits would end its worker."""
+        """Reject what can never run; exceeding vLLM's limits would kill its worker."""
         check_request(request, self.info)
         is_dense = not request.reasoning.pad_positions
         require(is_dense, "reasoning.pad_positions", "must be false: vLLM numbers positions itself")
@@ -287,16 +282,16 @@ def _biases(request: Request) -> dict[int, float]:
 
 
 def _stops(request: Request) -> frozenset[int]:
-    """Ids at which vLLM itself may stop: no end of a thought, which is forced, and no readout."""
+    """Ids at which vLLM itself may stop: not the forced end of a thought, and no readout."""
     params = request.reasoning
     has_readouts = params.steps > 0 and params.is_fixed and properties_of(params.mode).has_text
     if has_readouts:
-        return frozenset()  # the answer is stopped by who reads it
+        return frozenset()  # OutputReader stops the answer
     return request.sampling.stop_token_ids - {*params.end_token_ids}
 
 
 def _sampling_params(request: Request, extra_args: dict[str, Any], report_width: int) -> Any:
-    """Say it in vLLM's terms. Thinking positions are output tokens there."""
+    """Convert to vLLM's SamplingParams, where thinking positions are output tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -319,7 +314,7 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
         _bad_words_token_ids=[list(word) for word in sampling.bad_words] or None,
         seed=sampling.seed,
         stop_token_ids=sorted(_stops(request)),
-        ignore_eos=True,  # the stop ids hold it, if it is to stop anything
+        ignore_eos=True,  # EOS is among the stop ids, if it may stop anything
         logprobs=report_width - 1 if report_width else None,
         flat_logprobs=report_width > 0,
         detokenize=False,
@@ -329,8 +324,8 @@ def _sampling_params(request: Request, extra_args: dict[str, Any], report_width:
     )
 
 
-def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
-    """Read all tokens of a chunk; vLLM joins what nobody fetched in time."""
+def _read(chunk: Any, reader: OutputReader) -> list[RequestOutput]:
+    """Read all tokens of a chunk; vLLM joins outputs that were not fetched in time."""
     [completion] = chunk.outputs
     metrics = chunk.metrics
     if completion.finish_reason in ("abort", "error"):
@@ -341,7 +336,7 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
         columns = None
         if flat:
             columns = flat.logprobs[flat.start_indices[i] : flat.end_indices[i]]
-        output = follower.follow(
+        output = reader.read(
             token_id,
             columns,
             is_last=chunk.finished and i == len(tokens) - 1,
@@ -356,7 +351,7 @@ def _read(chunk: Any, follower: Follower) -> list[RequestOutput]:
 
 
 def _describe(config: Any, modes: tuple[str, ...], status: dict[str, Any], lora: Any) -> EngineInfo:
-    """Read off vLLM's configuration, and its workers' status, what it can do."""
+    """Build EngineInfo from vLLM's configuration and the status of its workers."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     facts = {
         "dtype": str(model.dtype),

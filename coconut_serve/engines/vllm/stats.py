@@ -1,4 +1,4 @@
-"""What vLLM tells of its steps, as our StepStats."""
+"""Turns vLLM's statistics of its steps into our StepStats."""
 
 import time
 from collections import Counter
@@ -14,12 +14,12 @@ class StepObserver(StatLoggerBase):
     """Counts rows by mode and phase; vLLM calls `record` once for each step's outputs.
 
     Args:
-        on_step: Where the facts of a step go.
+        on_step: Called with the statistics of each step.
     """
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
-        self.running: Counter[str] = Counter()  # mode -> requests that gave an output
+        self.running: Counter[str] = Counter()  # mode -> requests with an output so far
         self.waiting: Counter[str] = Counter()
         self.num_blocks = 0
         self._rows: Counter[tuple[str, str]] = Counter()
@@ -32,7 +32,7 @@ class StepObserver(StatLoggerBase):
         """Do nothing; vLLM calls it once."""
 
     def count_row(self, mode: str, phase: str) -> None:
-        """Note one output of one request."""
+        """Count one output of one request."""
         self._rows[mode, phase] += 1
 
     def record(
@@ -42,7 +42,6 @@ class StepObserver(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Follow one step."""
         if scheduler_stats is None:
             return
         now = time.monotonic()
@@ -63,7 +62,7 @@ class StepObserver(StatLoggerBase):
         )
 
     def note_end(self) -> None:
-        """Report once more when a request has left, so that gauges do not stand still."""
+        """Report once more after a request ends, so that gauges stay current."""
         self._report(0.0)
 
     def _report(

@@ -1,9 +1,9 @@
-"""What a vLLM worker keeps and computes for rows that think: slots, fed vectors, decisions.
+"""The state and work of a vLLM worker for rows that think: slots, fed vectors, decisions.
 
 vLLM sees a thinking position as one more output token. Decision j of a request (counted from its
 first output token) is made at position P - 1 + j, where P is the length of its prompt, and its
-result is the input of position P + j; so the batch layout that vLLM gives says all the host must
-know, in decoding, chunked prefill and after preemption alike. Nothing here waits for the device.
+result is the input of position P + j. So vLLM's batch layout tells the host all it needs, in
+decoding, chunked prefill and after preemption alike. Nothing here waits for the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,12 +37,11 @@ class WorkerRow:
     num_prompt: int  # positions
     num_prefill: int  # positions to compute before the next decision: the prompt, and after a
     # preemption the outputs so far
-    is_relayed: bool  # whether vLLM's draws stand until the steps are spent
-    fed: list[tuple[Tensor, int]] = field(default_factory=list)  # decision -> log, its row there
+    passes_through: bool  # whether vLLM's samples are used unchanged until the steps are spent
+    fed: list[tuple[Tensor, int]] = field(default_factory=list)  # by decision: a log, the row in it
     needs: Needs = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find out once what no step changes."""
         self.needs = needs_of(self.thinking.params)
 
     @property
@@ -62,19 +61,19 @@ class WorkerRow:
         return is_own or is_counted
 
     def is_passed_on(self, decision: int) -> bool:
-        """Whether a decision is vLLM's draw, which can be the end token at most."""
-        return self.is_relayed and decision < self.thinking.params.steps
+        """True while vLLM's own sample is used unchanged."""
+        return self.passes_through and decision < self.thinking.params.steps
 
-    def is_settled(self, decision: int) -> bool:
-        """Whether a decision is certain to use no draw: it thinks or feeds a forced token."""
+    def needs_no_sample(self, decision: int) -> bool:
+        """Whether a decision is certain to need no sample: it thinks or feeds a forced token."""
         params = self.thinking.params
         may_answer = params.halt.may_halt or params.enter_token_id is not None
-        if self.is_relayed or may_answer or self.needs.sampled:
+        if self.passes_through or may_answer or self.needs.sampled:
             return False
         return decision < params.steps + params.num_forced
 
     def plan(self, slot: int, decision: int) -> RowPlan:
-        """Plan a decision; the host knows no more than that thinking cannot last longer."""
+        """Plan a decision; the host only knows how long thinking can last at most."""
         params, thinking = self.thinking.params, self.thinking
         is_open = params.enter_token_id is not None or decision <= params.steps
         return plan_row(
@@ -85,7 +84,7 @@ class WorkerRow:
             may_think=params.steps > 0 and is_open,
             may_answer=True,
             has_own_draw=bool(thinking.draw),
-            is_sampled=True,  # vLLM draws for each row
+            is_sampled=True,  # vLLM samples each row
             is_read=thinking.wanted.has_scores and thinking.report_width > 0,
             wanted=thinking.wanted,
         )
@@ -93,7 +92,7 @@ class WorkerRow:
 
 @dataclass(frozen=True, slots=True)
 class SavedRow:
-    """What a preempted request needs to go on."""
+    """What a preempted request needs to resume."""
 
     row: WorkerRow
     snapshot: SlotSnapshot
@@ -104,7 +103,7 @@ class SavedRow:
 class Decided:
     """Which rows of a batch were decided, and how."""
 
-    members: list[int]  # rows of the batch, rising
+    members: list[int]  # rows of the batch, ascending
     slots: list[int]
     step: StepRows
 
@@ -156,27 +155,31 @@ class WorkerReasoning:
         prefill_token_ids: list[int],
         has_penalties: bool,
     ) -> Tensor | None:
-        """Take a request, whose slot is set up before the next step.
-
-        One that was preempted goes on where it stopped.
+        """Add a request, whose slot is set up before the next step; resume a preempted one.
 
         Args:
             slot: vLLM's request index.
             request_id: As vLLM names it.
-            thinking: What the request asks.
+            thinking: The request's settings.
             num_prompt: Positions.
             prefill_token_ids: Prompt, and outputs so far.
             has_penalties: Whether vLLM counts the tokens of the request.
 
         Returns:
-            vLLM's penalty counts to put back, if they were kept.
+            vLLM's penalty counts to restore, if any were saved.
         """
         thinking = thinking.within(self._vocab_size)
         saved = self._saved.pop(request_id, None)
         if saved is None:
-            is_relayed = thinking.is_relayed and not has_penalties  # end tokens are not counted
+            passes_through = (
+                thinking.passes_through and not has_penalties
+            )  # end tokens are not counted
             row = WorkerRow(
-                request_id, thinking, num_prompt, len(prefill_token_ids), is_relayed=is_relayed
+                request_id,
+                thinking,
+                num_prompt,
+                len(prefill_token_ids),
+                passes_through=passes_through,
             )
         else:
             row = saved.row
@@ -192,7 +195,7 @@ class WorkerReasoning:
             thinking=thinking.draws,
             hidden_token_id=thinking.hidden_token_id,
             failure_token_id=stops[0] if stops else -1,
-            counts_steps=not row.is_relayed,
+            counts_steps=not row.passes_through,
             snapshot=saved.snapshot if saved else None,
         )
         return saved.num_output if saved else None
@@ -204,7 +207,7 @@ class WorkerReasoning:
             self._admitted.clear()
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop requests that ended; whatever is removed without that is preempted."""
+        """Drop requests that ended; `remove` treats all others as preempted."""
         for request_id in request_ids:
             self._saved.pop(request_id, None)
             slot = self._slot_of.pop(request_id, None)
@@ -213,7 +216,7 @@ class WorkerReasoning:
                 self._admitted.pop(slot, None)
 
     def remove(self, request_id: str, num_output: Tensor | None) -> None:
-        """Keep what a preempted request needs to go on; nothing if it ended.
+        """Save what a preempted request needs to resume; do nothing if it ended.
 
         Args:
             request_id: As vLLM names it.
@@ -239,7 +242,7 @@ class WorkerReasoning:
     # ---- inputs --------------------------------------------------------------------------
 
     def overlay(self, embeds: Tensor, batch: Any) -> None:
-        """Put fed vectors over the embeddings of the tokens that stand for them.
+        """Overwrite the embeddings of placeholder tokens with the fed vectors.
 
         Args:
             embeds: [num_tokens, hidden_size], written in place.
@@ -254,9 +257,9 @@ class WorkerReasoning:
             row = self.rows.get(slot)
             if row is None or not row.thinking.num_fed:
                 continue
-            first = int(computed[i]) - row.num_prompt  # decision that the first position feeds
+            first = int(computed[i]) - row.num_prompt  # decision that feeds the first position
             if int(computed[i]) < row.num_prefill:
-                self._put_back(row, embeds[int(starts[i]) : int(starts[i + 1])], first)
+                self._replay_vectors(row, embeds[int(starts[i]) : int(starts[i + 1])], first)
             elif 0 <= first < row.thinking.num_fed:
                 slots.append(slot)
                 at.append(int(starts[i]))
@@ -268,8 +271,8 @@ class WorkerReasoning:
         vector = self.slots.vector[rows].to(embeds.dtype)
         embeds[index] = torch.where(is_vector, vector, embeds[index])
 
-    def _put_back(self, row: WorkerRow, embeds: Tensor, first: int) -> None:
-        """Replay the vectors of a chunk whose first position is fed by decision `first`."""
+    def _replay_vectors(self, row: WorkerRow, embeds: Tensor, first: int) -> None:
+        """Replay the vectors of a chunk; decision `first` feeds its first position."""
         low, high = max(0, first), min(first + embeds.shape[0], len(row.fed))
         if low >= high:
             return
@@ -279,7 +282,7 @@ class WorkerReasoning:
         target.copy_(torch.where(is_vector, vector, target))
 
     def _gather(self, fed: list[tuple[Tensor, int]]) -> Tensor:
-        """Bring logged vectors back to the device, in order; [len(fed), hidden_size + 1]."""
+        """Copy logged vectors back to the device, in order; [len(fed), hidden_size + 1]."""
         size, device = self.slots.hidden_size + 1, self.slots.device
         whole = torch.empty(len(fed), size, dtype=self.slots.vector.dtype, device=device)
         for target, (log, index) in zip(whole, fed, strict=True):
@@ -287,9 +290,9 @@ class WorkerReasoning:
         return whole
 
     def _log(self, decided: Decided, decisions: list[int]) -> None:
-        """Keep what was fed, off the device: its memory is planned to the last byte.
+        """Log what was fed on the host: device memory is planned to the last byte.
 
-        Copies to and from the host are queued on one stream, so they need no waiting.
+        Copies to and from the host are queued on one stream, so they need no synchronisation.
         """
         kept = [
             k
@@ -334,27 +337,31 @@ class WorkerReasoning:
         whole = self._decisions(slots, num_positions)
         return [each for each in whole if each[2].needs_step(each[3])]
 
-    def unneeded(self, slots: np.ndarray, num_positions: np.ndarray) -> tuple[list[int], list[int]]:
-        """Find work that the rows of a batch can do without.
+    def skippable_rows(
+        self, slots: np.ndarray, num_positions: np.ndarray
+    ) -> tuple[list[int], list[int]]:
+        """Find rows of a batch whose sample or logits can be skipped.
 
         Args:
             slots: [num_rows].
             num_positions: [num_rows], as `deciding` takes them.
 
         Returns:
-            Rows that use no draw, and those of them that nothing takes logits of.
+            Rows that need no sample, and those of them that need no logits either.
         """
         found = self._decisions(slots, num_positions)
-        settled = [(i, row.plan(slot, j)) for i, slot, row, j in found if row.is_settled(j)]
+        settled = [(i, row.plan(slot, j)) for i, slot, row, j in found if row.needs_no_sample(j)]
         return [i for i, _ in settled], [i for i, plan in settled if not plan.needs_logits]
 
-    def watch(self, slots: np.ndarray, num_positions: np.ndarray, sampled: Tensor) -> None:
-        """Note which rows of draws passed on have said their end token.
+    def track_end_tokens(
+        self, slots: np.ndarray, num_positions: np.ndarray, sampled: Tensor
+    ) -> None:
+        """End the thinking of rows whose unchanged sample is their end token.
 
         Args:
             slots: [num_rows].
             num_positions: [num_rows], as `deciding` takes them.
-            sampled: [num_rows] int64, vLLM's draws.
+            sampled: [num_rows] int64, vLLM's samples.
         """
         passed = [
             (i, slot)
@@ -378,14 +385,14 @@ class WorkerReasoning:
         adjusted: Tensor,
         sampled: Tensor,
     ) -> Decided:
-        """Decide the found rows and write what vLLM is to see as their tokens.
+        """Decide the found rows and write the tokens that vLLM sees for them.
 
         Args:
             found: What `deciding` found.
             hidden: [num_batch_rows, hidden_size], after the final norm.
             logits: [num_batch_rows, vocab_size], raw.
             adjusted: The same with penalties and biases.
-            sampled: [num_batch_rows] int64, vLLM's draws; overwritten.
+            sampled: [num_batch_rows] int64, vLLM's samples; overwritten.
         """
         members = [i for i, _, _, _ in found]
         plans = [row.plan(slot, decision) for _, slot, row, decision in found]
@@ -409,17 +416,16 @@ class WorkerReasoning:
         return decided
 
     def wants_inputs(self, slots: np.ndarray) -> bool:
-        """Whether a row of a batch has a trace, which compares with what was fed before."""
+        """Whether a row of a batch has a trace, which compares with the previous input."""
         rows = map(self.rows.get, slots.tolist()) if self.rows else ()
         return any(row is not None and row.thinking.wanted.has_scores for row in rows)
 
     def pack(self, decided: Decided, inputs: Tensor | None, num_rows: int) -> Tensor | None:
-        """Make the report of a batch; None when nobody wants one.
+        """Make the report of a batch; None if no row has one.
 
         Args:
             decided: What `decide` returned.
-            inputs: [num_rows, hidden_size], the last input of each row of the batch; None where
-                no row wants it.
+            inputs: [num_rows, hidden_size], the last input of each row; None if no row needs it.
             num_rows: Of the batch.
 
         Returns:

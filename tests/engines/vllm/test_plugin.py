@@ -195,11 +195,11 @@ def test_bad_settings_are_refused_where_they_come_in(
 
 
 def test_settings_survive_the_way_to_the_worker() -> None:
-    from coconut_serve.engines.vllm.params import from_extra_args, thinking_of, to_extra_args
+    from coconut_serve.engines.vllm.params import from_extra_args, to_extra_args, worker_params
     from tests.engines.native.test_exactness import mixed_requests
 
     for request in mixed_requests():
-        thinking = thinking_of(request, hidden_size=64, hidden_token_id=1)
+        thinking = worker_params(request, hidden_size=64, hidden_token_id=1)
         assert from_extra_args(to_extra_args(thinking)) == thinking
     assert from_extra_args(None) is None
     assert from_extra_args({"other": 1}) is None

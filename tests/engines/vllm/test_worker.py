@@ -57,11 +57,11 @@ def test_nothing_is_computed_that_nobody_looks_at(worker: Any) -> None:
         )  # fmt: skip
     slots = np.arange(len(WAYS))
     for decision in range(5):
-        settled, skipped = worker.unneeded(slots, np.full(len(WAYS), NUM_PROMPT + decision))
+        settled, skipped = worker.skippable_rows(slots, np.full(len(WAYS), NUM_PROMPT + decision))
         found = "".join("-" if i in skipped else "l" if i in settled else "d" for i in slots)
         assert found == "".join(needed[decision] for _, needed in WAYS.values())
     # While the prompt is still being computed nobody is settled, whatever comes after it.
-    assert worker.unneeded(slots, np.full(len(WAYS), NUM_PROMPT - 1)) == ([], [])
+    assert worker.skippable_rows(slots, np.full(len(WAYS), NUM_PROMPT - 1)) == ([], [])
 
 
 def test_requests_of_one_step_are_one_upload(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
