@@ -19,7 +19,7 @@ def url_of(host: str, port: int, *, scheme: str = "http") -> str:
 
 
 def api_url(config: "ServeConfig", listener: socket.socket) -> str:
-    """Where clients find the API."""
+    """The address of the API for clients."""
     scheme = "https" if config.ssl_certfile else "http"
     if config.uds is not None:
         return f"{scheme}://localhost/v1 (unix socket {config.uds})"

@@ -55,7 +55,7 @@ async def _serving(app: FastAPI, listener: socket.socket) -> AsyncIterator[None]
 
 
 class _SideServer(uvicorn.Server):
-    """Leaves signals to the server beside it."""
+    """Leaves signals to the main server."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The reference at /openapi.json: what each route takes, answers and refuses.
+"""The reference at /openapi.json: what each route takes, returns and rejects.
 
 Routes parse bodies and build responses by hand, so FastAPI learns of both here.
 """

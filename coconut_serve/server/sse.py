@@ -82,7 +82,7 @@ class EventStream(StreamingResponse):
 
 
 class _Line:
-    """The connection to one client, with one timer, since most of its many events are on time.
+    """The connection to one client, with one timer for all events, since most are on time.
 
     Args:
         send: ASGI's.

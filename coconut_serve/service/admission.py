@@ -50,7 +50,7 @@ class Admission:
 
     @property
     def has_room(self) -> bool:
-        """Whether one more sequence would be taken."""
+        """Whether one more sequence fits."""
         return self.num_in_flight < self._limit
 
     def acquire(self, count: int, *, max_positions: int) -> Places:

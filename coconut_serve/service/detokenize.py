@@ -13,7 +13,7 @@ class Detokenizer:
         stop: Stop strings.
         include_stop: Whether the answer keeps the stop string that ended it.
         skip_special_tokens: Whether to leave special tokens out of the text.
-        min_tokens: Ids before stop strings are looked for.
+        min_tokens: Stop strings are ignored in so many first ids.
         context: Ids of the text to continue; (): a new text, which begins without a space.
     """
 

@@ -308,7 +308,6 @@ class _Clock:
         self._span.event(name, {"choice": self._index, **attributes})
 
     def note(self, output: RequestOutput) -> None:
-        """Record the times of an output."""
         now, m, mode = time.monotonic(), self._metrics, self._mode
         if self._first is None:
             self._first = now
@@ -337,7 +336,6 @@ class _Clock:
         m.add(m.generation_tokens, 1, mode)
 
     def end(self, counts: SequenceCounts, reason: FinishReason) -> None:
-        """Record a sequence that reached its end."""
         now, m, mode = time.monotonic(), self._metrics, self._mode
         m.observe(m.duration, now - self._arrival, mode)
         m.observe(m.request_output_tokens, counts.num_output_tokens, mode)
@@ -358,7 +356,6 @@ class _Clock:
         m.add(m.latent_steps, counts.num_vector_steps, mode)
 
     def fail(self, outcome: str) -> None:
-        """Record a sequence that ended with an error."""
         self._metrics.add(self._metrics.requests, 1, self._mode, self._endpoint, outcome)
 
     def cancel(self, counts: SequenceCounts) -> None:

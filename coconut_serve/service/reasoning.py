@@ -150,7 +150,7 @@ def _params(
 
 
 def _halt(seen: Settings, bounds: Bounds, model: ModelReasoning) -> tuple[HaltParams, Settings]:
-    """The halting rules: all that are configured, or those that `halt.rule` names (must be)."""
+    """The halting rules: all configured ones, or those `halt.rule` names, which must be set up."""
     named = named_rules(seen["halt.rule"].value) if "halt.rule" in seen else []
     told, name = dict[str, Told](), "halt.stop_tokens"
     if name in seen:

@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def unknown_token_id(self) -> int | None:
-        """What stands for text outside the vocabulary; None where all text is inside."""
+        """The id of text outside the vocabulary; None if all text is inside."""
 
     @property
     def has_chat_template(self) -> bool:

@@ -65,7 +65,6 @@ class BatchBuilder:
         self._num_tabled[slot] = 0
 
     def build(self, schedule: Schedule) -> StepBatch:
-        """Lay out the rows of a step."""
         for row in schedule.rows:
             self._follow_blocks(row.sequence)
         decode = [row for row in schedule.rows if row.is_decode]

@@ -34,7 +34,6 @@ class LayerShape:
     value_dim: int
 
     def bytes_per_position(self, dtype: torch.dtype) -> int:
-        """Size of one position's keys and values."""
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 

@@ -132,7 +132,6 @@ class Runner:
         return SavedState(self._slots.save(preemption.slot), vectors)
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks: keys, values and inputs."""
         size = self._block_size
         for source, target in copies:
             a, b = (

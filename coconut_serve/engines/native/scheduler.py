@@ -30,7 +30,7 @@ class ScheduledRow:
 
     @property
     def is_decode(self) -> bool:
-        """Whether it is just the pending position."""
+        """Whether the pending position is all of it."""
         return self.is_deciding and self.end - self.start == 1
 
 

@@ -59,7 +59,6 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Length of the prompt in positions."""
         return len(self.request.prompt_token_ids)
 
     @property

@@ -96,7 +96,6 @@ class VllmEngine:
         self._death = None
 
     async def _begin(self) -> _Life:
-        """Start one AsyncLLM."""
         _set_environment()
         show = self._config.show_progress
         try:

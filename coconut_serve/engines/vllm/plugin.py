@@ -1,7 +1,7 @@
 """The `vllm.general_plugins` entry point: installs the hooks in every process of vLLM.
 
-It does nothing unless COCONUT_VLLM=1 is set, as our engine does for the processes it starts;
-idempotent.
+It does nothing unless COCONUT_VLLM=1 is set, as our engine does for the processes it starts. It may
+be called again.
 """
 
 import functools
