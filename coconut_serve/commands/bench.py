@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    """Read numbers from 1, comma-separated."""
+    """Parse comma-separated integers >= 1."""
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers from 1, comma-separated")
@@ -48,7 +48,7 @@ def _counts(text: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status.
+    """Measure each mode and return the exit status.
 
     Raises:
         StartupError: The server does not start or does not answer.
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompts(args: argparse.Namespace, model: dict[str, Any]) -> list[str]:
-    """What is asked: as told, else the model's own questions, else its example, else sums."""
+    """List the prompts: --prompt, else the model's own questions, else its example, else sums."""
     prompt = args.prompt
     if prompt is None and model["root"] in BUILT_IN_TASKS:
         questions = [q.text for q in load_task(BUILT_IN_TASKS[model["root"]], args.requests)]
@@ -141,7 +141,7 @@ def _model(target: Target) -> dict[str, Any]:
 
 
 def _server(target: str, engine: str | None) -> contextlib.AbstractContextManager[str]:
-    """The address of a server: the one named, or one of our own for the time being."""
+    """Yield the URL of the given server, or of a temporary one for the given model."""
     if target.startswith(("http://", "https://")):
         return contextlib.nullcontext(target)
     return serving(target, ("--engine", engine) if engine else ())

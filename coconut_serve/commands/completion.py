@@ -1,11 +1,11 @@
-"""`coconut-serve completion`: a script with which a shell completes commands, flags and files."""
+"""`coconut-serve completion`: a shell script that completes commands, flags and files."""
 
 import argparse
 from typing import Any
 
 from coconut_serve.errors import StartupError
 
-_PATHS = ("DIR", "DST", "FILE", "MODEL", "SRC")  # metavars of what may be a file or a directory
+_PATHS = ("DIR", "DST", "FILE", "MODEL", "SRC")  # metavars of arguments that may be paths
 
 
 def add_parser(commands: Any) -> None:
@@ -16,10 +16,10 @@ def add_parser(commands: Any) -> None:
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """Write the script.
+    """Generate the script.
 
     Raises:
-        StartupError: The package that writes it is not there.
+        StartupError: shtab is not installed.
     """
     try:
         import shtab

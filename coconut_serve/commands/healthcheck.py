@@ -19,7 +19,7 @@ _QUESTION = "What is 2+2?"
 
 
 class CheckError(Exception):
-    """What is wrong with the server, in one line."""
+    """A failed check; the message is one line."""
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; the exit status."""
+    """Run the checks and return the exit status."""
     url = args.url or _default_url()
     server = _Server(url, timeout_seconds=args.timeout, is_own=args.url is None)
     try:
@@ -48,38 +48,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command alone, without what the server needs."""
+    """Run the command alone, without importing what the server needs."""
     parser = Parser(prog="coconut-serve")
     add_parser(parser.add_subparsers(dest="command"))
     return run(parser.parse_args(argv))
 
 
 def _default_url() -> str:
-    """This machine's own server, as its variables say."""
+    """Build the URL of this machine's server from its environment variables."""
     port = os.environ.get("COCONUT_PORT", "8000")
     host = os.environ.get("COCONUT_HOST", "").strip("[]")
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     scheme = "https" if os.environ.get("COCONUT_SSL_CERTFILE") else "http"
-    # Kubernetes has a COCONUT_PORT too: tcp://...
+    # Kubernetes sets a COCONUT_PORT too: tcp://...
     return url_of(host, int(port) if port.isdigit() else 8000, scheme=scheme)
 
 
 class _Server:
-    """Requests to one server, with the first key of COCONUT_API_KEY."""
+    """Sends requests to one server, with the first key of COCONUT_API_KEY."""
 
     def __init__(self, url: str, *, timeout_seconds: float, is_own: bool) -> None:
-        # A certificate names the host that clients know, never this machine's loopback.
+        # The certificate names the public host, not the loopback address.
         self._context = ssl._create_unverified_context() if is_own else None
         self._url = url.rstrip("/").removesuffix("/v1")
         self._timeout_seconds = timeout_seconds
         self.key = os.environ.get("COCONUT_API_KEY", "").partition(",")[0]
 
     def get(self, path: str) -> Any:
-        """The JSON of an answer; None without a body."""
+        """Send a GET; returns the JSON of the response, None without a body."""
         return self._send(urllib.request.Request(self._url + path), self._timeout_seconds)
 
     def post(self, path: str, body: dict[str, Any], *, with_key: bool = True) -> Any:
-        """The JSON of an answer to a JSON body."""
+        """Send a POST with a JSON body; returns the JSON of the response."""
         request = urllib.request.Request(self._url + path, data=json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         return self._send(request, self._timeout_seconds * 20, with_key=with_key)
@@ -105,7 +105,7 @@ class _Server:
 
 
 def _ask_all(server: _Server) -> list[str]:
-    """Ask in each mode, and without a key where there is one; a line for each answer."""
+    """Ask in each mode, and without the key if there is one; returns a line per answer."""
     model = server.get("/v1/models")["data"][0]
     prompt = (model.get("manifest") or {}).get("prompt") or {}
     lines = [_ask(server, mode, prompt) for mode in model["reasoning_modes"]]
@@ -122,14 +122,14 @@ def _ask_all(server: _Server) -> list[str]:
 
 
 def _ask(server: _Server, mode: str, prompt: dict[str, Any]) -> str:
-    """Ask the model's own example, if it has one, and look for the answer that it names."""
+    """Ask the manifest's example, if it has one, and check for the answer it expects."""
     body: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "reasoning_mode": mode}
     expected = prompt.get("example_answer") or ""
     try:
         text = [{"role": "user", "content": prompt.get("example") or _QUESTION}]
         answer = server.post("/v1/chat/completions", {**body, "messages": text})
         message = answer["choices"][0]["message"]
-        # A model without think tokens may say all of a short answer while it thinks.
+        # A model without think tokens may give a whole short answer while it thinks.
         shown = message["content"] or message.get("reasoning_content") or message.get("reasoning")
         if not (shown or "").strip():
             raise CheckError(f"{mode}: the answer is empty, with usage {answer['usage']}")

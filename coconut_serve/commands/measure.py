@@ -1,6 +1,6 @@
-"""Asks one question of a server and measures what a client sees. Standard library only.
+"""Sends one request and measures what a client sees. Standard library only.
 
-Works in threads and under gevent alike; the load tests use it too.
+Works in threads and under gevent; the load tests use it too.
 """
 
 import http.client
@@ -16,12 +16,12 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What happened to one request; times in seconds since it was sent."""
+    """Outcome of one request; times in seconds since it was sent."""
 
     mode: str
     started: float  # time.time()
     scenario: str = "stream"
-    status: int = 0  # 0: no answer
+    status: int = 0  # 0: no response
     error: str = ""
     ttft: float | None = None  # first text or token of any kind
     ttfot: float | None = None  # first answer token
@@ -29,14 +29,14 @@ class Record:
     e2e: float = 0.0
     num_answer_tokens: int = 0  # token ids seen in the stream
     text: str = ""  # of the answer
-    is_right: bool | None = None  # None: nobody looked
+    is_right: bool | None = None  # None: not checked
     usage: dict[str, Any] = field(default_factory=dict)
     finish_reason: str = ""
     retry_after: str = ""
 
     @property
     def is_ok(self) -> bool:
-        """Whether a whole answer came."""
+        """Whether a complete answer arrived."""
         return self.status == 200 and not self.error and bool(self.finish_reason)
 
     @property
@@ -47,14 +47,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A server, and how to reach it."""
+    """Address and credentials of a server."""
 
     url: str
     api_key: str = ""
     timeout_seconds: float = 120.0
 
     def connect(self) -> http.client.HTTPConnection:
-        """Open a connection of its own."""
+        """Open a new connection."""
         parts = urllib.parse.urlsplit(self.url)
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -64,25 +64,25 @@ class Target:
     def release(
         self, connection: http.client.HTTPConnection, rest: http.client.HTTPResponse | None
     ) -> None:
-        """Take a connection back.
+        """Close a connection; a subclass may reuse it.
 
         Args:
             connection: From `connect`.
-            rest: What is left to read of an answer that is over; None: it was not read to its end.
+            rest: The response, to drain before reuse; None: its end was not reached.
         """
         del rest
         connection.close()
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """Headers of every request."""
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return headers
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a GET."""
+        """Send a GET; returns status and body."""
         connection = self.connect()
         try:
             connection.request("GET", path, headers=self.headers)
@@ -100,17 +100,17 @@ def ask(
     path: str = CHAT,
     on_chunk: Callable[[int], bool] = lambda _: True,
 ) -> Record:
-    """Send one request and follow its answer.
+    """Send one request and read its response.
 
     Args:
-        target: Where to.
-        body: Of the request; asks for a stream or not.
+        target: The server.
+        body: Of the request; `stream` may be true or false.
         scenario: Kept in the record.
         path: Of the endpoint.
-        on_chunk: Called with the number of each event of a stream; False hangs up.
+        on_chunk: Called with the index of each stream event; False disconnects.
 
     Returns:
-        What happened; connection errors too.
+        The outcome, connection errors included.
     """
     record = Record(
         mode=body.get("reasoning_mode", "default"), started=time.time(), scenario=scenario
@@ -139,7 +139,7 @@ def ask(
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of server-sent events."""
+    """Parse the JSON objects of a stream of server-sent events."""
     for line in response:
         if line.startswith(b"data: "):
             if line.startswith(b"data: [DONE]"):
@@ -185,7 +185,7 @@ def _read(record: Record, answer: dict[str, Any]) -> None:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the values lie, interpolated; NaN of none."""
+    """Compute the `share` (0 to 1) quantile, linearly interpolated; NaN without values."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -196,7 +196,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def describe(values: list[float]) -> dict[str, float]:
-    """Mean and percentiles; empty of none."""
+    """Compute mean, percentiles and maximum; empty without values."""
     if not values:
         return {}
     shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -208,7 +208,7 @@ def describe(values: list[float]) -> dict[str, float]:
 
 
 def summarise(records: list[Record]) -> dict[str, Any]:
-    """Counts and latencies, in seconds, of records of one kind."""
+    """Compute counts, rates and latencies in seconds."""
     good = [r for r in records if r.is_ok]
     streams = [r for r in good if r.ttfot is not None]
     begun = min((r.started for r in records), default=0.0)

@@ -1,4 +1,4 @@
-"""`coconut-serve models`: what can be served offline here."""
+"""`coconut-serve models`: lists what can be served offline."""
 
 import argparse
 from typing import Any
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List built-in models."""
+    """List built-in models and return the exit status."""
     del args
     for name, text in BUILT_IN_MODELS.items():
         mark = " (default)" if name == DEFAULT_MODEL else ""

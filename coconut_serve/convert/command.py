@@ -1,4 +1,4 @@
-"""`coconut-serve convert`: its flags, and what it prints. Imports no torch until it runs."""
+"""`coconut-serve convert`: flags and output. Imports no torch until it runs."""
 
 import argparse
 from pathlib import Path
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and print the report; the exit status.
+    """Convert, print the report and return the exit status.
 
     Raises:
         StartupError: The checkpoint cannot be converted; nothing was written.

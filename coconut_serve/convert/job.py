@@ -1,4 +1,4 @@
-"""What a format's function is given, and what it gives back."""
+"""Input and result of a format's `convert` function."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +14,23 @@ from coconut_serve.convert.report import Report
 from coconut_serve.convert.source import Source, read_json, read_source
 from coconut_serve.errors import StartupError
 
-ADAPTER = "default"  # the one adapter's name in the manifest
-MARKERS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # COCONUT's, in order of their ids
+ADAPTER = "default"  # name of the only adapter in the manifest
+MARKERS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # COCONUT's, in id order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """A format's result, not yet checked."""
+    """Result of a format's `convert`, not yet validated."""
 
     config: dict[str, Any]  # config.json
     tensors: dict[str, Tensor]  # under transformers' names
     manifest: dict[str, Any]  # without schema and provenance
     adapter: dict[str, Tensor] = field(default_factory=dict)  # PART.weight, without the name
-    files: dict[str, str] = field(default_factory=dict)  # tokenizer files to write if none is there
+    files: dict[str, str] = field(default_factory=dict)  # tokenizer files, used if there are none
 
 
 class Job:
-    """One conversion: the checkpoint, the options, and the base model read at most once."""
+    """One conversion: the checkpoint, the options, and the base model, which is read lazily."""
 
     def __init__(self, source: Source, options: Options, report: Report) -> None:
         self.source = source
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def base_if_read(self) -> Source | None:
-        """The base model, if its weights were needed."""
+        """The base model; None if its weights were never needed."""
         return self._base
 
     def _base_path(self, what: str) -> Path:
@@ -69,20 +69,20 @@ class Job:
         return path
 
     def config(self) -> dict[str, Any]:
-        """The architecture's settings: the checkpoint's own, else the base model's.
+        """Return a copy of the checkpoint's config.json, else of the base model's.
 
         Raises:
-            StartupError: Neither has any.
+            StartupError: Neither has one.
         """
         if self.source.config.get("model_type"):
             return dict(self.source.config)
         return self.base_config()
 
     def base_config(self) -> dict[str, Any]:
-        """The base model's config.json.
+        """Read the base model's config.json.
 
         Raises:
-            StartupError: There is none.
+            StartupError: It is missing or names no model_type.
         """
         path = self._base_path("settings (config.json)") / "config.json"
         config = read_json(path)
@@ -91,12 +91,12 @@ class Job:
         return config
 
     def directories(self) -> list[Path]:
-        """Where tokenizer and generation settings may be, best first."""
+        """List where to look for tokenizer and generation settings, best first."""
         base = self.options.base
         return [self.source.directory, *([base] if base is not None else [])]
 
     def token_id(self, text: str) -> int | None:
-        """A token's id, from --token or the tokenizer; None if neither knows it."""
+        """Find a token's id in --token or the tokenizer; None if neither has it."""
         given = dict(self.options.tokens)
         if text in given:
             return given[text]
@@ -104,17 +104,17 @@ class Job:
         return tokenizer.find_id(text) if tokenizer else None
 
     def tokenizer(self) -> HFTokenizer | None:
-        """The checkpoint's tokenizer, else the base model's."""
+        """Load the checkpoint's tokenizer, else the base model's."""
         for directory in self.directories():
             if self._tokenizer is None and directory.is_dir():
                 self._tokenizer = load_tokenizer(directory)
         return self._tokenizer
 
     def need_token(self, text: str) -> dict[str, Any]:
-        """A token for the manifest.
+        """Build a token's manifest entry.
 
         Raises:
-            StartupError: Nothing says its id.
+            StartupError: Neither --token nor a tokenizer has its id.
         """
         found = self.token_id(text)
         if found is None:
@@ -126,19 +126,19 @@ class Job:
         return {"id": found, "text": text}
 
     def steps(self, published: int, what: str) -> int:
-        """The step count: the user's, or the published one, which the report then names."""
+        """Return --steps, or else the published count and note it in the report."""
         if self.options.steps is not None:
             return self.options.steps
         self.report.note(f"{published} steps assumed ({what}); --steps says otherwise")
         return published
 
     def merged(self, config: dict[str, Any], adapted: Adapted) -> dict[str, Tensor]:
-        """The whole model with LoRA merged; weights that the checkpoint lacks are the base's.
+        """Merge LoRA into the whole model, taking missing weights from the base.
 
         Weights saved beside the LoRA (a resized embedding) replace the base model's.
 
         Raises:
-            StartupError: The base is missing or is another model.
+            StartupError: The base is missing or does not match.
         """
         skeleton = build_skeleton(config)
         self.report.drop(adapted.replaced, "what the base had before PEFT trained a copy")
@@ -159,15 +159,15 @@ class Job:
 
 
 def linear(part: str, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Name a layer's weight and bias as an adapter's part.
+    """Rename a layer's weight and bias to an adapter's part.
 
     Args:
         part: `linear_1`, `norm`, ...
-        tensors: Where the layer is.
-        name: Its name there.
+        tensors: The state dict that holds the layer.
+        name: The layer's name in it.
 
     Raises:
-        StartupError: It has no weight.
+        StartupError: The layer has no weight.
     """
     if f"{name}.weight" not in tensors:
         raise StartupError(f"the adapter's {name}.weight is missing in the checkpoint", param="SRC")

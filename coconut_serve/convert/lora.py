@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) as PEFT stores it, merged into the weights it belongs to."""
+"""Merges LoRA (arXiv 2106.09685), as PEFT stores it, into the base weights."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from coconut_serve.convert.report import Report
 from coconut_serve.errors import StartupError
 
-PUBLISHED_RANK, PUBLISHED_ALPHA = 128, 32.0  # CODI, SIM-CoT and CoLaR: in no file of theirs
+PUBLISHED_RANK, PUBLISHED_ALPHA = 128, 32.0  # CODI, SIM-CoT and CoLaR, whose files omit them
 _WRAPPER = "base_model.model."
 _PART = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])\b.*$")
 _REFUSED = {
@@ -35,28 +35,28 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapted:
-    """Tensors of a PEFT model, sorted; names without PEFT's wrapping."""
+    """Tensors of a PEFT model by kind, under names without PEFT's prefixes."""
 
-    plain: dict[str, Tensor] = field(default_factory=dict)  # base weights, or saved in their stead
+    plain: dict[str, Tensor] = field(default_factory=dict)  # base weights, or their replacements
     factors: dict[str, Factors] = field(default_factory=dict)  # by module
-    replaced: dict[str, Tensor] = field(default_factory=dict)  # PEFT's copies of what it trained
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # originals of modules_to_save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """What to multiply a module's delta by."""
+    """Factor of each module's delta."""
 
-    rank: int | None  # None: as the tensors say
+    rank: int | None  # None: taken from the tensors
     alpha: float
     is_rank_stabilised: bool = False  # alpha / sqrt(rank), arXiv 2312.03732
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, module: str, rank: int) -> float:
-        """The scale of one module.
+        """Compute the scale of one module.
 
         Raises:
-            StartupError: The rank is not the declared one.
+            StartupError: The rank differs from the declared one.
         """
         declared = _matching(self.rank_pattern, module, self.rank)
         if declared is not None and declared != rank:
@@ -73,10 +73,10 @@ def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def scaling_of(adapter_config: Mapping[str, Any], adapted: Adapted, alpha: float | None) -> Scaling:
-    """Find the scale: from adapter_config.json, else --lora-alpha, else as published.
+    """Find the scale in adapter_config.json, else --lora-alpha, else the published values.
 
     Raises:
-        StartupError: It is another kind of adapter, or nothing says the scale.
+        StartupError: The adapter is not LoRA, or its scale is unknown.
     """
     if adapter_config:
         kind = adapter_config.get("peft_type", "LORA")
@@ -105,15 +105,14 @@ def scaling_of(adapter_config: Mapping[str, Any], adapted: Adapted, alpha: float
 
 
 def split(tensors: Mapping[str, Tensor], prefix: str = "") -> Adapted:
-    """Sort a PEFT state dict.
+    """Split a PEFT state dict by kind of tensor.
 
     Args:
-        tensors: Names as PEFT or a wrapper around it writes them.
-        prefix: What the wrapper puts before PEFT's names, such as `codi.`; others are left out.
+        tensors: Named as by PEFT or a wrapper around it.
+        prefix: The wrapper's prefix, such as `codi.`; tensors without it are skipped.
 
     Raises:
-        StartupError: A tensor belongs to a kind of adapter that is not LoRA, or half of a pair
-            is missing.
+        StartupError: A tensor is not LoRA, or half of a pair is missing.
     """
     plain: dict[str, Tensor] = {}
     replaced: dict[str, Tensor] = {}
@@ -149,14 +148,14 @@ def merge(
     """Add each delta to its weight, in float32, and keep the weight's dtype.
 
     Args:
-        skeleton: The architecture; tells linear layers from GPT-2's transposed ones.
+        skeleton: The architecture; distinguishes linear layers from GPT-2's transposed ones.
         tensors: Base weights under the architecture's names.
-        adapted: The sorted adapter; its `plain` tensors are not looked at.
+        adapted: The split adapter; its `plain` tensors are ignored.
         scaling: See `scaling_of`.
-        report: Told what was merged.
+        report: Records what was merged.
 
     Raises:
-        StartupError: A target is missing or of another shape.
+        StartupError: A target is missing or has another shape.
     """
     merged = dict(tensors)
     modules = dict(skeleton.named_modules())
@@ -179,7 +178,7 @@ def merge(
 
 
 def _delta(module: str, pair: Factors, weight: Tensor, is_transposed: bool) -> Tensor:
-    """[out, in] as the weight has it: Conv1D and embeddings store [in, out]."""
+    """Multiply the factors to [out, in], or [in, out] for Conv1D and embeddings."""
     if pair.a.ndim != 2 or pair.b.ndim != 2 or pair.a.shape[0] != pair.b.shape[1]:
         shapes = f"{list(pair.a.shape)} and {list(pair.b.shape)}"
         raise StartupError(f"LoRA of {module}: factors {shapes} do not match", param="SRC")

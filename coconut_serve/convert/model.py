@@ -1,4 +1,4 @@
-"""Checking tensors against transformers' own architecture, without allocating its weights."""
+"""Checks tensors against transformers' architecture without allocating its weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of olde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """A model whose tensors are exactly those that its architecture asks for."""
+    """A model whose tensors are exactly those its architecture needs."""
 
     config: Any  # transformers' configuration
     tensors: dict[str, Tensor]
@@ -50,7 +50,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
 
 
 def name_of(skeleton: Any, module: Any) -> str | None:
-    """The name of a module's weight in the state dict."""
+    """Find the state dict's name of a module's weight."""
     for name, candidate in skeleton.named_modules():
         if candidate is module:
             return f"{name}.weight"
@@ -58,7 +58,7 @@ def name_of(skeleton: Any, module: Any) -> str | None:
 
 
 def rename(skeleton: Any, tensors: Mapping[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """Give tensors the names of the causal language model; drop buffers of older versions.
+    """Rename tensors to those of the causal language model; drop buffers of older versions.
 
     Some hub files hold the bare decoder (`wte.weight` for `transformer.wte.weight`).
     """
@@ -80,27 +80,27 @@ def rename(skeleton: Any, tensors: Mapping[str, Tensor], report: Report) -> dict
 
 
 def head_name(skeleton: Any) -> str:
-    """The name of the output layer's weight; empty if there is none."""
+    """Find the name of the output layer's weight; empty if there is none."""
     return name_of(skeleton, skeleton.get_output_embeddings()) or ""
 
 
 def embedding_name(skeleton: Any) -> str:
-    """The name of the input embedding's weight."""
+    """Find the name of the input embedding's weight."""
     name = name_of(skeleton, skeleton.get_input_embeddings())
     assert name is not None
     return name
 
 
 def fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], report: Report) -> Fitted:
-    """Check names and shapes, with the vocabulary that the embedding has.
+    """Check names and shapes; the embedding's rows set the vocabulary size.
 
     Args:
         config: The contents of config.json.
         tensors: The whole model under transformers' names.
-        report: Told of tied duplicates and absent tied heads.
+        report: Records tied duplicates and absent tied heads.
 
     Raises:
-        StartupError: A tensor is missing, unknown, of another shape or not finite.
+        StartupError: A tensor is missing, unknown, not finite or has another shape.
     """
     skeleton = build_skeleton(config)
     tensors = rename(skeleton, tensors, report)
@@ -117,7 +117,7 @@ def fit(config: Mapping[str, Any], tensors: Mapping[str, Tensor], report: Report
 
 
 def _untie(skeleton: Any, tensors: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
-    """Keep one copy of tied weights; if two differ, the model is not tied."""
+    """Keep one copy of tied weights; if they differ, untie the model."""
     head, embedding = head_name(skeleton), embedding_name(skeleton)
     if not skeleton.config.tie_word_embeddings or not head:
         return tensors
@@ -154,6 +154,6 @@ def _check(skeleton: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def some(names: list[str]) -> str:
-    """How many tensors, and what the first are called."""
+    """Format a count of tensors and the first few names."""
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"

@@ -1,4 +1,4 @@
-"""What `coconut-serve convert` may be told, and how it is checked."""
+"""Options of `coconut-serve convert` and their validation."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -13,12 +13,12 @@ METHODS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user said; None where the format's own or published value is to be used."""
+    """Options from the command line; None means the format's own or published value."""
 
     source: Path
     target: Path
     base: Path | None = None
-    method: str | None = None  # for checkpoints that do not tell it themselves
+    method: str | None = None  # for checkpoints whose files do not reveal it
     c_thought: int | None = None
     stage: int | None = None
     steps: int | None = None
@@ -35,7 +35,7 @@ def parse_options(args: argparse.Namespace) -> Options:
     """Turn parsed flags into options.
 
     Raises:
-        StartupError: A value is out of range or not of its form.
+        StartupError: A value is malformed or out of range.
     """
     values = vars(args)
     own = {f.name: values[f.name] for f in fields(Options) if f.name in values}

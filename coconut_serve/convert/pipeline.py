@@ -1,4 +1,4 @@
-"""From options to a written directory."""
+"""Runs a conversion, from options to the written directory."""
 
 from coconut_serve.convert.formats import refused
 from coconut_serve.convert.job import Converted, Job
@@ -15,10 +15,10 @@ def convert(options: Options) -> Report:
     """Convert one checkpoint.
 
     Returns:
-        What became of each tensor; also written as convert_report.json.
+        The fate of each tensor; also written as convert_report.json.
 
     Raises:
-        StartupError: The checkpoint is damaged, unknown, or does not fit; nothing was written.
+        StartupError: The checkpoint is damaged, unknown or does not fit; nothing was written.
     """
     check_target(options.target)
     refused.check(options.source)
@@ -38,12 +38,9 @@ def convert(options: Options) -> Report:
 
 
 def _refuse_unused(job: Job, converted: Converted, fitted: Fitted) -> None:
-    """Refuse a checkpoint with a tensor that was neither written, merged nor dropped on purpose.
+    """Raise StartupError if a tensor was neither written, merged nor dropped on purpose.
 
-    Two names of one weight count as well: only the last is written.
-
-    Raises:
-        StartupError: There is one; the text has its name.
+    This includes a weight under two names, of which only the last is written.
     """
     written = (*fitted.tensors.values(), *converted.adapter.values())
     accounted = job.report.accounted | {id(tensor) for tensor in written}

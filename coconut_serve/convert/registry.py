@@ -1,4 +1,4 @@
-"""All formats, in the order in which they are tried. A new one is one function and one line."""
+"""All formats, in the order they are tried. A new one is one function and one line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class Format:
     """A public checkpoint format."""
 
     name: str
-    marks: tuple[str, ...]  # what its tensors' or settings' names hold; for the error message
+    marks: tuple[str, ...]  # typical parts of tensor or setting names, for the error message
     recognise: Callable[[Source, str | None], bool]  # the checkpoint, --method
     convert: Callable[[Job], Converted]
-    methods: tuple[str, ...] = ()  # values of --method that it takes
+    methods: tuple[str, ...] = ()  # accepted values of --method
 
 
 FORMATS = (
@@ -126,10 +126,10 @@ FORMATS = (
 
 
 def find_format(source: Source, method: str | None) -> Format:
-    """Find the format of a checkpoint.
+    """Detect the format of a checkpoint.
 
     Raises:
-        StartupError: It is none of ours; says why, or what it looks like most.
+        StartupError: It matches none; the message says why, or which is nearest.
     """
     for candidate in FORMATS:
         if candidate.recognise(source, method):

@@ -1,4 +1,4 @@
-"""What became of every tensor."""
+"""The conversion report: what happened to each tensor."""
 
 import re
 from collections import Counter
@@ -9,37 +9,37 @@ from torch import Tensor
 
 
 class Report:
-    """Collects the fate of each tensor by name, and remarks for the user.
+    """Collects the fate of each tensor and notes for the user.
 
-    Names are those of the checkpoint, except `used`, which are those written.
+    Names are the checkpoint's, except in `used`, which has the written names.
     """
 
     def __init__(self) -> None:
         self.format = ""
-        self.notes: list[str] = []  # what was assumed, and what to know
-        self.used: dict[str, str] = {}  # written tensor -> file it is in
+        self.notes: list[str] = []  # assumptions and hints
+        self.used: dict[str, str] = {}  # written tensor -> its file
         self.merged: dict[str, str] = {}  # tensor -> where it went
         self.dropped: dict[str, str] = {}  # tensor -> why
-        self.missing: dict[str, str] = {}  # tensor of the architecture -> why that is fine
+        self.missing: dict[str, str] = {}  # tensor of the architecture -> why it may be absent
         self.accounted: set[int] = set()  # id() of tensors that were merged or dropped
 
     def note(self, text: str) -> None:
-        """Remember a remark, once."""
+        """Add a note, once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def drop(self, tensors: Mapping[str, Tensor], why: str) -> None:
-        """Remember that tensors are left out on purpose."""
+        """Record tensors left out on purpose."""
         self.dropped |= dict.fromkeys(tensors, why)
         self.accounted |= {id(tensor) for tensor in tensors.values()}
 
     def merge(self, tensors: Mapping[str, Tensor], into: str) -> None:
-        """Remember that tensors are written as part of another."""
+        """Record tensors written as part of another."""
         self.merged |= dict.fromkeys(tensors, into)
         self.accounted |= {id(tensor) for tensor in tensors.values()}
 
     def as_json(self) -> dict[str, Any]:
-        """The whole report, for convert_report.json."""
+        """Return the contents of convert_report.json."""
         return {
             "format": self.format,
             "notes": self.notes,
@@ -50,7 +50,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """The report for people: tensors that differ in a number only share a line."""
+        """Format for a terminal; tensors that differ only in a layer number share a line."""
         lines = [f"format: {self.format}"]
         for fate in ("used", "merged", "dropped", "missing"):
             tensors: dict[str, str] = getattr(self, fate)

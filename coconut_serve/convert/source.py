@@ -1,4 +1,4 @@
-"""Reading checkpoints: safetensors, and torch files as plain data; no code of theirs runs."""
+"""Reads checkpoints: safetensors, and torch files as plain data, without running their code."""
 
 import json
 import re
@@ -23,23 +23,23 @@ _WHOLE = (
 )
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_WRAPPERS = ("state_dict", "model_state_dict")  # Lightning, and many training loops
-# How torch's weights_only reader says that a file asks for more than data.
+_WRAPPERS = ("state_dict", "model_state_dict")  # Lightning's, and many training loops'
+# Errors of torch's weights_only reader for a file with more than data.
 _CODE = re.compile(r"[^\n]*(unsupported GLOBAL|Unsupported (class|global)|GLOBAL .* was not)[^\n]*")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checkpoint as it lies on disk."""
+    """A checkpoint as found on disk."""
 
-    path: Path  # what the user named
+    path: Path  # as the user gave it
     directory: Path  # where its config and tokenizer would be
-    config: dict[str, Any]  # config.json; empty if there is none, or none of any size
-    adapter_config: dict[str, Any]  # PEFT's adapter_config.json; empty if there is none
+    config: dict[str, Any]  # config.json; empty if missing or 0 bytes
+    adapter_config: dict[str, Any]  # PEFT's adapter_config.json; empty if missing
     tensors: dict[str, Tensor]
-    files: tuple[Path, ...]  # that the tensors came from
-    names: frozenset[str]  # of all files beside it
+    files: tuple[Path, ...]  # sources of the tensors
+    names: frozenset[str]  # all files in the directory
 
     @property
     def is_torch_file(self) -> bool:
@@ -47,18 +47,18 @@ class Source:
         return self.path.is_file() and self.path.suffix != ".safetensors"
 
     def with_prefix(self, *prefixes: str) -> dict[str, Tensor]:
-        """Tensors whose names start with one of these."""
+        """Select the tensors whose names start with one of the prefixes."""
         return {name: t for name, t in self.tensors.items() if name.startswith(prefixes)}
 
     def has_tokens(self, *texts: str) -> bool:
-        """Whether the tokenizer beside it has these as added tokens."""
+        """Whether the checkpoint's tokenizer has all of these as added tokens."""
         added = read_json(self.directory / "added_tokens.json")
         entries = read_json(self.directory / "tokenizer.json").get("added_tokens") or []
         return {*texts} <= {*added, *(entry.get("content") for entry in entries)}
 
     @property
     def unread(self) -> list[str]:
-        """Files of the directory that hold tensors and are not part of this checkpoint."""
+        """Files in the directory that may hold tensors but are not part of this checkpoint."""
         read = {*(file.name for file in self.files), *_NO_WEIGHTS}
         beside = self.names - read if self.path.is_dir() else ()
         return sorted(name for name in beside if _may_hold_tensors(Path(name)))
@@ -68,11 +68,11 @@ def read_source(path: Path, param: str = "SRC") -> Source:
     """Read a checkpoint file or directory.
 
     Args:
-        path: What the user named.
-        param: Which argument it was, for messages.
+        path: As the user gave it.
+        param: The argument it came from, for messages.
 
     Raises:
-        StartupError: There is nothing there, or it is damaged, or it is more than data.
+        StartupError: It is missing, damaged, or contains more than data.
     """
     if not path.exists():
         raise StartupError(f"{param} {path} does not exist", param=param)
@@ -99,10 +99,10 @@ def read_source(path: Path, param: str = "SRC") -> Source:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object; empty if there is no file or it has no bytes (some hub repositories).
+    """Read a JSON object; empty if the file is missing or has 0 bytes (some hub repositories).
 
     Raises:
-        StartupError: The file is something else.
+        StartupError: The file holds anything else.
     """
     if not path.is_file() or not path.stat().st_size:
         return {}
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _find_files(directory: Path, param: str) -> list[Path]:
-    """Find the files of one checkpoint: a whole model, an adapter and its company, or one file."""
+    """Find a checkpoint's files: a whole model, an adapter and its companions, or one file."""
     for name in _ADAPTER:
         if (directory / name).is_file():
             return [directory / name, *_companions(directory)]
@@ -165,10 +165,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read all tensors of one file, mapped into memory where its layout allows it.
+    """Read all tensors of one file, memory-mapped where its layout allows.
 
     Raises:
-        StartupError: The file is damaged, or no tensors but objects with code.
+        StartupError: The file is damaged, or holds objects other than tensors.
     """
     if file.suffix == ".safetensors":
         return _read_safetensors(file)
@@ -189,7 +189,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _refuse_tensors_beside(file: Path, data: Mapping[Any, Any], wrapper: str) -> None:
-    """A second state dict in the file is weights too; a training loop's own state is not."""
+    """Refuse weights outside the state dict; ignore the other state of a training loop."""
 
     def is_weights(value: Any) -> bool:
         found = value.values() if isinstance(value, Mapping) else (value,)
@@ -215,9 +215,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(file: Path) -> Any:
-    """Load what torch.save wrote as plain data (`weights_only`), never as objects with code."""
+    """Load a torch.save file as plain data (`weights_only`), so that no code of it runs."""
     try:
-        is_zip = zipfile.is_zipfile(file)  # what torch writes since 1.6; only this can be mapped
+        is_zip = zipfile.is_zipfile(file)  # torch's format since 1.6; only this can be mapped
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         told = _CODE.search(str(error))

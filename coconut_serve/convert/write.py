@@ -1,4 +1,4 @@
-"""Writing the directory: whole or not at all."""
+"""Writes the target directory, whole or not at all."""
 
 import hashlib
 import json
@@ -34,10 +34,10 @@ _GENERATION_KEYS = (
 
 
 def check_target(target: Path) -> None:
-    """Refuse a directory with something in it, before any work.
+    """Check that the target is absent or an empty directory, before any work.
 
     Raises:
-        StartupError: It is a file, or not empty.
+        StartupError: It is neither.
     """
     if target.is_dir() and not any(target.iterdir()):
         return
@@ -48,10 +48,10 @@ def check_target(target: Path) -> None:
 
 
 def check_manifest(converted: Converted, vocab_size: int) -> Manifest:
-    """Validate what the format says, and that its tokens are in the vocabulary.
+    """Validate the format's manifest and that its tokens are in the vocabulary.
 
     Raises:
-        StartupError: It names a token that the model has no row for, or is wrong otherwise.
+        StartupError: It is invalid, or names a token outside the vocabulary.
     """
     try:
         manifest = Manifest.model_validate({"schema": 1, **converted.manifest})
@@ -70,10 +70,10 @@ def check_manifest(converted: Converted, vocab_size: int) -> Manifest:
 
 
 def write(job: Job, converted: Converted, fitted: Fitted) -> None:
-    """Write everything into a directory beside the target, then move it there.
+    """Write everything into a temporary directory beside the target, then rename it.
 
     Raises:
-        StartupError: The disk refuses; nothing is left behind.
+        StartupError: Writing failed; nothing is left behind.
     """
     target = job.options.target.absolute()
     try:
@@ -84,7 +84,7 @@ def write(job: Job, converted: Converted, fitted: Fitted) -> None:
     try:
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp's is for its owner only
+        partial.chmod(0o777 & ~umask)  # mkdtemp makes it private to its owner
         _write_all(job, converted, fitted, partial)
         load_manifest(partial)
         os.replace(partial, target)
@@ -126,7 +126,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor its own memory, as safetensors asks for."""
+    """Give each tensor its own memory, as safetensors requires."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
@@ -137,7 +137,7 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tokenizer(job: Job, converted: Converted, into: Path) -> None:
-    """Copy tokenizer files from the first place that has a tokenizer."""
+    """Copy tokenizer files from the first directory that has a tokenizer."""
     for directory in job.directories():
         found = [name for name in _TOKENIZER_FILES if (directory / name).is_file()]
         if {"tokenizer.json", "tokenizer.model", "vocab.json"} & set(found):
@@ -151,7 +151,7 @@ def _write_tokenizer(job: Job, converted: Converted, into: Path) -> None:
 
 
 def _generation_config(job: Job, fitted: Fitted) -> dict[str, Any]:
-    """The checkpoint's, else the base model's, else the config's token ids."""
+    """Select keys of the checkpoint's, else the base's file, else the config's token ids."""
     for directory in job.directories():
         found = read_json(directory / "generation_config.json")
         if found:
@@ -168,7 +168,7 @@ def _provenance(job: Job) -> dict[str, Any]:
         "sha256": _digests(job.source),
     }
     if job.options.base is not None:
-        read = job.base_if_read  # none if only its settings were needed
+        read = job.base_if_read  # None if only its settings were needed
         made["base"] = {"source": job.options.base.name, "sha256": _digests(read) if read else {}}
     return made
 

@@ -1,1 +1,1 @@
-"""Accuracy against steps: runs a task file through a server, mode by mode."""
+"""Measures accuracy against steps: sends a task file to a server in each mode."""

@@ -1,4 +1,4 @@
-"""Asks a server, all questions of a run at once, and notes what each answer took."""
+"""Sends the questions of a run to a server concurrently and records the cost of each answer."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from coconut_serve.evaluation.tasks import Question
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came back for one question."""
+    """The answer to one question, and its cost."""
 
     text: str
     num_reasoning_steps: int
@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """What a server says of its model."""
+    """A server's description of its model."""
 
     name: str
     modes: tuple[str, ...]
@@ -36,9 +36,9 @@ class Asker:
     """A client of one server.
 
     Args:
-        client: Of openai's package.
-        max_tokens: Answer tokens a request may have; None: what the context leaves.
-        concurrency: Requests under way at once.
+        client: From the openai package.
+        max_tokens: Limit of answer tokens per request; None: what the context leaves.
+        concurrency: Concurrent requests.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Asker:
         self._concurrency = concurrency
 
     async def look(self) -> ServedModel:
-        """Ask what is served.
+        """Find out which model is served.
 
         Raises:
-            StartupError: Nothing of ours answers there.
+            StartupError: No coconut-serve server answers.
         """
         try:
             listed = await self._client.models.list()
@@ -79,17 +79,17 @@ class Asker:
         concurrency: int | None = None,
         on_answer: Callable[[], object] = lambda: None,
     ) -> list[Answer]:
-        """Ask all questions of a run, in order.
+        """Ask all questions of a run; the answers keep their order.
 
         Args:
             model: Its name.
-            run: How to think.
-            questions: What to ask.
-            concurrency: Other than the usual.
-            on_answer: Called after each.
+            run: Mode and settings.
+            questions: The task.
+            concurrency: Overrides the constructor's.
+            on_answer: Called after each answer.
 
         Raises:
-            StartupError: The server refuses the run; the text is the server's.
+            StartupError: The server refuses the run; has the server's message.
         """
         gate = asyncio.Semaphore(concurrency or self._concurrency)
 

@@ -1,4 +1,4 @@
-"""`coconut-serve eval`: the command line of an evaluation."""
+"""`coconut-serve eval`: the evaluation command."""
 
 import argparse
 import asyncio
@@ -22,11 +22,11 @@ from coconut_serve.evaluation.tasks import (
     load_task,
 )
 
-_NUM_ALONE = 16  # questions asked one at a time, for the time that an answer takes alone
+_NUM_ALONE = 16  # questions asked one at a time, to time an answer without concurrent requests
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to a parser's subcommands."""
+    """Add the command to argparse's subparsers."""
     parser = commands.add_parser(
         "eval",
         help="accuracy, steps and time by mode on a task file",
@@ -49,10 +49,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate; the exit status.
+    """Evaluate and return the exit status.
 
     Raises:
-        StartupError: Something asked for cannot be had.
+        StartupError: A flag is invalid, a package is missing, or the server refuses.
     """
     try:
         from coconut_serve.evaluation import report
@@ -120,7 +120,7 @@ async def _evaluate(
 async def _measure(
     asker: Asker, model: str, each: Run, questions: list[Question], num_alone: int, bar: "tqdm[Any]"
 ) -> tuple[list[Answer], dict[str, float]]:
-    """Ask all at once, then a few one at a time."""
+    """Ask all questions concurrently, then a few one at a time."""
     started = time.perf_counter()
     answers = await asker.ask_all(model, each, questions, on_answer=bar.update)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""A server of our own on this machine, for as long as a command needs one."""
+"""A temporary local server for a command."""
 
 import contextlib
 import os
@@ -23,19 +23,19 @@ _ELSEWHERE = (
 
 @contextlib.contextmanager
 def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
-    """Serve a model in a process of its own; yields the address of its API.
+    """Serve a model in a child process; yields the URL of its API.
 
     Args:
-        model: What `coconut-serve serve` takes.
-        flags: More of its flags.
+        model: As for `coconut-serve serve`.
+        flags: More flags of serve.
 
     Raises:
-        StartupError: It did not start; the reason is on its standard error, which is ours.
+        StartupError: It did not start; it wrote the reason to the stderr it shares with us.
     """
     command = [sys.executable, "-m", "coconut_serve", "serve", model, "--port", "0", *flags]
-    # A line of its log for each request would run over the progress bar.
+    # Its log lines, one per request, would break the progress bar.
     quiet = {"COCONUT_LOG_LEVEL": "WARNING", **os.environ}
-    for name in _ELSEWHERE:  # it is asked over plain HTTP on this machine, whatever is served here
+    for name in _ELSEWHERE:  # this command reaches it over plain HTTP on the loopback
         quiet.pop(f"COCONUT_{name.upper()}", None)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as process:
         try:

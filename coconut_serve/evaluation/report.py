@@ -1,4 +1,4 @@
-"""Figures of an evaluation: accuracy with intervals, cost, and what differs by more than chance."""
+"""Report of an evaluation: accuracy with intervals, cost, and tests for differences."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Report = dict[str, Any]
-_MARKS = "os^Dv"  # a shape for each ten runs
+_MARKS = "os^Dv"  # one shape per ten runs
 
 
 def summarise(
@@ -29,18 +29,18 @@ def summarise(
     seconds: float,
     seconds_alone: float | None,
 ) -> dict[str, Any]:
-    """Sum one run up.
+    """Summarise one run.
 
     Args:
-        run: What was run.
+        run: The run.
         questions: The task.
-        answers: One for each.
-        right: Whether it is.
-        seconds: All of them took, at once.
-        seconds_alone: One took on average when nothing else ran; None: not measured.
+        answers: One per question.
+        right: Whether each answer is right.
+        seconds: Wall time of all questions asked concurrently.
+        seconds_alone: Mean time of one question asked alone; None: not measured.
 
     Returns:
-        A row of the report; accuracies with Wilson 95% intervals (Wilson, 1927).
+        A row of the report; accuracies have Wilson 95% intervals (Wilson, 1927).
     """
     groups = sorted({question.num_steps for question in questions})
     figures = _figures(answers, right)
@@ -75,7 +75,7 @@ def _figures(answers: Sequence[Answer], right: Sequence[bool]) -> dict[str, Any]
 
 
 def compare(runs: Sequence[Run], right: Sequence[Sequence[bool]]) -> list[dict[str, Any]]:
-    """Test each two runs for a difference on the same questions (McNemar's exact test, 1947)."""
+    """Compare each pair of runs on the same questions (McNemar's exact test, 1947)."""
     rows = []
     for (a, right_a), (b, right_b) in combinations(zip(runs, right, strict=True), 2):
         pairs = list(zip(right_a, right_b, strict=True))
@@ -88,7 +88,7 @@ def compare(runs: Sequence[Run], right: Sequence[Sequence[bool]]) -> list[dict[s
 
 
 def table(report: Report) -> str:
-    """Write the report for a terminal."""
+    """Format the results for a terminal."""
     head = ("run", "n", "accuracy", "95% interval", "steps", "passes", "s/answer", "alone")
     rows = [head]
     for row in report["results"]:
@@ -109,7 +109,7 @@ def table(report: Report) -> str:
 
 
 def comparisons(report: Report) -> str:
-    """Write, for a terminal, the tests between modes, and between a mode and its variations."""
+    """Format, for a terminal, the tests between modes, and between a mode and its variations."""
     rows = {row["label"]: row for row in report["results"]}
     shown = [("a", "b", "only a right", "only b right", "p (McNemar)")]
     for pair in report["comparisons"]:
@@ -137,7 +137,7 @@ def save(report: Report, path: Path) -> list[Path]:
 
 
 def plot(report: Report) -> "Figure":
-    """Draw accuracy against forward passes; the legend names the runs, since points may meet."""
+    """Plot accuracy against forward passes; a legend names the runs, as points may overlap."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

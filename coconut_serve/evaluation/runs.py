@@ -1,4 +1,4 @@
-"""What is compared: modes, sweeps over a setting, and controls."""
+"""The runs to compare: modes, sweeps over a setting, and controls."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from coconut_serve.errors import StartupError
 
-# Setting of a sweep -> the modes it means something for.
+# Setting of a sweep -> the modes that use it.
 _SWEPT = {"steps": ("latent", "distribution"), "top_k": ("distribution",)}
 
 
@@ -20,16 +20,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """The run's name in the report."""
         return self.label or self.mode
 
 
 def plan_runs(modes: Iterable[str], sweeps: Iterable[str], *, has_controls: bool) -> list[Run]:
-    """List the runs: each mode as it is, the values of each sweep, the controls.
+    """List the runs: each mode with its defaults, the values of each sweep, the controls.
 
     Args:
         modes: Modes to run.
-        sweeps: `steps=0,1,2` or `top_k=1,5,full`, as on the command line.
+        sweeps: `steps=0,1,2` or `top_k=1,5,full`, as in --sweep.
         has_controls: Add latents removed (steps 0) and replaced by one constant vector.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Task files and answers: what is asked, and whether what came back is right."""
+"""Task files, and how answers are extracted and checked."""
 
 import json
 import random
@@ -20,7 +20,7 @@ class Question:
 
     text: str
     answer: str
-    num_steps: int  # of the reference solution, to group results by; 0 if it has none
+    num_steps: int  # of the reference solution, 0 if it has none; groups the results
 
 
 def load_task(path: Path, limit: int | None = None, seed: int = 0) -> list[Question]:
@@ -28,11 +28,11 @@ def load_task(path: Path, limit: int | None = None, seed: int = 0) -> list[Quest
 
     Args:
         path: The file.
-        limit: Take a random sample of so many: of each number of steps its share.
+        limit: Size of a random sample, stratified by number of steps.
         seed: Of that sample.
 
     Raises:
-        StartupError: It is no task file, the text says where; or the limit is below 1.
+        StartupError: The file is malformed, the message says where; or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise StartupError(f"--limit {limit}: must be at least 1", param="--limit")
@@ -49,7 +49,7 @@ def load_task(path: Path, limit: int | None = None, seed: int = 0) -> list[Quest
 
 
 def _sample(questions: list[Question], count: int, seed: int) -> list[Question]:
-    """Every so-manyth of the questions, sorted by their number of steps and shuffled within it."""
+    """Take evenly spaced questions, ordered by number of steps and shuffled within it."""
     draw, total = random.Random(seed), len(questions)
     order = sorted(range(total), key=lambda i: (questions[i].num_steps, draw.random()))
     count = min(count, total)
@@ -80,13 +80,14 @@ def _last_word(text: str) -> str:
 
 
 def find_extractor(name: str | None) -> Callable[[str], str]:
-    """How the answer is found in a text: the manifest's `answer.extract`.
+    """Find the function that extracts the answer from a text.
 
     Args:
-        name: `last_word`, `last_number`, `after:MARK`, or None for the text as it is.
+        name: The manifest's `answer.extract`: `last_word`, `last_number` or `after:MARK`; None:
+            the text without surrounding whitespace.
 
     Raises:
-        StartupError: There is no such way.
+        StartupError: The name is unknown.
     """
     if name is None:
         return str.strip
@@ -101,7 +102,7 @@ def find_extractor(name: str | None) -> Callable[[str], str]:
 
 
 def is_right(extract: Callable[[str], str], text: str, answer: str) -> bool:
-    """Compare what is found in both texts: numbers by value, words without case."""
+    """Compare the answers extracted from both texts: numbers by value, words without case."""
     given, expected = extract(text), extract(answer)
     try:
         return float(given) == float(expected)

@@ -1,1 +1,1 @@
-"""One file a family of formats: `recognise` looks at names, `convert` says what they are."""
+"""One file per family of formats: `recognise` detects it by names, `convert` maps it to ours."""

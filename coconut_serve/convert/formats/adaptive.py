@@ -1,9 +1,9 @@
-"""adaLR, latent reasoning that learns when to stop.
+"""adaLR: latent reasoning that learns when to stop.
 
-Layout (apning/adaptive-latent-reasoning, arXiv 2511.21581): an ordinary directory whose
+Layout (apning/adaptive-latent-reasoning, arXiv 2511.21581): a Hugging Face directory whose
 config.json is the base model's plus `_inserted_LatentThinkingModelSettings`; keys
-`_base_model.NAME`, `recurrent_filter.*`, and with `lora_mode` the special tokens' rows apart
-(`_start_embed.weight`, ...). After each latent, rows CONTINUE and STOP of lm_head decide.
+`_base_model.NAME`, `recurrent_filter.*`, and with `lora_mode` separate rows of the special tokens
+(`_start_embed.weight`, ...). After each latent, the CONTINUE and STOP rows of lm_head decide.
 """
 
 from typing import Any
@@ -19,16 +19,16 @@ _SETTINGS = "_inserted_LatentThinkingModelSettings"
 _PREFIX = "_base_model."
 _FILTER = "recurrent_filter."
 _TEXTS = {"start": "<START>", "end": "<END>", "continue": "<|CONTINUE|>", "stop": "<|STOP|>"}
-_CAP = 64  # the authors set none but max_new_tokens
+_CAP = 64  # ours; the authors limit only max_new_tokens
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """The settings in config.json, or the wrapper's keys."""
+    """Match the settings in config.json or the wrapper's keys."""
     return _SETTINGS in source.config or bool(source.with_prefix(_PREFIX))
 
 
 def convert(job: Job) -> Converted:
-    """Tokens and filter from the settings; halting by the two rows."""
+    """Take tokens and filter from the settings; halt by the CONTINUE and STOP rows."""
     settings = job.source.config.get(_SETTINGS)
     if not isinstance(settings, dict):
         raise StartupError(f"config.json lacks {_SETTINGS}: its token ids are needed", param="SRC")
@@ -79,7 +79,7 @@ def convert(job: Job) -> Converted:
 
 
 def _whole_distribution() -> dict[str, Any]:
-    """Softmax re-embedding: all tokens at temperature 1, where a hidden state would be fed."""
+    """Softmax re-embedding (SRE): all tokens at temperature 1, in the latent slots."""
     return {
         "kind": "full", "temperature": 1.0, "top_p": 1.0, "filter_top_k": 0, "min_p": 0.0,
         "slots": "latent",
@@ -95,7 +95,7 @@ def _token_ids(settings: dict[str, Any]) -> dict[str, int]:
 
 
 def _filter(source: Source, mode: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """The recurrent filter's tensors, and what type of adapter it is."""
+    """Return the recurrent filter's tensors and its adapter type."""
     match mode:
         case None | "SRE":
             return {}, None
@@ -104,7 +104,7 @@ def _filter(source: Source, mode: str | None) -> tuple[dict[str, Tensor], str | 
             kind = "mlp_ln"
         case "linear_ln":
             layers, kind = {"linear_1": "linear_layer", "norm": "norm"}, "linear_ln"
-        case "linear" | "linear_ECF":  # Linear, then RMSNorm, then a bias of its own
+        case "linear" | "linear_ECF":  # Linear, RMSNorm, then a separate bias
             layers, kind = {"linear_1": "linear_layer", "norm": "norm"}, "linear_rms"
         case _:
             raise StartupError(f"config.json: unknown recurrent_filter_mode {mode!r}", param="SRC")
@@ -119,14 +119,14 @@ def _filter(source: Source, mode: str | None) -> tuple[dict[str, Tensor], str | 
 
 
 def _special_rows(source: Source) -> list[str]:
-    """Rows kept apart while LoRA is trained: `_start_embed.weight`, `_stop_embed_out.weight`."""
+    """Rows kept separate in LoRA training: `_start_embed.weight`, `_stop_embed_out.weight`."""
     return [n for name in _TEXTS for n in source.with_prefix(f"_{name}_embed")]
 
 
 def _splice(
     job: Job, config: dict[str, Any], tensors: dict[str, Tensor], ids: dict[str, int]
 ) -> dict[str, Tensor]:
-    """Put the special tokens' rows back into embedding and head, as lora_mode_disable does."""
+    """Write the special tokens' rows back into embedding and head, as lora_mode_disable does."""
     skeleton = build_skeleton(config)
     embedding, head = embedding_name(skeleton), head_name(skeleton)
     spliced = dict(tensors)

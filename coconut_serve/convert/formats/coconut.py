@@ -1,12 +1,12 @@
-"""COCONUT's torch files, and those of the projects built on its code.
+"""Torch files of COCONUT and of projects built on its code.
 
 Layout (facebookresearch/coconut, arXiv 2412.06769): `torch.save(state_dict)` in a file named
 `checkpoint_N`, keys `base_causallm.NAME` and a copy of the embedding, `embedding.weight`. No
-config, no tokenizer, no step count: those are in a yaml. A variant (multimode.py) keeps no copy of
-the embedding. Another (bmarti44/research-pipeline) adds `pause_embedding`: one trained vector for
-all latent slots in place of hidden states. SIM-CoT (InternLM/SIM-CoT, arXiv
-2509.20317) adds its training decoder, `expainable_llm.NAME`. Reasoning by Superposition
-(Ber666/reasoning-by-superposition, arXiv 2505.12514) is the same with a vocabulary of 40.
+config, tokenizer or step count: those are in a yaml. Variants: multimode.py has no copy of the
+embedding. bmarti44/research-pipeline adds `pause_embedding`, one trained vector that all latent
+slots are fed instead of hidden states. SIM-CoT (InternLM/SIM-CoT, arXiv 2509.20317) adds its
+training decoder, `expainable_llm.NAME`. Reasoning by Superposition
+(Ber666/reasoning-by-superposition, arXiv 2505.12514) has a vocabulary of 40.
 """
 
 import json
@@ -26,7 +26,7 @@ from coconut_serve.convert.source import Source
 from coconut_serve.errors import StartupError
 
 _PREFIX = "base_causallm."
-_DECODER = "expainable_llm."  # as its authors spell it
+_DECODER = "expainable_llm."  # the authors' spelling
 _COPY = "embedding.weight"
 _PAUSE = "pause_embedding"
 _TEMPLATE = "{question}\n"
@@ -34,43 +34,43 @@ _SYMBOLS = (
     *map(str, range(31)), "<|start-latent|>", "<|end-latent|>", "<|latent|>", "|", "[Q]", "[R]",
     "[A]", "<eos>", "<no-answer>",
 )  # fmt: skip
-_SYMBOLIC_HEADS = 8  # in no file; as published
+_SYMBOLIC_HEADS = 8  # as published; not stored in the files
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """A wrapped causal language model."""
+    """Match a wrapped causal language model."""
     return bool(source.with_prefix(_PREFIX))
 
 
 def recognise_simcot(source: Source, method: str | None) -> bool:
-    """The same, with SIM-CoT's decoder."""
+    """Match COCONUT with SIM-CoT's decoder."""
     return recognise(source, method) and bool(source.with_prefix(_DECODER))
 
 
 def recognise_symbolic(source: Source, method: str | None) -> bool:
-    """The same, with two layers and the vocabulary of symbolic graphs."""
+    """Match COCONUT with two layers and the vocabulary of symbolic graphs."""
     rows = source.tensors.get(f"{_PREFIX}transformer.wte.weight")
     return rows is not None and rows.shape[0] == len(_SYMBOLS) and _num_layers(source) == 2
 
 
 def recognise_text(source: Source, method: str | None) -> bool:
-    """A bare state dict in a torch file: what the repository's CoT and no-CoT runs write."""
+    """Match a bare state dict in a torch file, as the repository's CoT and no-CoT runs write."""
     embeddings = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
     bare = any(name.endswith(embeddings) for name in source.tensors)
     return source.is_torch_file and bare and method in (None, "cot") and not source.adapter_config
 
 
 def recognise_multimode(source: Source, method: str | None) -> bool:
-    """The same, with the other variant's tokens, or --method multimode."""
+    """Match COCONUT with multimode.py's tokens, or --method multimode."""
     is_told = method is None and source.has_tokens(multimode.BEGIN, multimode.END)
     return recognise(source, method) and (is_told or method == multimode.METHOD)
 
 
 def convert(job: Job) -> Converted:
-    """A COCONUT checkpoint; steps = c_thought x stage, 2 x 3 on GSM8K.
+    """Convert COCONUT; steps = c_thought x stage, 2 x 3 on GSM8K.
 
     Raises:
-        StartupError: It may be the variant of several modes.
+        StartupError: It could also be the variant with several modes.
     """
     is_told = _COPY in job.source.tensors or job.source.has_tokens(*MARKERS)
     if job.options.method is None and not is_told:
@@ -84,7 +84,7 @@ def convert(job: Job) -> Converted:
 
 
 def convert_multimode(job: Job) -> Converted:
-    """Several modes in one COCONUT; 1 x 6 in all its settings."""
+    """Convert a COCONUT with several modes; 1 x 6 in all published settings."""
     converted = _convert(job, method="coconut", c_thought=1, stage=6, task="")
     told = converted.manifest["tokens"]
     latent = told["latent"]
@@ -98,7 +98,7 @@ def convert_multimode(job: Job) -> Converted:
 
 
 def convert_simcot(job: Job) -> Converted:
-    """SIM-CoT on COCONUT; 2 x 5 on GSM8K. The decoder only reads latents, so it is left out."""
+    """Convert SIM-CoT on COCONUT, 2 x 5 on GSM8K, without the decoder, which only reads latents."""
     return _convert(job, method="simcot", c_thought=2, stage=5)
 
 
@@ -143,7 +143,7 @@ def _convert(
 
 
 def _unwrap(job: Job) -> dict[str, Tensor]:
-    """The language model's tensors, without the copy of the embedding and the decoder."""
+    """Return the language model's tensors; drop the embedding's copy and the decoder."""
     model = job.source.with_prefix(_PREFIX)
     decoder = job.source.with_prefix(_DECODER)
     job.report.drop(decoder, "SIM-CoT's training decoder: it only puts latents into words")
@@ -159,9 +159,9 @@ def _unwrap(job: Job) -> dict[str, Tensor]:
 def _with_pause(
     job: Job, skeleton: Any, tensors: dict[str, Tensor], pause: Tensor, latent: int
 ) -> dict[str, Tensor]:
-    """Put the trained vector where the source "constant" looks: into the latent token's row.
+    """Write the trained vector to the latent token's row, which the source "constant" feeds.
 
-    That token is no input otherwise. The head keeps its own row, so that no logit changes.
+    That token is never an input otherwise. The head keeps its old row, so no logit changes.
     """
     embedding, head = embedding_name(skeleton), head_name(skeleton)
     table = tensors[embedding]
@@ -179,7 +179,7 @@ def _with_pause(
 
 
 def _marker_ids(skeleton: Any, tensors: dict[str, Tensor]) -> tuple[int, int, int]:
-    """Start, end, latent: the last three rows, in the order in which the code adds them."""
+    """Return the ids of start, end and latent: the last three rows, in the order of adding."""
     embedding = tensors.get(embedding_name(skeleton))
     if embedding is None:
         raise StartupError("the checkpoint has no input embedding: another --base?", param="--base")
@@ -194,7 +194,7 @@ def _marker_ids(skeleton: Any, tensors: dict[str, Tensor]) -> tuple[int, int, in
 
 
 def convert_text(job: Job) -> Converted:
-    """A CoT or no-CoT run: an ordinary model, no markers."""
+    """Convert a CoT or no-CoT run: an ordinary model without markers."""
     return Converted(
         config=job.config(),
         tensors=dict(job.source.tensors),
@@ -209,7 +209,7 @@ def convert_text(job: Job) -> Converted:
 
 
 def convert_symbolic(job: Job) -> Converted:
-    """Symbolic ProsQA: latents follow the prompt at once, `[A]` ends them, as many as hops."""
+    """Convert symbolic ProsQA: one latent per hop directly after the prompt, ended by `[A]`."""
     eos = _SYMBOLS.index("<eos>")
     markers = [_SYMBOLS.index(text) for text in MARKERS]
     steps = job.steps(4, "the last stage; a request says its hops")
@@ -242,7 +242,7 @@ def _num_layers(source: Source) -> int:
 
 
 def _symbolic_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """GPT-2's settings, read off the tensors; only the number of heads cannot be."""
+    """Derive GPT-2's settings from the tensors, except the number of heads."""
     eos = _SYMBOLS.index("<eos>")
     try:
         size = tensors["transformer.wte.weight"].shape[1]
@@ -257,7 +257,7 @@ def _symbolic_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _symbolic_tokenizer() -> dict[str, str]:
-    """A tokenizer of whole words between spaces, with `<eos>` in front."""
+    """Build a tokenizer that splits at whitespace and prepends `<eos>`."""
     ids = {text: i for i, text in enumerate(_SYMBOLS)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<no-answer>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

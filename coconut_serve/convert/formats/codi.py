@@ -1,11 +1,11 @@
 """CODI and SIM-CoT on CODI: a LoRA model and a projection of the hidden state.
 
 Layout (zhenyi4/codi, arXiv 2502.21074; InternLM/SIM-CoT, arXiv 2509.20317): the state dict of a
-wrapper, `codi.base_model.model.NAME` as PEFT names it, and `prj` = Sequential(Dropout, Linear,
-GELU, Linear, ln=LayerNorm). The embedding has three rows more than the base: pad, start, end.
-Config and LoRA scale are on the authors' command line (rank 128, alpha 32); `config.json` is
+wrapper with PEFT's names, `codi.base_model.model.NAME`, and `prj` = Sequential(Dropout, Linear,
+GELU, Linear, ln=LayerNorm). The embedding has three more rows than the base: pad, start, end.
+The authors set config and LoRA scale on the command line (rank 128, alpha 32); `config.json` is
 missing or has 0 bytes. Other projects store the same as a PEFT adapter and a projection. With two
-rows more, it is the variant of multimode.py.
+more rows instead of three, it is the variant in multimode.py.
 """
 
 import re
@@ -21,43 +21,43 @@ from coconut_serve.convert.source import Source
 from coconut_serve.errors import StartupError
 
 _PREFIX = "codi."
-_DECODER = ("decoder.", "expainable_llm.", "pj_in.", "pj_out.")  # SIM-CoT's, of training
-_ADDED = {"codi": 3, multimode.METHOD: 2}  # rows: pad, start, end; start, end
+_DECODER = ("decoder.", "expainable_llm.", "pj_in.", "pj_out.")  # SIM-CoT's, for training only
+_ADDED = {"codi": 3, multimode.METHOD: 2}  # rows: pad, start, end; or start, end
 _PROJECTION = re.compile(r"(?:(?:.*\.)?prj\.)?((?:1|3|ln)\.(?:weight|bias))")
 
 
 def recognise_full(source: Source, method: str | None) -> bool:
-    """The wrapper's whole state dict."""
+    """Match the wrapper's whole state dict."""
     return bool(source.with_prefix(_PREFIX))
 
 
 def recognise_peft(source: Source, method: str | None) -> bool:
-    """A PEFT adapter with a projection."""
+    """Match a PEFT adapter with a projection."""
     has_lora = any(".lora_A" in name for name in source.tensors)
     return has_lora and bool(_projection(source))
 
 
 def convert_full(job: Job) -> Converted:
-    """The state dict: LoRA merged, the training decoder left out."""
+    """Convert the state dict: merge LoRA, drop the training decoder."""
     source = job.source
     decoder = source.with_prefix(*_DECODER)
     job.report.drop(decoder, "SIM-CoT's training decoder: it only puts latents into words")
     adapted = split(source.tensors, _PREFIX)
     known = {*decoder, *source.with_prefix(_PREFIX, "prj.")}
     rest = {name: tensor for name, tensor in source.tensors.items() if name not in known}
-    adapted.plain.update(rest)  # there should be none: they are refused by name
+    adapted.plain.update(rest)  # normally none; `fit` refuses them by name
     return _convert(job, adapted, method="simcot" if decoder else "codi")
 
 
 def convert_peft(job: Job) -> Converted:
-    """The adapter on top of --base."""
+    """Convert the adapter, merged into --base."""
     projection = set(_projection(job.source).values())
     rest = {n: tensor for n, tensor in job.source.tensors.items() if n not in projection}
     return _convert(job, split(rest), method="codi")
 
 
 def _projection(source: Source) -> dict[str, str]:
-    """The projection's tensors: name within it -> name in the checkpoint."""
+    """Map names within the projection to names in the checkpoint."""
     matches = {name: _PROJECTION.fullmatch(name) for name in source.tensors}
     return {match[1]: name for name, match in matches.items() if match}
 
@@ -97,7 +97,7 @@ def _convert(job: Job, adapted: Adapted, *, method: str) -> Converted:
 
 
 def _describe(pad: int, eos: tuple[int, ...]) -> dict[str, Any]:
-    """The manifest's tokens and prompt, without the template."""
+    """Return the manifest's tokens and prompt, without the template."""
     start, end = pad + 1, pad + 2
     return {
         "tokens": {
@@ -112,7 +112,7 @@ def _describe(pad: int, eos: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _adapter(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The projection's tensors and their place in the manifest; none if trained without."""
+    """Return the projection's tensors and manifest entry; empty if trained without one."""
     names = _projection(source)
     if not names:
         return {}, {}
@@ -128,10 +128,10 @@ def _adapter(source: Source) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _added_rows(
     job: Job, config: dict[str, Any], tensors: dict[str, Tensor], *, is_simcot: bool
 ) -> tuple[int, int]:
-    """How many rows the embedding has, and how many of them CODI added.
+    """Count the embedding's rows, and those of them that CODI added.
 
     Raises:
-        StartupError: The base has another vocabulary, or nothing says how many were added.
+        StartupError: The base's vocabulary does not match, or the added count is ambiguous.
     """
     embedding = tensors.get(embedding_name(build_skeleton(config)))
     if embedding is None:

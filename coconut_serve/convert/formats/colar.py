@@ -1,9 +1,9 @@
-"""CoLaR: latents drawn from a Gaussian head.
+"""CoLaR: latents sampled from a Gaussian head.
 
 Layout (xiaomi-research/colar, arXiv 2505.16552): a Lightning `.ckpt` whose `state_dict` holds
-trained parameters only: LoRA (rank 128, alpha 32) under `llm.base_model.model.NAME` and
-`latent_policy` with fc = Sequential(Linear, GELU, Linear, LayerNorm), `mean` and `log_std`. What
-is drawn is scaled by the base model's embedding deviation, which the code keeps in a table.
+only trained parameters: LoRA (rank 128, alpha 32) under `llm.base_model.model.NAME` and
+`latent_policy` with fc = Sequential(Linear, GELU, Linear, LayerNorm), `mean` and `log_std`. The
+sample is scaled by the standard deviation of the base's embeddings, a table in the authors' code.
 """
 
 from typing import Any
@@ -29,12 +29,12 @@ _EMBEDDING_STD = {
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """The language model and the policy side by side."""
+    """Match a language model beside a policy."""
     return bool(source.with_prefix(_LLM)) and bool(source.with_prefix(_POLICY))
 
 
 def convert(job: Job) -> Converted:
-    """LoRA merged into --base, the policy as a Gaussian head."""
+    """Merge LoRA into --base; the policy becomes a Gaussian head."""
     source = job.source
     config = job.base_config()
     adapted = split(source.tensors, _LLM)
@@ -53,7 +53,7 @@ def convert(job: Job) -> Converted:
 
 
 def gaussian_head(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The head's parts; without `log_std` it is its mean."""
+    """Return the head's parts; without `log_std` it outputs its mean."""
     layers = {"linear_1": "fc.0", "linear_2": "fc.2", "norm": "fc.3", "mean": "mean"}
     if f"{prefix}log_std.weight" in tensors:
         layers["log_std"] = "log_std"
@@ -64,15 +64,15 @@ def gaussian_head(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def adapter_of(emb_std: float) -> dict[str, Any]:
-    """The head's entry in the manifest."""
+    """Build the head's entry in the manifest."""
     return {ADAPTER: {"type": "gaussian_head", "activation": "gelu", "emb_std": emb_std}}
 
 
 def manifest(job: Job, *, separator: dict[str, Any]) -> dict[str, Any]:
-    """CoLaR's manifest without adapters.
+    """Build CoLaR's manifest without adapters.
 
-    The separator ends the prompt as text, so that it is tokenised with what is before it; the
-    model's own separator, sampled, ends the latents, and one is fed before the answer.
+    The separator ends the prompt as text, so it is tokenised together with the text before it.
+    Sampling a separator ends the latents, and one is fed before the answer.
     """
     speed = job.options.speed or "5"
     if job.options.speed is None:

@@ -16,16 +16,16 @@ from coconut_serve.errors import StartupError
 
 _GATE = "thinking_residual_"
 _ANSWER = "####"
-_TEMPERATURE = 0.5  # of sampling and of the mixture, as published
+_TEMPERATURE = 0.5  # of sampling and mixture, as published
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """The gate's keys."""
+    """Match the gate's keys."""
     return any(_GATE in name for name in source.tensors)
 
 
 def convert(job: Job) -> Converted:
-    """LoRA merged into --base, the gate as the adapter of the mixture `gated`."""
+    """Merge LoRA into --base; the gate becomes the adapter of the mixture `gated`."""
     adapted = split(job.source.tensors)
     gate = {name: tensor for name, tensor in adapted.plain.items() if _GATE in name}
     plain = {name: tensor for name, tensor in adapted.plain.items() if _GATE not in name}

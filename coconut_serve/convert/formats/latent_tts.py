@@ -23,12 +23,12 @@ _ADAPTERS = ("projector.", "lt_head.")
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """The three ids in config.json."""
+    """Match the three ids in config.json."""
     return all(name in source.config for name in _IDS)
 
 
 def convert(job: Job) -> Converted:
-    """One of the three methods, told apart by the adapter's keys."""
+    """Convert one of the three methods, distinguished by the adapter's keys."""
     source = job.source
     ids = [source.config[name] for name in _IDS]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
@@ -47,7 +47,7 @@ def convert(job: Job) -> Converted:
 
 
 def _model_type(config: dict[str, Any]) -> str:
-    """The name in transformers: their classes derive from GPT-2 and Llama without renaming."""
+    """Find transformers' name: the authors' classes derive from its own and keep its name."""
     name = f"{config.get('model_type', '')} {config.get('architectures', '')}".lower()
     for known in ("gpt2", "llama", "qwen2"):
         if known in name:
@@ -82,7 +82,7 @@ def _tokens(ids: list[int]) -> dict[str, Any]:
 
 
 def _fixed(job: Job, ids: list[int], has_projector: bool) -> dict[str, Any]:
-    """COCONUT asks with a line end after the question, CODI without."""
+    """COCONUT's prompt ends with a newline, CODI's does not."""
     steps = job.steps(6, "latent_length, as published")
     return {
         "method": "codi" if has_projector else "coconut",

@@ -1,8 +1,8 @@
 """LaTER: latent exploration, then explicit thinking.
 
 Layout (TioeAre/LaTER, arXiv 2605.07315): a Qwen3 directory with `model_type` latent_qwen3,
-settings of its own, and `latent_projector.net` = Sequential(Linear, GELU, Dropout, Linear), keys
-`latent_projector.net.0/3.*`; older files have 2 for 3.
+extra settings, and `latent_projector.net` = Sequential(Linear, GELU, Dropout, Linear), keys
+`latent_projector.net.0/3.*`, in older files `0/2`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from coconut_serve.convert.job import ADAPTER, Converted, Job, linear
 from coconut_serve.convert.source import Source
 
 _PROJECTOR = "latent_projector."
-_STEPS, _MAX_STEPS = 128, 256  # of the evaluation scripts; the code's default
+_STEPS, _MAX_STEPS = 128, 256  # from the evaluation scripts; the code's default
 _OWN_SETTINGS = (
     "latent_", "train_", "discrete_", "enable_", "legacy_staged", "global_stateless",
     "kl_temperature", "supervised_logits",
@@ -21,13 +21,13 @@ _OWN_SETTINGS = (
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """The model type, or the projector's keys."""
+    """Match the model type or the projector's keys."""
     named = source.config.get("model_type") == "latent_qwen3"
     return named or bool(source.with_prefix(_PROJECTOR + "net."))
 
 
 def convert(job: Job) -> Converted:
-    """Qwen3 without the projector, which becomes the adapter."""
+    """Convert to a plain Qwen3 with the projector as adapter."""
     own = set(job.source.with_prefix(_PROJECTOR))
     start, end = job.need_token("<latent_think>"), job.need_token("</latent_think>")
     think, no_more = job.need_token("<think>"), job.need_token("</think>")
@@ -49,7 +49,7 @@ def convert(job: Job) -> Converted:
             "max_steps": max(_MAX_STEPS, steps),
             "variable_steps": True,
             "adapters": {ADAPTER: {"type": "mlp", "activation": "gelu"}},
-            # The authors' loop feeds the latent of the step that stops, and never the end token.
+            # The authors' loop feeds the latent of the stopping step, never the end token.
             "halting": {
                 "rule": "stop_token", "token_ids": [end["id"]], "test": "argmax",
                 "keeps_last": True,

@@ -1,9 +1,9 @@
-"""Models that answer at once, after text, or after latents, as the end of the prompt says.
+"""Models that answer at once, after text, or after latents; the end of the prompt selects which.
 
 Layout (connordilgren/are-lrms-easily-interpretable, arXiv 2604.04902): COCONUT's or CODI's files
-with other added tokens. After the question, and on Llama its `<|eot_id|>`: `<|eocot|>` and the
-answer; `<|bocot|>`, text, `<|eocot|>` and the answer; `<|bocot|>`, latents, `<|eocot|>` and the
-answer. The model says the `<|eocot|>` after text itself.
+with other added tokens. The question, with Llama's `<|eot_id|>` after it, is followed by
+`<|eocot|>`; by `<|bocot|>`, text, `<|eocot|>`; or by `<|bocot|>`, latents, `<|eocot|>`; and then
+the answer. The model itself generates the `<|eocot|>` after text.
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ _END_OF_TURN = "<|eot_id|>"
 def describe(
     job: Job, config: dict[str, Any], *, begin: int, end: int, eos: tuple[int, ...] = ()
 ) -> dict[str, Any]:
-    """The manifest's tokens and prompt, without the template.
+    """Build the manifest's tokens and prompt, without the template.
 
     Args:
-        job: For the id of Llama's end of turn.
-        config: Whether it is a Llama.
+        job: Finds the id of Llama's end of turn.
+        config: Shows whether the model is a Llama.
         begin: The id of `<|bocot|>`.
         end: The id of `<|eocot|>`.
-        eos: CODI trained without remove_eos: what goes around the latents.
+        eos: CODI trained without remove_eos: the tokens around the latents.
 
     Raises:
-        StartupError: A Llama, and nothing says what its end of turn is.
+        StartupError: The model is a Llama and its end of turn is unknown.
     """
     is_llama = config["model_type"] == "llama"
     turn = (*eos, *((job.need_token(_END_OF_TURN)["id"],) if is_llama else ()))

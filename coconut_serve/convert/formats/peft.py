@@ -1,7 +1,7 @@
 """SWITCH: LoRA adapters whose model opens and closes latent blocks itself.
 
-Layout (LARK-AI-Lab/SWITCH, arXiv 2606.13106; from the paper and the hub's file list, its code was
-not read): a PEFT LoRA adapter and a tokenizer with `<swi>` and `</swi>`.
+Layout (LARK-AI-Lab/SWITCH, arXiv 2606.13106; from the paper and the hub's file list, not from the
+authors' code): a PEFT LoRA adapter and a tokenizer with `<swi>` and `</swi>`.
 """
 
 from coconut_serve.convert.job import Converted, Job
@@ -12,13 +12,13 @@ _OPEN, _CLOSE = "<swi>", "</swi>"
 
 
 def recognise_switch(source: Source, method: str | None) -> bool:
-    """A PEFT adapter whose tokenizer has the two tokens, or --method switch."""
+    """Match a PEFT adapter whose tokenizer has both tokens, or --method switch."""
     has_lora = any(".lora_" in name for name in source.tensors)
     return has_lora and (method == "switch" or source.has_tokens(_OPEN, _CLOSE))
 
 
 def convert_switch(job: Job) -> Converted:
-    """LoRA merged into --base; the model's own tokens bound each block."""
+    """Merge LoRA into --base; tokens that the model samples bound each block."""
     config = job.config()
     start, end = job.need_token(_OPEN), job.need_token(_CLOSE)
     steps = job.steps(64, "a cap of each block: the model closes it by itself")

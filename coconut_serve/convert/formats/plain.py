@@ -1,4 +1,4 @@
-"""Ordinary Hugging Face directories of methods that change only what is fed, not the files.
+"""Ordinary Hugging Face directories, for methods that change only what is fed back.
 
 Latent-SFT and Latent-GRPO (DJC-GO-SOLO, arXiv 2510.15522 and 2604.27998): softmax over the ten
 largest raw logits. SofT-GRPO (zz1358m/SofT-GRPO-master, arXiv 2511.06411): five. Multiplex
@@ -20,12 +20,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def recognise(source: Source, method: str | None) -> bool:
-    """A whole model whose method the user names."""
+    """Match a whole model with --method."""
     return bool(source.config.get("model_type")) and method in (*MIXTURES, "cot")
 
 
 def convert(job: Job) -> Converted:
-    """The weights as they are; the manifest says the mixture of training."""
+    """Keep the weights; the manifest declares the mixture used in training."""
     method = job.options.method
     assert method is not None
     converted = Converted(
@@ -57,7 +57,7 @@ def convert(job: Job) -> Converted:
 
 
 def refuse_without_method(source: Source) -> None:
-    """Say what to do with an ordinary model.
+    """Refuse an ordinary model and explain the options.
 
     Raises:
         StartupError: The checkpoint is one.

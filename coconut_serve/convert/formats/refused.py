@@ -1,4 +1,4 @@
-"""Formats that are known and not ours, with the reason and what to use instead."""
+"""Known formats that cannot be converted, with the reason and an alternative."""
 
 from pathlib import Path
 
@@ -21,10 +21,10 @@ _FILES = {"pccot_args.json": "pccot", "tah_config.json": "tah"}
 
 
 def check(path: Path) -> None:
-    """Refuse by config.json or a tell-tale file, before weights are read.
+    """Refuse such formats by config.json or a characteristic file, before reading weights.
 
     Raises:
-        StartupError: It is one of these.
+        StartupError: The checkpoint is one of them.
     """
     directory = path if path.is_dir() else path.parent
     for name, kind in _FILES.items():
