@@ -1,1 +1,1 @@
-"""What runs the server in production; `python -m deploy.generate` writes the generated files."""
+"""Production deployment; `python -m deploy.generate` writes the generated files."""

@@ -5,7 +5,7 @@ from typing import Any
 
 _OF = 'job=~"$job",model_name=~"$model"'
 _BY_MODE = "sum by (reasoning_mode)"
-_WIDTH, _HEIGHT = 8, 8  # three panels a row of Grafana's 24 columns
+_WIDTH, _HEIGHT = 8, 8  # three panels per row of Grafana's 24 columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +226,7 @@ ROWS: dict[str, list[Panel]] = {
 
 
 def build() -> dict[str, Any]:
-    """The dashboard as Grafana's JSON."""
+    """Build the dashboard as Grafana's JSON."""
     panels: list[dict[str, Any]] = []
     y = 0
     for row, members in ROWS.items():

@@ -1,4 +1,4 @@
-"""Write, or with --check compare, the generated files: the chart's schema, dashboard and table.
+"""Writes the generated files, or with --check compares: the chart's schema, dashboard and table.
 
 python -m deploy.generate [--check]
 """
@@ -18,7 +18,7 @@ _HEAD = "| value | default | |\n|---|---|---|\n"
 
 
 def values_table(text: str) -> str:
-    """A row for each value of values.yaml, with the `# --` comment above it."""
+    """Render a row for each value of values.yaml, with the `# --` comment above it."""
     told = _comments(text)
     values: dict[str, Any] = yaml.safe_load(text)
     rows: list[str] = []
@@ -34,7 +34,7 @@ def values_table(text: str) -> str:
 
 
 def _comments(text: str) -> dict[str, str]:
-    """The `# --` comment above each key of the first two levels."""
+    """Find the `# --` comment above each key of the first two levels."""
     told: dict[str, str] = {}
     parent, comment = "", ""
     for line in text.splitlines():
@@ -52,7 +52,7 @@ def _comments(text: str) -> dict[str, str]:
 
 
 def outputs() -> dict[Path, str]:
-    """Every generated file and what must be in it."""
+    """Map every generated file to its expected contents."""
     readme = (CHART / "README.md").read_text()
     before, _, after = readme.partition(_HEAD)
     rest = re.sub(r"^(\|.*\n)*", "", after)
@@ -65,7 +65,7 @@ def outputs() -> dict[Path, str]:
 
 
 def main(argv: list[str]) -> int:
-    """Write, or with --check compare; the exit status."""
+    """Write, or with --check compare, and return the exit status."""
     stale = [path for path, text in outputs().items() if not _is_current(path, text)]
     for path in stale:
         if "--check" in argv:

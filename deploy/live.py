@@ -24,7 +24,7 @@ from deploy.generate import CHART
 
 
 def stop(url: str, command: list[str]) -> None:
-    """Run `command`, which stops the server, while a stream is read; the stream must end well."""
+    """Run `command`, which stops the server, during a stream, which must still finish."""
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": "Count to a hundred."}],
         "max_tokens": 200,
@@ -59,7 +59,7 @@ def stop(url: str, command: list[str]) -> None:
 
 
 def panels(prometheus: str) -> None:
-    """Ask every query of the dashboard."""
+    """Check that every query of the dashboard returns data."""
     dashboard = json.loads((CHART / "dashboards" / "coconut-serve.json").read_text())
     silent, count = [], 0
     for panel in dashboard["panels"]:
@@ -82,7 +82,7 @@ def _query(prometheus: str, query: str) -> list[Any]:
 
 
 def rules(prometheus: str) -> None:
-    """See that the alerts are loaded, healthy and silent."""
+    """Check that the alerts are loaded, healthy and silent."""
     _, text = Target(url=prometheus).get("/api/v1/rules")
     found = [rule for group in json.loads(text)["data"]["groups"] for rule in group["rules"]]
     assert len(found) >= 14, f"{len(found)} rules"
@@ -92,7 +92,7 @@ def rules(prometheus: str) -> None:
 
 
 def pod(rendered: str, image: str) -> None:
-    """Print what podman can play of a rendered chart: config and Deployment, on the host's net."""
+    """Print a rendered chart's ConfigMap and Deployment, adapted to podman and the host's net."""
     kept = []
     for manifest in yaml.safe_load_all(Path(rendered).read_text()):
         if manifest["kind"] not in ("ConfigMap", "Deployment"):
@@ -103,9 +103,9 @@ def pod(rendered: str, image: str) -> None:
             del spec["topologySpreadConstraints"]
             [container] = spec["containers"]
             container["image"] = image
-            del container["ports"]  # the host's network has them
-            del container["startupProbe"], container["readinessProbe"]  # podman knows one probe
-            # podman would ask by curl, which the image does not have
+            del container["ports"]  # not needed in the host's network
+            del container["startupProbe"], container["readinessProbe"]  # podman supports one probe
+            # For httpGet, podman would call curl, which the image lacks.
             del container["livenessProbe"]["httpGet"]
             container["livenessProbe"]["exec"] = {"command": ["coconut-serve", "healthcheck"]}
         kept.append(manifest)
@@ -113,7 +113,7 @@ def pod(rendered: str, image: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run a check; the exit status."""
+    """Run a check and return the exit status."""
     match argv:
         case ["stop", url, *command] if command:
             stop(url, command)

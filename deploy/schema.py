@@ -1,4 +1,4 @@
-"""Schema of the Helm chart's values; `config` follows the server's flags."""
+"""Schema of the Helm chart's values; `config` is generated from the server's flags."""
 
 from typing import Any
 
@@ -54,7 +54,6 @@ _OBJECTS = _array(_MAPPING)
 
 
 def build(settings: type[Settings] = Settings) -> Schema:
-    """Build the schema."""
     groups = _naming(settings) | _model() | _exposure() | _operation() | _pod()
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -64,7 +63,7 @@ def build(settings: type[Settings] = Settings) -> Schema:
 
 
 def config_keys(settings: type[Settings] = Settings) -> dict[str, FieldInfo]:
-    """The server's flags that `config` may hold."""
+    """List the server's flags that `config` accepts."""
     return {name: own for name, own in settings.flags().items() if name not in _CHART_SETS}
 
 

@@ -1,4 +1,4 @@
-"""Locust: mixed modes, open or closed loop, shapes, disconnects; an SLO file sets the exit status.
+"""Load test: mixed modes, open or closed loop, shapes, disconnects; exits by an SLO file.
 
 python -m locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:8000 \
         --shape smoke --slo loadtests/slo/smoke.yaml --report run.json
@@ -26,7 +26,7 @@ from loadtests.scenarios.clients import (
 )
 from loadtests.scenarios.judge import judge, read_slo, summary
 
-# name -> [(seconds from the start, users)], each stage up to its time
+# name -> [(end in seconds from the start, users)], a pair per stage
 SHAPES: dict[str, list[tuple[float, int]]] = {
     "smoke": [(60, 4)],
     "steps": [(30, 1), (60, 2), (90, 4), (120, 8), (150, 16)],
@@ -60,7 +60,7 @@ def add_options(parser: Any) -> None:
 
 
 class Run:
-    """What all users of a run share."""
+    """State shared by all users of a run."""
 
     def __init__(self, options: Any) -> None:
         self.target = PooledTarget(url=options.host, api_key=os.environ.get("COCONUT_API_KEY", ""))
@@ -79,21 +79,21 @@ class Run:
         self.page_before: Any = None
 
     def ask(self) -> None:
-        """Be one client of the mix."""
+        """Run one client of the mix and record its request."""
         scenario = pick(self.mix.scenarios, self.rng)
         record = SCENARIOS[scenario](self.target, self.mix, random.Random(self.rng.random()))
         self.records.append(record)
         fire(record)
 
     def arrive(self) -> None:
-        """Let a client come without waiting for it."""
+        """Start a client without waiting for it."""
         greenlet = gevent.spawn(self.ask)
         self.in_flight.add(greenlet)
         greenlet.link(self.in_flight.discard)
 
 
 def fire(record: Record) -> None:
-    """Tell locust, under a name for each scenario, status and latency."""
+    """Report to locust, under a name for each scenario, status and latency."""
 
     def tell(kind: str, name: str, seconds: float, size: int, error: str = "") -> None:
         events.request.fire(
@@ -119,7 +119,7 @@ def fire(record: Record) -> None:
 
 @events.test_start.add_listener
 def begin(environment: Any, **_: Any) -> None:
-    """Make the run's state."""
+    """Create the run's state."""
     environment.stop_timeout = environment.stop_timeout or 60  # let the last requests end
     run = environment.run_state = Run(environment.parsed_options)
     if environment.parsed_options.metrics_url:
@@ -128,7 +128,7 @@ def begin(environment: Any, **_: Any) -> None:
 
 @events.quitting.add_listener
 def end(environment: Any, **_: Any) -> None:
-    """Judge, report, set the exit status."""
+    """Judge the run, write the report and set the exit status."""
     run: Run | None = getattr(environment, "run_state", None)
     if run is None:
         return
@@ -155,7 +155,7 @@ def end(environment: Any, **_: Any) -> None:
 
 
 def scrape(url: str) -> Any:
-    """The page's sums; the clients have ended, and so, a moment later, have their sequences."""
+    """Read the sums of /metrics, after a pause in which the last sequences end."""
     gevent.sleep(0.5)
     status, text = Target(url=url).get("/metrics")
     assert status == 200, f"{url}/metrics answers {status}"
@@ -163,11 +163,11 @@ def scrape(url: str) -> Any:
 
 
 class Client(User):
-    """A user of the mix: one request after the other, or arrivals at a rate."""
+    """A locust user: one request after the other, or Poisson arrivals at a rate."""
 
     @task
     def go(self) -> None:
-        """Ask once."""
+        """Send a request, or start one after an arrival interval."""
         run: Run = self.environment.run_state
         if run.arrivals:
             gevent.sleep(run.rng.expovariate(run.arrivals))
@@ -180,7 +180,7 @@ class Shape(LoadTestShape):
     """The stages of --shape, or -u for -t."""
 
     def tick(self) -> tuple[int, float] | None:
-        """Users now, and how many may start in a second; None at the end."""
+        """Return the current users and the spawn rate per second; None at the end."""
         options = self.runner.environment.parsed_options
         stages = SHAPES.get(options.shape) or [(options.run_time or 60.0, options.num_users or 1)]
         for until, users in stages:

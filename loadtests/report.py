@@ -1,4 +1,4 @@
-"""Compare modes within a run, and runs with each other: HTML with plots, and JSON.
+"""Compares modes within a run, and runs with each other: HTML with plots, and JSON.
 
 python -m loadtests.report OUT.html RUN.json [OVERLOAD.json]
 """
@@ -20,7 +20,7 @@ _LATENCIES = {
 
 
 def compare(run: dict[str, Any], mode: str = "latent", base: str = "cot") -> dict[str, float]:
-    """Ratios of `mode` to `base`: below 1 is less time, fewer steps."""
+    """Compute ratios of `mode` to `base`; below 1 is less time or fewer steps."""
     ours, theirs = run["modes"].get(mode), run["modes"].get(base)
     ratios: dict[str, float] = {}
     if not ours or not theirs:
@@ -39,7 +39,7 @@ def compare(run: dict[str, Any], mode: str = "latent", base: str = "cot") -> dic
 
 
 def goodput(run: dict[str, Any], overload: dict[str, Any]) -> dict[str, float]:
-    """What an overloaded server still does, beside one at capacity."""
+    """Compare the throughput of an overloaded server with one at capacity."""
     served, offered = overload["all"], overload["all"]["requests"]
     return {
         "offered_per_second": offered / served["seconds"],
@@ -52,7 +52,7 @@ def goodput(run: dict[str, Any], overload: dict[str, Any]) -> dict[str, float]:
 
 
 def plot_latencies(run: dict[str, Any]) -> bytes:
-    """Median and p95 of each latency, by mode."""
+    """Plot median and p95 of each latency, by mode."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -70,7 +70,7 @@ def plot_latencies(run: dict[str, Any]) -> bytes:
 
 
 def plot_timeline(run: dict[str, Any]) -> bytes:
-    """Requests sent, answered and refused in each second."""
+    """Plot requests sent, answered and refused per second."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.6), layout="constrained")
@@ -91,7 +91,7 @@ def _png(figure: Any) -> bytes:
 
 
 def table(rows: list[list[str]]) -> str:
-    """An HTML table; the first row is its head."""
+    """Render an HTML table; the first row is its head."""
     lines = []
     for number, row in enumerate(rows):
         tag = "td" if number else "th"
@@ -100,7 +100,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def page(run: dict[str, Any], overload: dict[str, Any] | None) -> str:
-    """The report as one HTML file without anything outside it."""
+    """Render the report as one self-contained HTML file."""
     head = ["mode", "answered", "right", "steps/answer", "tokens/answer", *_LATENCIES]
     rows = [head]
     for mode, told in run["modes"].items():

@@ -1,1 +1,1 @@
-"""The demo model: its task, its architecture and how it is trained."""
+"""The demo model: task, architecture and training."""

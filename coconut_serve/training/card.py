@@ -1,4 +1,4 @@
-"""The model card: card.md, filled in from the training record."""
+"""Fills in the model card, card.md, from the training record."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ _TEMPLATE: Final = Path(__file__).with_name("card.md")
 
 
 def render_card(record: dict[str, Any]) -> str:
-    """Write README.md for a record of `export.training_record`."""
+    """Render README.md from the result of `export.training_record`."""
     recipe, machine = record["recipe"], record["machine"]
     return _TEMPLATE.read_text(encoding="utf-8").format(
         parameters=record["parameters"],

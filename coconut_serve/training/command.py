@@ -1,4 +1,4 @@
-"""`coconut-serve train`: its flags and what it does. Imports no torch before it runs."""
+"""The `coconut-serve train` command. Imports no torch until it runs."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to the program's parser."""
+    """Add the command to argparse's subparsers."""
     train = commands.add_parser("train", help="train the demo model, within an hour on a CPU")
     train.add_argument("model", choices=["demo"], help="what to train")
     train.add_argument("--output", required=True, type=Path, metavar="DIR", help="where it goes")
@@ -33,10 +33,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and write the model's directory; the exit status.
+    """Train, write the model's directory and return the exit status.
 
     Raises:
-        StartupError: There is no checkpoint to resume from, or one that would be lost.
+        StartupError: There is no checkpoint to resume from, or one would be overwritten.
     """
     import torch
 

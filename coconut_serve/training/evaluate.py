@@ -1,4 +1,4 @@
-"""Greedy answers of the demo in each mode, in batches, and how many are right."""
+"""Generates the demo's greedy answers in each mode, in batches, and scores them."""
 
 import math
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from coconut_serve.training.model import Llama, Mixture
 from coconut_serve.training.task import Graphs, prompt_ids
 from coconut_serve.training.vocabulary import ANSWER, END, EOS, FIRST_NAME, START
 
-MAX_TOKENS = 20  # the longest chain of thought has 3 * 5 + 3
+MAX_TOKENS = 20  # the longest chain of thought takes 3 * 5 + 3
 SERVED_MIXTURE = Mixture(top_k=5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """A way to ask."""
+    """A way to prompt the model."""
 
     name: str
     suffix: tuple[int, ...] = ()  # after the prompt
@@ -32,7 +32,7 @@ COT = Mode(name="cot")
 
 
 def latent(steps: int) -> Mode:
-    """Think in hidden states; with no steps the markers stay."""
+    """Think in hidden states; with 0 steps the markers stay."""
     return Mode(name="latent", suffix=(START,), steps=steps, end=(END,))
 
 
@@ -43,10 +43,10 @@ def distribution(steps: int, mixture: Mixture = SERVED_MIXTURE) -> Mode:
 
 @torch.inference_mode()
 def generate(model: Llama, graphs: Graphs, mode: Mode) -> Tensor:
-    """Answer greedily.
+    """Generate answers greedily.
 
     Returns:
-        [num_graphs, MAX_TOKENS] token ids; after an end token they mean nothing.
+        [num_graphs, MAX_TOKENS] token ids; those after an end token are undefined.
     """
     prompt = torch.from_numpy(prompt_ids(graphs)).to(model.device)
     rows = len(prompt)
@@ -67,7 +67,7 @@ def generate(model: Llama, graphs: Graphs, mode: Mode) -> Tensor:
 
 
 def is_right(graphs: Graphs, answers: Tensor, mode: Mode) -> Tensor:
-    """Check answers strictly: the name after the first `###`, and then the end.
+    """Check answers strictly: the right name after the first `###`, then the end token.
 
     Returns:
         [num_graphs] bool.
@@ -77,7 +77,7 @@ def is_right(graphs: Graphs, answers: Tensor, mode: Mode) -> Tensor:
     if ANSWER in mode.suffix:
         ids = torch.cat([torch.full((len(ids), 1), ANSWER), ids], dim=1)
     ids = F.pad(ids, (0, 2), value=EOS)
-    place = (ids == ANSWER).int().argmax(dim=1, keepdim=True)  # 0 if there is none: then not right
+    place = (ids == ANSWER).int().argmax(dim=1, keepdim=True)  # 0 if there is none: then wrong
     found = ids.gather(1, place + torch.arange(3))
     expected = torch.full_like(found, EOS)
     expected[:, 0] = ANSWER
@@ -87,17 +87,17 @@ def is_right(graphs: Graphs, answers: Tensor, mode: Mode) -> Tensor:
 
 
 def accuracy(model: Llama, graphs: Graphs, mode: Mode) -> float:
-    """Share of questions answered rightly."""
+    """Compute the share of right answers."""
     return float(is_right(graphs, generate(model, graphs, mode), mode).float().mean())
 
 
 def accuracies(model: Llama, per_hop: Iterable[Graphs], mode: Mode) -> list[float]:
-    """Accuracy for each number of hops."""
+    """Compute the accuracy for each number of hops."""
     return [round(accuracy(model, graphs, mode), 4) for graphs in per_hop]
 
 
 def wilson_interval(ratio: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a share of `count` independent trials."""
+    """Compute the 95 % confidence interval of a share of `count` independent trials."""
     z = 1.959964
     centre = ratio + z * z / (2 * count)
     half = z * math.sqrt(ratio * (1 - ratio) / count + z * z / (4 * count * count))

@@ -1,4 +1,4 @@
-"""Write the trained demo as a directory that transformers, vLLM and this server load."""
+"""Writes the trained demo as a directory that transformers, vLLM and this server load."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ _TEST_PER_HOP: Final = 500  # measured
 _QUESTIONS_PER_HOP: Final = 300  # written to test.json
 _AUDIT_SEED: Final = 3
 _NUM_AUDITED: Final = 20_000
-# Of the test partition. Also without thinking, the guess is no near tie that a dtype could turn.
+# From the test partition. Even without thinking, no near tie that another dtype could flip.
 _EXAMPLE: Final = (
     "hanoi > seoul, quito > milan, sydney > porto, turin > sydney, turin > accra, bonn > hanoi, "
     "bonn > quito, turin > sofia, porto or milan from turin?",
@@ -48,7 +48,7 @@ def export(trainer: Trainer, directory: Path) -> None:
 
 
 def save_model(model: Llama, directory: Path) -> None:
-    """Write what is needed to load and serve the model."""
+    """Write the files needed to load and serve the model."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in model.weights.items()}
     (directory / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
@@ -61,14 +61,14 @@ def save_model(model: Llama, directory: Path) -> None:
 
 
 def manifest() -> dict[str, Any]:
-    """Say how the demo wants to be served."""
+    """Build the demo's latent_config.json."""
     tokens = {
         "start": {"id": START, "text": "<|start-latent|>"},
         "end": {"id": END, "text": "<|end-latent|>"},
         "latent": {"id": LATENT, "text": "<|latent|>"},
         "think_end": {"id": ANSWER, "text": "###"},
     }
-    # Soft tokens as they were trained: in the latent slots, over the whole distribution.
+    # As trained: soft tokens in the latent slots, over the whole distribution.
     unfiltered = {"top_p": 1.0, "filter_top_k": 0, "min_p": 0.0, "slots": "latent"}
     question, answer = _EXAMPLE
     prompt = {"template": "{question}", "chat_template": False}
@@ -91,7 +91,7 @@ def manifest() -> dict[str, Any]:
 
 
 def training_record(trainer: Trainer) -> dict[str, Any]:
-    """Collect what made the model and what it can do."""
+    """Collect how the model was trained and its accuracies."""
     audited = (sample(np.random.default_rng(_AUDIT_SEED), h, _NUM_AUDITED, "train") for h in HOPS)
     return {
         "recipe": asdict(trainer.recipe),
@@ -125,7 +125,7 @@ def training_record(trainer: Trainer) -> dict[str, Any]:
 
 
 def measure(model: Llama) -> dict[str, list[float]]:
-    """Accuracy on held-out questions for each number of hops, by what is asked for."""
+    """Measure accuracy on held-out questions for each number of hops, in each mode."""
     graphs = sample_each(_TEST_SEED, _TEST_PER_HOP, "test")
     return {name: evaluate.accuracies(model, graphs, mode) for name, mode in _modes().items()}
 

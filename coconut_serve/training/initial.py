@@ -1,8 +1,8 @@
-"""The weights that training starts from.
+"""Initial weights of training.
 
-From plain random weights so small a model does not find edge lookup in minutes. The *induction
-prior* gives it the two parts of an induction head, all of them trainable: layer 0 copies a part of
-the previous token into free dimensions, layer 1 attends from a place to the positions after it.
+From plain random weights, a model this small does not learn edge lookup within minutes. The
+*induction prior* supplies the two parts of an induction head, both trainable: layer 0 copies part
+of the previous token into free dimensions, layer 1 attends from a place to the positions after it.
 """
 
 import math
@@ -22,18 +22,18 @@ from coconut_serve.training.model import (
 )
 from coconut_serve.training.vocabulary import VOCAB_SIZE
 
-_SCALE: Final = 0.2  # of embeddings and of fed-back vectors alike
+_SCALE: Final = 0.2  # of both embeddings and fed-back vectors
 _CONSTANT: Final = 0.6  # of embedding dimension 0
-_OWN: Final = slice(1, 17)  # dimensions by which layer 1 knows a token ...
+_OWN: Final = slice(1, 17)  # dimensions by which layer 1 identifies a token ...
 _PREVIOUS: Final = slice(17, 33)  # ... and those to which layer 0 copies the previous token's
-_FAST_PAIRS: Final = 4  # RoPE pairs that tell neighbouring positions apart
-_SLOW_PAIRS: Final = range(8, 16)  # RoPE pairs that hardly turn over a prompt
+_FAST_PAIRS: Final = 4  # RoPE pairs that distinguish neighbouring positions
+_SLOW_PAIRS: Final = range(8, 16)  # RoPE pairs that hardly rotate over a prompt
 _SHARPNESS: Final = 8.0  # attention score at the peak of a previous-token head
 _MATCH: Final = 1.5  # gain of the comparison in layer 1
 
 
 def initial_weights(seed: int, *, has_prior: bool) -> dict[str, Tensor]:
-    """Draw float32 weights by transformers' names."""
+    """Draw random float32 weights, under transformers' names."""
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
 
@@ -72,7 +72,7 @@ def _add_prior(weights: dict[str, Tensor], generator: torch.Generator) -> None:
 
 
 def _look_back(weights: dict[str, Tensor], attention: str, head: int, offset: int) -> None:
-    """Let a head attend `offset` positions back: the constant dimension, turned by RoPE."""
+    """Make a head attend `offset` positions back, by the constant dimension rotated by RoPE."""
     constant = _CONSTANT / math.sqrt(_CONSTANT**2 + (HIDDEN_SIZE - 1) * _SCALE**2)
     constant *= math.sqrt(HIDDEN_SIZE)  # after the norm
     size = math.sqrt(_SHARPNESS * math.sqrt(HEAD_DIM) / _FAST_PAIRS) / constant
@@ -88,16 +88,16 @@ def _look_back(weights: dict[str, Tensor], attention: str, head: int, offset: in
 
 
 def _copy_previous(value: Tensor, out: Tensor) -> None:
-    """Let head 0 copy the dimensions _OWN of what it attends to into _PREVIOUS."""
+    """Make head 0 copy dimensions _OWN of the position it attends to into _PREVIOUS."""
     value[:HEAD_DIM] = 0.0
     out[:, :HEAD_DIM] = 0.0
     width = torch.arange(_OWN.stop - _OWN.start)
     value[width, width + _OWN.start] = 1.0
-    out[width + _PREVIOUS.start, width] = 2 * _SCALE  # about half of the attention is on it
+    out[width + _PREVIOUS.start, width] = 2 * _SCALE  # it gets about half of the attention
 
 
 def _match_previous(weights: dict[str, Tensor], attention: str, generator: torch.Generator) -> None:
-    """Let head 0 attend from a token to the successors of its equals, and copy what it finds."""
+    """Make head 0 attend from a token to what followed its earlier occurrences, and copy it."""
     query, key, value, out = (weights[f"{attention}{name}_proj.weight"] for name in "qkvo")
     rows = torch.tensor([*_SLOW_PAIRS, *(pair + HEAD_DIM // 2 for pair in _SLOW_PAIRS)])
     width = torch.arange(len(rows))

@@ -1,7 +1,7 @@
-"""A plain Llama forward over named weights, so that several branches share one packed pass.
+"""A plain functional Llama, whose forward pass takes the mask and positions of packed branches.
 
-The names and the arithmetic are those of transformers' LlamaForCausalLM: what is saved is what was
-trained.
+Names and arithmetic are those of transformers' LlamaForCausalLM, which loads the trained weights
+unchanged.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coconut_serve.training.vocabulary import BOS, EOS, PAD, VOCAB_SIZE
 
-# What transformers' LlamaConfig is made of.
+# Arguments of transformers' LlamaConfig.
 CONFIG: Final[Mapping[str, Any]] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 128,
@@ -41,20 +41,19 @@ FINAL_NORM: Final = "model.norm.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """Keys and values of the positions seen so far, one tensor a layer."""
+    """Keys and values of the positions seen so far, one tensor per layer."""
 
     keys: tuple[Tensor, ...]  # each [batch_size, num_heads, num_positions, head_dim]
     values: tuple[Tensor, ...]  # as keys
 
     @property
     def num_positions(self) -> int:
-        """Positions seen."""
         return self.keys[0].shape[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """How a thought becomes a soft token; as trained: the whole vocabulary at temperature 1."""
+    """How a thought becomes a soft token; trained with the whole vocabulary at temperature 1."""
 
     top_k: int = VOCAB_SIZE
     temperature: float = 1.0
@@ -62,9 +61,9 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
-    """The latent slots of a batch of prompts, filled."""
+    """The filled latent slots of a batch of prompts."""
 
-    thoughts: Tensor  # [batch_size, num_thoughts, hidden_size], hidden states, fed or mixed from
+    thoughts: Tensor  # [batch_size, num_thoughts, hidden_size], hidden states before mixing
     cache: Cache  # of prompt and thoughts
 
 
@@ -72,7 +71,7 @@ class Llama:
     """The demo's transformer, as a function of its weights."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
-        """Keep the weights: transformers' names, without the tied `lm_head.weight`."""
+        """Take the weights under transformers' names, without the tied `lm_head.weight`."""
         self.weights = weights
         theta: float = CONFIG["rope_parameters"]["rope_theta"]
         exponents = torch.arange(0, HEAD_DIM, 2, dtype=torch.int64).float() / HEAD_DIM
@@ -82,15 +81,14 @@ class Llama:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.weights[EMBEDDING].device
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Look up input vectors: [..., hidden_size] for token ids [...]."""
+        """Look up embeddings: token ids [...] -> [..., hidden_size]."""
         return F.embedding(token_ids, self.weights[EMBEDDING])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Score the next token: [..., vocab_size] for hidden states [..., hidden_size]."""
+        """Score the next token: hidden states [..., hidden_size] -> [..., vocab_size]."""
         return F.linear(hidden, self.weights[EMBEDDING])
 
     def forward(
@@ -105,10 +103,10 @@ class Llama:
 
         Args:
             inputs: [batch_size, num_new, hidden_size].
-            cache: Earlier positions; none if None.
+            cache: Earlier positions, if any.
             positions: [num_new] for RoPE; None: they follow the cache.
-            mask: [num_new, num_earlier + num_new] bool, what each may see; None: causal, for which
-                either there is no cache or one new position.
+            mask: [num_new, num_earlier + num_new] bool, what each may attend to; None: causal,
+                which needs an empty cache or a single new position.
 
         Returns:
             Hidden states [batch_size, num_new, hidden_size], and the cache with the new positions.
@@ -129,7 +127,7 @@ class Llama:
     def think(
         self, hidden: Tensor, cache: Cache, num_thoughts: int, mixture: Mixture | None = None
     ) -> Thinking:
-        """Feed the last hidden state back, or the soft token it stands for.
+        """Feed the last hidden state back, or the soft token computed from it.
 
         Args:
             hidden: [batch_size, hidden_size], at the last position of the cache.
@@ -146,7 +144,7 @@ class Llama:
         return Thinking(thoughts=torch.cat(thoughts, dim=1), cache=cache)
 
     def mix(self, hidden: Tensor, mixture: Mixture) -> Tensor:
-        """Average the embeddings of the likeliest tokens: [..., hidden_size], as `hidden`."""
+        """Average the embeddings of the likeliest tokens; [..., hidden_size], like `hidden`."""
         probs = torch.softmax(self.logits(hidden) / mixture.temperature, dim=-1)
         if mixture.top_k < VOCAB_SIZE:
             top = probs.topk(mixture.top_k, dim=-1)
@@ -162,7 +160,7 @@ class Llama:
         earlier: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One block; returns its output, all keys and all values."""
+        """Run one layer; returns its output, all keys and all values."""
         name = f"model.layers.{layer}."
         normed = self._norm(f"{name}input_layernorm.weight", inputs)
         query = _rotate(self._heads(f"{name}self_attn.q_proj.weight", normed), rope)
@@ -184,12 +182,12 @@ class Llama:
         return F.rms_norm(inputs, (HIDDEN_SIZE,), self.weights[name], CONFIG["rms_norm_eps"])
 
     def _heads(self, name: str, inputs: Tensor) -> Tensor:
-        """Project: [batch_size, num_heads, num_new, head_dim]."""
+        """Project to [batch_size, num_heads, num_new, head_dim]."""
         out = F.linear(inputs, self.weights[name])
         return out.view(*out.shape[:-1], NUM_HEADS, HEAD_DIM).transpose(1, 2)
 
 
 def _rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply RoPE; dimension i is paired with i + head_dim / 2."""
+    """Apply RoPE, which pairs dimension i with i + head_dim / 2."""
     first, second = heads.chunk(2, dim=-1)
     return heads * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]

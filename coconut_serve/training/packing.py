@@ -1,8 +1,8 @@
-"""One packed pass that supervises everything a question teaches.
+"""Supervises all targets of a question in one packed forward pass.
 
-After the prompt, its start token and the thoughts, one pass holds several branches side by side:
-chain of thought, direct answer, and for each chosen k what follows the first k thoughts. A mask
-keeps the branches apart, and position ids make each one look as if it were alone.
+After the prompt, the start token and the thoughts, one pass runs several branches side by side:
+chain of thought, direct answer, and for each chosen k the text after the first k thoughts. A mask
+isolates the branches, and position ids make each one equal to a pass of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,9 @@ from coconut_serve.training.vocabulary import ANSWER, END, FIRST_NAME, START, VO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What one batch is trained for."""
+    """Training targets of one batch."""
 
-    stages: Sequence[int]  # thought counts k after which the rest is written
+    stages: Sequence[int]  # thought counts k after which the rest is generated
     num_thoughts: int  # latent slots filled; at least the largest stage
     cot_weight: float = 1.0
     direct_weight: float = 0.3
@@ -32,9 +32,9 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
-    """Tokens that continue what they see: the earlier positions [0, num_seen)."""
+    """Tokens that continue the earlier positions [0, num_seen)."""
 
-    token_ids: Ints  # [batch_size, length + 1], each position learns to give its successor
+    token_ids: Ints  # [batch_size, length + 1], each position learns to predict the next
     num_seen: int
     weight: float
 
@@ -45,7 +45,7 @@ class Branch:
 
 
 def branches(graphs: Graphs, num_prompt: int, objective: Objective) -> Iterator[Branch]:
-    """List what the packed pass holds; its earlier positions are prompt, start token, thoughts."""
+    """List the branches of the packed pass, which follows prompt, start token and thoughts."""
     cot = cot_ids(graphs)
     if objective.cot_weight:
         yield Branch(token_ids=cot, num_seen=num_prompt, weight=objective.cot_weight)
@@ -60,9 +60,9 @@ def branches(graphs: Graphs, num_prompt: int, objective: Objective) -> Iterator[
 def packed_loss(model: Llama, graphs: Graphs, objective: Objective) -> Tensor:
     """Compute the loss of one batch of questions.
 
-    The sum of each branch's mean cross-entropy times its weight, of the first token of the chain of
-    thought with the weight of one of its tokens, and of the thoughts' mean divergence from the
-    search frontier.
+    Sums each branch's mean cross-entropy times its weight; that of the chain of thought's first
+    token, which the prompt predicts, with the weight of one of its tokens; and the thoughts' mean
+    divergence from the search frontier.
 
     Returns:
         A scalar.
@@ -86,7 +86,7 @@ def packed_loss(model: Llama, graphs: Graphs, objective: Objective) -> Tensor:
 
 
 def _branch_loss(model: Llama, packed: Sequence[Branch], cache: Cache) -> Tensor:
-    """Run all branches at once and weigh their mean cross-entropies."""
+    """Run all branches at once and sum their mean cross-entropies by weight."""
     inputs = _tensor(np.concatenate([b.token_ids[:, :-1] for b in packed], axis=1), model)
     targets = _tensor(np.concatenate([b.token_ids[:, 1:] for b in packed], axis=1), model)
     weights = torch.cat([torch.full((b.length,), b.weight / b.length) for b in packed])
@@ -102,7 +102,7 @@ def _branch_loss(model: Llama, packed: Sequence[Branch], cache: Cache) -> Tensor
 
 
 def branch_mask(packed: Sequence[Branch], num_earlier: int) -> Tensor:
-    """Say what each packed position sees: its branch's earlier positions, and its branch causally.
+    """Let each packed position attend to its branch's earlier positions and causally to its branch.
 
     Returns:
         [num_packed, num_earlier + num_packed] bool.
@@ -114,7 +114,7 @@ def branch_mask(packed: Sequence[Branch], num_earlier: int) -> Tensor:
 
 
 def frontier_divergence(model: Llama, thoughts: Tensor, graphs: Graphs) -> Tensor:
-    """Kullback-Leibler divergence of what thoughts decode to from the frontiers, averaged.
+    """Compute the mean Kullback-Leibler divergence of the decoded thoughts from the frontiers.
 
     Args:
         model: Decodes the thoughts.
@@ -126,10 +126,10 @@ def frontier_divergence(model: Llama, thoughts: Tensor, graphs: Graphs) -> Tenso
 
 
 def lookup_loss(model: Llama, graphs: Graphs, rng: np.random.Generator) -> Tensor:
-    """Teach edge lookup alone: the edges are told again, and each parent must call its children.
+    """Train edge lookup alone: repeat the edges; each parent must predict its children.
 
     Returns:
-        A scalar, the mean divergence from all children of a parent, equally likely.
+        A scalar, the mean divergence from a uniform distribution over a parent's children.
     """
     told = prompt_ids(graphs)[:, :-5]  # without candidates and root
     size, num_edges = graphs.edges.shape[:2]
@@ -146,7 +146,7 @@ def lookup_loss(model: Llama, graphs: Graphs, rng: np.random.Generator) -> Tenso
 
 
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean divergence of softmax(logits) from target, both [batch_size, count, vocab_size]."""
+    """Compute softmax(logits)' mean divergence from target; [batch_size, count, vocab_size]."""
     log_probs = F.log_softmax(logits, dim=-1).flatten(0, 1)
     return F.kl_div(log_probs, target.flatten(0, 1), reduction="batchmean")
 

@@ -1,4 +1,4 @@
-"""What the demo is trained on and for how long: phases counted in steps, never by the clock."""
+"""The demo's training recipe: phases measured in steps, never in seconds."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from coconut_serve.training.packing import Objective
 from coconut_serve.training.task import HOPS
 
 MAX_THOUGHTS: Final = 6
-_LAST_RATE: Final = 0.02  # of the learning rate, at least, however late
+_LAST_RATE: Final = 0.02  # lower bound of the decay, as a share of the learning rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of the training, with an optimizer of its own."""
+    """A part of the training, with its own optimizer."""
 
     name: str
     steps: int
-    hops: tuple[int, ...] = HOPS  # batches take turns
-    is_lookup: bool = False  # edge lookup only; what follows does not matter then
+    hops: tuple[int, ...] = HOPS  # of the batches, in turn
+    is_lookup: bool = False  # edge lookup only; ignores the fields below
     num_thoughts: int = MAX_THOUGHTS
-    first_stage: int = 1  # fewest thoughts that are trained; 0: both markers, nothing in between
-    num_stages: int = MAX_THOUGHTS  # thought counts trained in one batch, drawn anew for each
-    soft_ratio: float = 0.0  # of the batches feed soft tokens
+    first_stage: int = 1  # fewest thoughts trained; 0: both markers with nothing between them
+    num_stages: int = MAX_THOUGHTS  # thought counts per batch, drawn for each
+    soft_ratio: float = 0.0  # share of batches that feed soft tokens
     cot_weight: float = 1.0
     decay_from: float = 1.0  # share of the phase after which the learning rate falls linearly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where in a recipe a step is."""
+    """A step's place in a recipe."""
 
     phase_index: int
     phase: Phase
@@ -40,7 +40,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """All that decides the weights: on the same machine and threads it gives the same bits."""
+    """Everything that determines the weights, bit by bit on the same machine and thread count."""
 
     phases: tuple[Phase, ...]
     seed: int = 0
@@ -51,17 +51,16 @@ class Recipe:
     weight_decay: float = 0.01  # of matrices
     max_gradient_norm: float = 1.0
     direct_weight: float = 0.3
-    has_frontier: bool = True  # thoughts are supervised by the search frontier
+    has_frontier: bool = True  # the search frontier supervises the thoughts
     has_prior: bool = True  # see initial.py
-    is_staged: bool = False  # COCONUT's curriculum: steps are replaced by thoughts one by one
+    is_staged: bool = False  # COCONUT's curriculum: thoughts replace steps one by one
 
     @property
     def num_steps(self) -> int:
-        """Steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
     def locate(self, step: int) -> Place:
-        """Find the phase of a step; the end counts as the last phase's."""
+        """Find the phase of a step; the end belongs to the last phase."""
         for index, phase in enumerate(self.phases):
             if step < phase.steps:
                 return Place(phase_index=index, phase=phase, step=step)
@@ -69,14 +68,14 @@ class Recipe:
         return Place(phase_index=index, phase=phase, step=phase.steps)
 
     def learning_rate_at(self, place: Place) -> float:
-        """Warm up, stay, and fall from `decay_from` on."""
+        """Compute the rate: warm-up, constant, then linear decay from `decay_from`."""
         phase = place.phase
         warm = min(1.0, (place.step + 1) / self.warmup_steps)
         left = (phase.steps - place.step) / max(1.0, phase.steps * (1 - phase.decay_from))
         return self.learning_rate * warm * max(_LAST_RATE, min(1.0, left))
 
     def objective_at(self, place: Place, rng: np.random.Generator) -> Objective:
-        """Choose what a step is trained for."""
+        """Choose the training targets of a step."""
         phase = place.phase
         is_soft = bool(rng.random() < phase.soft_ratio)
         if self.is_staged:
@@ -93,7 +92,7 @@ class Recipe:
         )
 
     def _staged(self, place: Place, is_soft: bool) -> Objective:
-        """First the chain of thought alone, then only stage 1, only stage 2, ..."""
+        """Train the chain of thought alone, then only stage 1, only stage 2, ..."""
         stage = place.step * (place.phase.num_thoughts + 1) // place.phase.steps
         return Objective(
             stages=(stage,) if stage else (),
@@ -106,7 +105,7 @@ class Recipe:
 
 
 def demo_recipe(*, seed: int = 0, scale: float = 1.0) -> Recipe:
-    """Build the recipe of the demo; `scale` shortens its phases."""
+    """Build the demo's recipe; `scale` multiplies the length of its phases."""
     phases = (
         Phase(name="lookup", steps=300, is_lookup=True),
         Phase(name="latent", steps=1050, hops=(2, 3, 4), num_thoughts=4, num_stages=4),

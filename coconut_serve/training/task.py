@@ -1,8 +1,8 @@
 """The task: which of two places can be reached from a third, in a forest of two trees.
 
 Both trees have the same number of nodes and a leaf at the same depth; these leaves are the
-candidates. The trees are drawn alike, so nothing but following the edges tells which one the root
-belongs to. A graph's labelled edges decide whether it may be trained on (`partition_of`).
+candidates. Both trees have the same distribution, so only following the edges reveals which one
+the root belongs to. A graph's labelled edges decide whether it is trained on (`partition_of`).
 """
 
 import json
@@ -31,30 +31,30 @@ Ints = NDArray[np.int64]
 Partition = Literal["train", "dev", "test"]
 
 HOPS: Final = (2, 3, 4, 5)
-NUM_EXTRA: Final = {2: 2, 3: 2, 4: 3, 5: 3}  # nodes of a tree beside the path to its candidate
-_CHAIN_RATIO = 0.5  # of extra nodes hang on the extra node before them
+NUM_EXTRA: Final = {2: 2, 3: 2, 4: 3, 5: 3}  # by hops: a tree's nodes off the candidate's path
+_CHAIN_RATIO = 0.5  # share of extra nodes that are children of the previous extra node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graphs:
     """Questions with the same number of hops; a place is an index into NAMES."""
 
-    edges: Ints  # [num_graphs, num_edges, 2], parent and child, in the order they are told
-    candidates: Ints  # [num_graphs, 2], in the order they are told
+    edges: Ints  # [num_graphs, num_edges, 2], parent and child, in the question's order
+    candidates: Ints  # [num_graphs, 2], in the question's order
     path: Ints  # [num_graphs, hops + 1], from the root to the right candidate
     nodes: Ints  # [num_graphs, num_nodes], the root's tree
     depths: Ints  # [num_graphs, num_nodes], of these nodes
 
     @property
     def hops(self) -> int:
-        """Edges between root and answer."""
+        """Number of edges between root and answer."""
         return int(self.path.shape[1]) - 1
 
     def __len__(self) -> int:
         return len(self.path)
 
     def take(self, rows: slice | NDArray[Any]) -> "Graphs":
-        """Pick some of the graphs."""
+        """Select some of the graphs."""
         return Graphs(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
@@ -69,11 +69,11 @@ class Question:
 
 
 def draw(rng: np.random.Generator, hops: int, count: int) -> Graphs:
-    """Draw questions of any partition."""
+    """Draw random questions from all partitions."""
     num_nodes = hops + 1 + NUM_EXTRA[hops]
     parents, depths = _draw_trees(rng, hops, count)
     names = rng.random((count, len(NAMES))).argsort(axis=1)[:, : 2 * num_nodes]
-    names = names.reshape(count, 2, num_nodes)  # the first tree is the one asked about
+    names = names.reshape(count, 2, num_nodes)  # the first tree has the root of the question
     ends = np.stack([np.take_along_axis(names, parents, axis=2), names], axis=3)[:, :, 1:]
     edges = _shuffle(rng, ends.reshape(count, -1, 2))
     return Graphs(
@@ -86,7 +86,7 @@ def draw(rng: np.random.Generator, hops: int, count: int) -> Graphs:
 
 
 def _draw_trees(rng: np.random.Generator, hops: int, count: int) -> tuple[Ints, Ints]:
-    """Draw two trees a graph: nodes [0, hops] are a path, the others hang on it or on each other.
+    """Draw two trees per graph: nodes [0, hops] are a path, the others hang off it or each other.
 
     Returns:
         Parent and depth of each node, both [count, 2, num_nodes]; the root is its own parent.
@@ -108,19 +108,19 @@ def _draw_trees(rng: np.random.Generator, hops: int, count: int) -> tuple[Ints, 
 
 
 def _shuffle(rng: np.random.Generator, rows: Ints) -> Ints:
-    """Put axis 1 of each row into an order of its own."""
+    """Shuffle axis 1 of each row independently."""
     order = rng.random(rows.shape[:2]).argsort(axis=1)
     return np.take_along_axis(rows, order.reshape(*order.shape, *[1] * (rows.ndim - 2)), axis=1)
 
 
 def partition_of(edges: Ints) -> Ints:
-    """Hash each graph's labelled edge set, whatever the order of its edges.
+    """Hash each graph's labelled edge set, independent of edge order.
 
     Args:
         edges: [num_graphs, num_edges, 2].
 
     Returns:
-        [num_graphs] in [0, 100): 0 is the test partition, 1 the dev partition, the rest is trained.
+        [num_graphs] in [0, 100): 0 is the test partition, 1 dev, the rest train.
     """
     codes = (edges[..., 0] * len(NAMES) + edges[..., 1]).astype(np.uint64)
     hashes: Ints = (_mix(_mix(codes).sum(axis=1)) % np.uint64(100)).astype(np.int64)
@@ -136,7 +136,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def sample(rng: np.random.Generator, hops: int, count: int, partition: Partition) -> Graphs:
-    """Draw questions whose graphs are all in one partition."""
+    """Draw random questions from one partition."""
     found: list[Graphs] = []
     size = count + count // 16 + 8 if partition == "train" else 120 * count
     while sum(map(len, found)) < count:
@@ -152,7 +152,7 @@ def _is_in(hashes: Ints, partition: Partition) -> NDArray[np.bool_]:
 
 
 def prompt_ids(graphs: Graphs) -> Ints:
-    """Token ids of the questions, [num_graphs, 3 * num_edges + 6], as the tokenizer gives them."""
+    """Encode the questions as the tokenizer does: [num_graphs, 3 * num_edges + 6]."""
     size, x, y = len(graphs), *graphs.candidates.T
     comma = np.full((*graphs.edges.shape[:2], 1), COMMA)
     edges = np.concatenate([graphs.edges + FIRST_NAME, comma], axis=2).reshape(size, -1)
@@ -162,7 +162,7 @@ def prompt_ids(graphs: Graphs) -> Ints:
 
 
 def cot_ids(graphs: Graphs) -> Ints:
-    """Token ids of steps and answer, [num_graphs, 3 * hops + 3]: `r p1 , p1 p2 , ### p2 <eos>`."""
+    """Encode steps and answer, [num_graphs, 3 * hops + 3]: `r p1 , p1 p2 , ### p2 <eos>`."""
     size, path = len(graphs), graphs.path + FIRST_NAME
     comma = np.full((size, graphs.hops), COMMA)
     steps = np.stack([path[:, :-1], path[:, 1:], comma], axis=2).reshape(size, -1)
@@ -171,9 +171,9 @@ def cot_ids(graphs: Graphs) -> Ints:
 
 
 def frontiers(graphs: Graphs, num_thoughts: int) -> NDArray[np.float32]:
-    """What each thought should hold: the places that many edges from the root, equally likely.
+    """Compute each thought's target: thought k is uniform over the places k edges from the root.
 
-    The last level is kept for thoughts beyond it.
+    Thoughts beyond the last level repeat it.
 
     Returns:
         [num_graphs, num_thoughts, vocab_size], each row sums to 1.
@@ -188,7 +188,7 @@ def frontiers(graphs: Graphs, num_thoughts: int) -> NDArray[np.float32]:
 
 
 def questions(graphs: Graphs) -> Iterator[Question]:
-    """Say the questions in words: `oslo > rome, rome > lima, ..., lima or bonn from oslo?`."""
+    """Write the questions as text: `oslo > rome, rome > lima, ..., lima or bonn from oslo?`."""
     for edges, candidates, path in zip(graphs.edges, graphs.candidates, graphs.path, strict=True):
         told = "".join(f"{NAMES[a]} > {NAMES[b]}, " for a, b in edges)
         x, y = (NAMES[c] for c in candidates)
@@ -202,7 +202,7 @@ def questions(graphs: Graphs) -> Iterator[Question]:
 
 
 def sample_each(seed: int, per_hop: int, partition: Partition) -> list[Graphs]:
-    """Draw the same number of questions for each hop count."""
+    """Sample the same number of questions for each hop count."""
     return [sample(np.random.default_rng([seed, h]), h, per_hop, partition) for h in HOPS]
 
 
@@ -214,7 +214,7 @@ def write_questions(path: Path, seed: int, per_hop: int) -> None:
 
 
 def audit_shortcuts(graphs: Graphs) -> dict[str, float]:
-    """Measure how often rules that do not follow the edges would find the answer: all near 0.5."""
+    """Measure how often rules that ignore the edges find the answer; all should be near 0.5."""
     answer = graphs.path[:, -1]
     other = graphs.candidates.sum(axis=1) - answer
     parents, children = graphs.edges[..., 0], graphs.edges[..., 1]
@@ -231,7 +231,7 @@ def audit_shortcuts(graphs: Graphs) -> dict[str, float]:
 
 
 def _beats(a: Ints, b: Ints) -> NDArray[np.float64]:
-    """1 where a is larger, 0.5 where they are equal (a guess), 0 elsewhere."""
+    """Return 1 where a is larger, 0.5 where they are equal (a guess), 0 elsewhere."""
     return np.where(a == b, 0.5, a > b)
 
 

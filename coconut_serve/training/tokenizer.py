@@ -1,4 +1,4 @@
-"""The demo's tokenizer, one token a word."""
+"""The demo's tokenizer, one token per word."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from coconut_serve.training.vocabulary import BOS, SPECIAL_TOKENS, WORDS
 
 
 def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer: lower case, a word or a comma each, arrows and question marks dropped.
+    """Build the tokenizer: lower-case words and commas; drops arrows and question marks.
 
-    A word outside the vocabulary becomes `<unk>`, so that it does not vanish unseen.
+    A word outside the vocabulary becomes `<unk>`, so that it does not vanish silently.
     """
     ids = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
@@ -23,7 +23,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
     )
-    # Joins words by spaces, none before a comma; no word begins with the prefix.
+    # Joins words with spaces, none before a comma; no word begins with the prefix.
     tokenizer.decoder = decoders.WordPiece(prefix="@@", cleanup=True)
     hidden = [*SPECIAL_TOKENS, "###", "<unk>"]
     tokenizer.add_special_tokens([AddedToken(w, special=True, normalized=False) for w in hidden])

@@ -1,4 +1,4 @@
-"""The training loop: steps, learning curve, and a checkpoint from which it goes on exactly."""
+"""The training loop: steps, learning curve, and checkpoints that resume exactly."""
 
 import json
 import os
@@ -35,12 +35,12 @@ _MOMENTS: Final = ("exp_avg", "exp_avg_sq")  # torch's names for AdamW's state
 
 
 class Trainer:
-    """Trains one model by one recipe; cut off anywhere, it goes on as if it had not been."""
+    """Trains one model by one recipe; an interrupted run resumes with identical results."""
 
     def __init__(self, recipe: Recipe, directory: Path, *, device: str = "cpu") -> None:
-        """Start from the initial weights; `directory` is where the checkpoint goes."""
+        """Start from the initial weights; `directory` is for the checkpoint."""
         self.recipe = recipe
-        self.step = 0  # the next one, counted over all phases
+        self.step = 0  # the next one, over all phases
         self.curve: list[dict[str, Any]] = []  # accuracies on dev questions
         self.seconds = 0.0  # spent, over all runs
         weights = initial_weights(recipe.seed, has_prior=recipe.has_prior)
@@ -49,11 +49,11 @@ class Trainer:
         self._optimizer = self._new_optimizer()
 
     def run(self, *, until: int | None = None, every: int = 300) -> None:
-        """Train.
+        """Train, evaluating and saving periodically.
 
         Args:
             until: The step to stop before; None: the end of the recipe.
-            every: Steps between two evaluations, and between two checkpoints.
+            every: Steps between evaluations, and between checkpoints.
         """
         end = self.recipe.num_steps
         last = end if until is None else until
@@ -70,7 +70,7 @@ class Trainer:
                 bar.update()
 
     def train_step(self) -> float:
-        """Make one step and return its loss."""
+        """Run one step and return its loss."""
         place = self.recipe.locate(self.step)
         if place.step == 0:
             self._optimizer = self._new_optimizer()
@@ -86,7 +86,7 @@ class Trainer:
 
     def _loss(self) -> Tensor:
         place = self.recipe.locate(self.step)
-        # All the randomness of a step; no generator's state outlives it, so none is saved.
+        # The step's only source of randomness, so checkpoints need no generator state.
         rng = np.random.default_rng([self.recipe.seed, place.phase_index, place.step])
         hops = place.phase.hops[place.step % len(place.phase.hops)]
         graphs = sample(rng, hops, self.recipe.batch_size, "train")
@@ -110,13 +110,13 @@ class Trainer:
         self.curve.append({**point, "accuracy": by_mode})
 
     def _progress(self, loss: float) -> dict[str, str]:
-        """What the bar shows: the loss, and the last accuracies for each number of hops."""
+        """Format the loss and the latest accuracies by hops, for the progress bar."""
         accuracy = self.curve[-1]["accuracy"] if self.curve else {}
         shown = {mode: "/".join(f"{100 * a:.0f}" for a in row) for mode, row in accuracy.items()}
         return {"loss": f"{loss:.3f}", **shown}
 
     def save(self) -> None:
-        """Write weights, optimizer and place to one file, which is the old or the new one whole."""
+        """Write weights, optimizer and place to one file, replaced atomically."""
         tensors = {name: weight.detach() for name, weight in self.model.weights.items()}
         for name, weight in self.model.weights.items():
             state = self._optimizer.state.get(weight, {})
@@ -129,10 +129,10 @@ class Trainer:
         os.replace(partial, self._directory / CHECKPOINT)
 
     def load(self) -> None:
-        """Go on from the checkpoint.
+        """Resume from the checkpoint.
 
         Raises:
-            StartupError: There is none, or it was made by another recipe.
+            StartupError: There is none, or it belongs to another recipe.
         """
         path = self._directory / CHECKPOINT
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The demo's words and their ids."""
+"""The demo's vocabulary."""
 
 from typing import Final
 
