@@ -83,8 +83,7 @@ def find_extractor(name: str | None) -> Callable[[str], str]:
     """Find the function that extracts the answer from a text.
 
     Args:
-        name: The manifest's `answer.extract`: `last_word`, `last_number` or `after:MARK`; None:
-            the text without surrounding whitespace.
+        name: `answer.extract`: `last_word`, `last_number`, `after:MARK`; None: the stripped text.
 
     Raises:
         StartupError: The name is unknown.
