@@ -53,7 +53,6 @@ import httpx
 import torch
 
 import coconut_serve
-from coconut_serve.engines.vllm.params import from_extra_args, worker_params, to_extra_args
 from coconut_serve.errors import InvalidRequestError
 from coconut_serve.params import ReasoningParams
 from tests import test_docs
@@ -100,11 +99,6 @@ async def on_the_native_engine() -> None:
             adapter=lambda hidden: -2.0 * hidden,
         )
     assert result.token_ids == answer
-    thinking = worker_params(request, hidden_size=32, hidden_token_id=3)
-    flat = to_extra_args(thinking)
-    assert flat["reasoning_negate_by"] == 2.0
-    read = from_extra_args(flat)
-    assert read is not None and read.params.negate_by == 2.0
 
 
 asyncio.run(over_http())
@@ -121,31 +115,57 @@ print("all of it")
 """
 
 
-@pytest.mark.torch
-def test_setting_of_a_mode_is_declared_once(tiny_llama: Path, tmp_path: Path) -> None:
-    """It was five product files, three documents and five tests."""
+# The same where vLLM is installed: its workers get settings as flat keys.
+CHECK_VLLM = """
+from coconut_serve.engines.vllm.params import from_extra_args, to_extra_args, worker_params
+from tests.fakes import make_request
+
+own = {"negate_by": 2.0}
+request = make_request(mode="negated", steps=3, end=(11,), reasoning=own)
+flat = to_extra_args(worker_params(request, hidden_size=32, hidden_token_id=3))
+assert flat["reasoning_negate_by"] == 2.0
+read = from_extra_args(flat)
+assert read is not None and read.params.negate_by == 2.0
+print("all of it")
+"""
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A folder with the package in which a mode and its setting are added."""
     package, copy = ROOT / "coconut_serve", tmp_path / "coconut_serve"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    edit(
-        copy / "params.py",
-        "    mixture: MixtureParams = internal(",
-        FIELD.lstrip("\n"),
-        before=True,
-    )
+    edit(copy / "params.py", "    mixture: MixtureParams = internal(", FIELD[1:], before=True)
     edit(copy / "reasoning" / "registry.py", "}\nNO_THINKING =", LINE[1:])
     (copy / "reasoning" / "modes" / "negated.py").write_text(MODE, encoding="utf-8")
     assert differences(package, copy) == {
         "params.py", "reasoning/registry.py", "reasoning/modes/negated.py",
     }  # fmt: skip
+    return tmp_path
+
+
+def check(changed: Path, code: str, *args: Path) -> None:
+    """Run code with the changed package."""
     done = subprocess.run(
-        [sys.executable, "-c", CHECK, str(tmp_path), str(tiny_llama)],
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        cwd=tmp_path,
+        [sys.executable, "-c", code, str(changed), *map(str, args)],
+        env=os.environ | {"PYTHONPATH": f"{changed}{os.pathsep}{ROOT}"},
+        cwd=changed,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.stdout.endswith("all of it\n"), done.stderr
+
+
+@pytest.mark.torch
+def test_setting_of_a_mode_is_declared_once(tiny_llama: Path, changed: Path) -> None:
+    """It was five product files, three documents and five tests."""
+    check(changed, CHECK, tiny_llama)
+
+
+@pytest.mark.vllm
+def test_workers_of_vllm_get_it_too(changed: Path) -> None:
+    check(changed, CHECK_VLLM)
 
 
 def edit(file: Path, mark: str, text: str, *, before: bool = False) -> None:
