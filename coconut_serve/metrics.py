@@ -26,7 +26,7 @@ from coconut_serve.types import HaltReason, StepStats, WaitReason
 # deadline: cut short by --drain-seconds. tool_calls: by nothing until tools are supported.
 OUTCOMES = ("stop", "length", "tool_calls", "cancelled", "rejected", "deadline", "error")
 UNKNOWN = "unknown"  # the mode of a request that was refused before it was known
-ENDPOINTS = ("chat", "completions")
+ENDPOINTS = ("chat", "completions", "responses")
 REJECTIONS = ("queue_full", "loading", "draining", "too_long", "invalid")
 WAIT_REASONS: tuple[WaitReason, ...] = get_args(WaitReason)
 STAGES = ("queued", "thinking", "decode")

@@ -339,6 +339,9 @@ class RequestOnly(Declared):
     effort: str | None = setting(None, "Same as reasoning_effort: scales the default number of "
         "steps; none: mode none.", usual="-")
     summary: str | None = setting(None, "OpenAI's; accepted without effect.", usual="-")
+    generate_summary: str | None = setting(None, "As summary, an older name.", usual="-")
+    context: str | None = setting(None, "OpenAI's; accepted without effect: thinking of earlier "
+        "turns is never fed again.", usual="-")
     explain: bool = setting(False, "Report every resolved setting with its source.")
     preset: str | None = setting(None, "Settings of a published method, by name.", usual="-")
     start: _BOUNDS = setting("auto", "Tokens fed before thinking, in mode latent: auto, none, "

@@ -1,19 +1,19 @@
 """What both generation endpoints share: run a generation, answer whole or as a stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coconut_serve.errors import InvalidRequestError
+from coconut_serve.errors import CoconutError, InvalidRequestError
 from coconut_serve.server.errors import count_error
 from coconut_serve.server.parse import read_reasoning, sampling_fields
 from coconut_serve.server.render import Renderer
-from coconut_serve.server.schemas import GenerationBody, check_text_format
-from coconut_serve.server.sse import Event, EventStream
+from coconut_serve.server.schemas import GenerationBody
+from coconut_serve.server.sse import DONE, Event, EventStream
 from coconut_serve.server.state import ignored_header
 from coconut_serve.service.ask import GenerateCall
 from coconut_serve.service.collect import collect
@@ -24,7 +24,7 @@ from coconut_serve.service.service import Service
 T = TypeVar("T")
 
 
-async def _whole(renderer: Renderer[Any]) -> str:
+async def _whole(renderer: Renderer) -> str:
     """Run to the end and return the answer in one piece."""
     generation = renderer.generation
     async with generation:
@@ -33,10 +33,10 @@ async def _whole(renderer: Renderer[Any]) -> str:
     shown = select_shown(collected, branches=resolved.branches, select=resolved.select)
     generation.shown = shown[0].index
     choices = [replace(choice, index=index) for index, choice in enumerate(shown)]
-    return renderer.whole(choices).model_dump_json(exclude_unset=True)
+    return renderer.whole(choices)
 
 
-async def _stream(renderer: Renderer[Any]) -> AsyncIterator[Event]:
+async def _stream(renderer: Renderer) -> AsyncIterator[Event]:
     """Run and yield the answer as events, usage last if requested."""
     for event in renderer.opening():
         yield event
@@ -53,18 +53,32 @@ def read_ask(
     body: GenerationBody,
     service: Service,
     *,
-    max_tokens: int | None,
     num_logprobs: int | None,
+    max_tokens: tuple[str, int | None],
+    max_positions: int | None = None,
     **own: Any,
 ) -> GenerateCall:
-    """Build a GenerateCall; `own` holds the fields of the endpoint alone."""
+    """Build a GenerateCall.
+
+    Args:
+        request: Its headers and state.
+        body: Of any endpoint.
+        service: For its settings.
+        num_logprobs: Rivals of each answer token to tell; None: no log-probabilities.
+        max_tokens: Most answer tokens, behind the name that the endpoint has for them.
+        max_positions: Most positions of thinking and answer together.
+        own: Fields of the endpoint alone.
+    """
     if body.request_id is not None:
         request.state.request_id = body.request_id  # for the header and the log too
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
-    check_text_format(body)
     asked = read_reasoning(request, body, service.config)
     request.state.reasoning_mode = asked.mode  # for the metrics, if it is rejected
+    settings = asked.settings
+    if max_positions is not None:
+        asked_for = settings.get("max_total_steps", max_positions)
+        settings = settings | {"max_total_steps": min(asked_for, max_positions)}
     is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
     if body.stream and is_picked:
         raise InvalidRequestError(
@@ -75,9 +89,8 @@ def read_ask(
         mode=asked.mode,
         effort=asked.effort,
         explains=asked.explains,
-        reasoning=asked.settings,
+        reasoning=settings,
         replay=asked.replay,
-        n=body.n or 1,
         arrival=request.state.arrival,
         add_special_tokens=body.add_special_tokens,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
@@ -86,17 +99,23 @@ def read_ask(
     )
 
 
-async def respond(request: Request, renderer: Renderer[Any], ignored: list[str]) -> Response:
+async def respond(request: Request, renderer: Renderer, ignored: list[str]) -> Response:
     """Run the renderer's generation and send it the way the client asked."""
     service, generation = renderer.service, renderer.generation
     request.state.is_accepted = True  # an error from here on ends a sequence
     headers = {"X-Reasoning-Mode": generation.prepared.mode, **ignored_header(service, ignored)}
+
+    def fail(error: CoconutError) -> Iterator[Event]:
+        count_error(request, error)
+        return renderer.failure(error)
+
     if renderer.body.stream:
         return EventStream(
             _stream(renderer),
             close=generation.close,
             on_slow=lambda: service.metrics.add(service.metrics.slow_drops, 1),
-            on_error=lambda error: count_error(request, error),
+            failure=fail,
+            end=DONE if renderer.has_end_mark else b"",
             max_send_seconds=service.config.max_send_seconds,
             keep_alive_seconds=service.config.keep_alive_seconds,
             headers=headers,

@@ -16,7 +16,7 @@ import coconut_serve
 from coconut_serve.config import ServeConfig
 from coconut_serve.errors import CoconutError
 from coconut_serve.metrics import Metrics
-from coconut_serve.server import chat, completions, openapi, ops
+from coconut_serve.server import chat, completions, openapi, ops, responses
 from coconut_serve.server.errors import handle_coconut, handle_disconnect, handle_http
 from coconut_serve.server.middleware import RequestMiddleware
 from coconut_serve.server.stats import log_stats
@@ -81,7 +81,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     app.state.metrics = metrics
     app.state.on_loaded = lambda _: None
     metrics.set(metrics.build_info, 1, coconut_serve.__version__, config.commit, _torch_version())
-    for module in (chat, completions, ops):
+    for module in (chat, completions, responses, ops):
         app.include_router(module.router)
     app.add_exception_handler(CoconutError, handle_coconut)
     app.add_exception_handler(HTTPException, handle_http)

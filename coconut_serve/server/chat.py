@@ -15,8 +15,8 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
-from coconut_serve.server.render import Renderer
-from coconut_serve.server.schemas import ChatRequest
+from coconut_serve.server.render import ChunkRenderer
+from coconut_serve.server.schemas import ChatRequest, check_text_format
 from coconut_serve.server.state import get_service
 from coconut_serve.server.usage import chat_logprob
 from coconut_serve.service.generation import Delta
@@ -37,6 +37,10 @@ async def create_chat_completion(request: Request) -> Response:
     body, ignored = await read_body(request, ChatRequest, service.config)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    check_text_format(body.response_format, "response_format")
+    max_tokens = ("max_tokens", body.max_tokens)
+    if body.max_completion_tokens is not None:
+        max_tokens = ("max_completion_tokens", body.max_completion_tokens)
     ask = read_ask(
         request,
         body,
@@ -45,7 +49,8 @@ async def create_chat_completion(request: Request) -> Response:
         endpoint="chat",
         messages=[clean_message(m, i) for i, m in enumerate(body.messages)],
         chat_template_options=body.template_options(),
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        n=body.n or 1,
+        max_tokens=max_tokens,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     generation = await service.generate(ask)
@@ -76,7 +81,7 @@ def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
-class _ChatRenderer(Renderer[ChunkChoice]):
+class _ChatRenderer(ChunkRenderer[ChunkChoice]):
     """chat.completion and chat.completion.chunk objects."""
 
     def opening_parts(self) -> list[ChunkChoice]:
@@ -101,17 +106,18 @@ class _ChatRenderer(Renderer[ChunkChoice]):
             object="chat.completion.chunk", choices=parts, **self.common(), **extra
         )
 
-    def whole(self, choices: Sequence[Delta]) -> ChatCompletion:
+    def whole(self, choices: Sequence[Delta]) -> str:
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids["prompt_token_ids"] = self.prompt_ids(0)
-        return ChatCompletion(
+        answer = ChatCompletion(
             object="chat.completion",
             choices=[self._choice(each) for each in choices],
             **self.common(),
             **self.cost(),
             **ids,
         )
+        return answer.model_dump_json(exclude_unset=True)
 
     def _choice(self, choice: Delta) -> Choice:
         text: Any = self.thinking(choice.reasoning)

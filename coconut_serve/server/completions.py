@@ -13,8 +13,8 @@ from coconut_serve.errors import InvalidRequestError
 from coconut_serve.server.answer import read_ask, respond
 from coconut_serve.server.openapi import GENERATION_ERRORS, answers, takes_generation
 from coconut_serve.server.parse import read_body
-from coconut_serve.server.render import Renderer
-from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest
+from coconut_serve.server.render import ChunkRenderer
+from coconut_serve.server.schemas import MAX_PROMPTS, CompletionRequest, check_text_format
 from coconut_serve.server.state import get_service
 from coconut_serve.server.usage import named_logprobs, token_text
 from coconut_serve.service.detokenize import Detokenizer
@@ -42,6 +42,7 @@ async def create_completion(request: Request) -> Response:
         )
     if body.echo:
         require_tokenizer(service.tokenizer, "echo", "it cannot echo text")
+    check_text_format(body.response_format, "response_format")
     ask = read_ask(
         request,
         body,
@@ -49,7 +50,8 @@ async def create_completion(request: Request) -> Response:
         request_id=f"cmpl-{body.request_id or request.state.request_id}",
         endpoint="completions",
         prompts=_prompts(body.prompt),
-        max_tokens=body.max_tokens,
+        n=body.n or 1,
+        max_tokens=("max_tokens", body.max_tokens),
         num_logprobs=body.logprobs,
         has_default_max_tokens=True,
     )
@@ -70,7 +72,7 @@ def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:
     return [p if isinstance(p, str) else tuple(p) for p in prompt]
 
 
-class _TextRenderer(Renderer[CompletionChoice]):
+class _TextRenderer(ChunkRenderer[CompletionChoice]):
     """text_completion objects."""
 
     def __init__(self, service: Service, generation: Generation, body: CompletionRequest) -> None:
@@ -126,14 +128,14 @@ class _TextRenderer(Renderer[CompletionChoice]):
         reply.choices = parts
         return reply
 
-    def whole(self, choices: Sequence[Delta]) -> Completion:
+    def whole(self, choices: Sequence[Delta]) -> str:
         parts = []
         for each in choices:
             extra = {**self.thinking(each.reasoning), **self.whole_extra(each)}
             if self.body.return_token_ids:
                 extra["prompt_token_ids"] = self.prompt_ids(each.index)
             parts.append(self._make(each, self._echoed(each.index) + each.content, extra))
-        return self.chunk(parts, self.cost())
+        return self.chunk(parts, self.cost()).model_dump_json(exclude_unset=True)
 
     def logprobs(self, delta: Delta) -> Logprobs:
         """The legacy object; offsets count characters of the answer."""

@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = 5  # of a 503 without an estimate
 _MAX_MESSAGE = 1000  # characters; an error never repeats a large body
 _MAX_PARAM = 200
-ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}  # path -> label
+ENDPOINTS = {  # path -> label
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/responses": "responses",
+}
 _REFUSALS = (400, 404, 413, 415)  # of a request that will never be served as it is
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
 

@@ -22,9 +22,9 @@ _MAX_NAME = 64  # characters of a name that is compared with ours
 # options of images and audio, which messages cannot hold.
 ACCEPTED = frozenset({
     # OpenAI
-    "metadata", "modalities", "parallel_tool_calls", "prediction", "prompt_cache_key",
-    "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
-    "user", "verbosity",
+    "max_tool_calls", "metadata", "modalities", "parallel_tool_calls", "prediction",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user", "verbosity",
     # vLLM
     "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "priority", "return_mm_kwargs",
     "return_token_offsets", "routed_experts_prompt_start", "session_id", "stream_interval",
@@ -42,8 +42,10 @@ ACCEPTED = frozenset({
 # Rejected, except with neutral values: a default that a client spells out.
 REJECTED: Mapping[str, tuple[object, ...]] = {
     # OpenAI
-    "audio": (), "best_of": (1,), "function_call": (), "functions": (), "moderation": (),
-    "suffix": ("",), "tool_choice": ("none",), "tools": (), "web_search_options": (),
+    "access_programs": ({},), "audio": (), "background": (False,), "background_options": ({},),
+    "best_of": (1,), "context_management": ([],), "conversation": (), "image": ({},),
+    "previous_response_id": (), "function_call": (), "functions": (), "moderation": (),
+    "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],), "web_search_options": (),
     # vLLM
     "cache_salt": ("",), "chat_template": (), "documents": ([],), "early_stopping": (False,),
     "ec_transfer_params": ({},), "guided_choice": (), "guided_decoding_backend": (),
@@ -82,11 +84,13 @@ REJECTED: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 # What to send instead of a rejected field.
 INSTEAD: Mapping[str, str] = {
-    "do_sample": "temperature", "enable_thinking": "reasoning_mode",
+    "conversation": "its items in input", "do_sample": "temperature",
+    "enable_thinking": "reasoning_mode",
     "extra_body": "its fields beside the others", "input_ids": "prompt", "n_cmpl": "n",
     "max_new_tokens": "max_tokens", "max_tokens_to_sample": "max_tokens",
     "n_predict": "max_tokens", "num_predict": "max_tokens", "stop_sequences": "stop",
     "top_n_tokens": "top_logprobs", "n_probs": "logprobs",
+    "previous_response_id": "the items of that response in input",
     "no_stop_trim": "include_stop_str_in_output",
     "reasoning_budget": "reasoning.steps", "reasoning_budget_tokens": "reasoning.steps",
     "repeat_penalty": "repetition_penalty", "return_prompt_token_ids": "return_token_ids",

@@ -9,13 +9,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from coconut_serve.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ResponsesRequest,
     TokenizeRequest,
 )
 from coconut_serve.server.usage import ReasoningInfo
@@ -44,6 +45,26 @@ class ModelList(BaseModel):
 
     object: str = Field(description="list")
     data: list[Model] = Field(description="The served model, and one for each of its modes.")
+
+
+class ResponseObject(BaseModel):
+    """OpenAI's response object; `output` holds reasoning and message items."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str = Field(description="resp_ and the request's id.")
+    status: str = Field(description="completed, incomplete, in_progress or failed.")
+    output: list[dict[str, Any]] = Field(description="What was thought, then the answer.")
+    usage: dict[str, Any] | None = Field(description="Tokens in and out, and usage.reasoning.")
+
+
+class ResponseEvent(BaseModel):
+    """An event of a stream; which fields it has depends on its type, as OpenAI defines them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="Such as response.output_text.delta.")
+    sequence_number: int = Field(description="From 0, in order.")
 
 
 class Version(BaseModel):
@@ -136,10 +157,10 @@ def takes_generation(body: type[BaseModel]) -> dict[str, Any]:
 
 
 GENERATION_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503)
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _ANSWERS = (
     ChatCompletion, ChatCompletionChunk, Completion, Model, ModelList, Version, Tokens, Text,
-    ReasoningInfo, ErrorResponse,
+    ReasoningInfo, ErrorResponse, ResponseObject, ResponseEvent,
 )  # fmt: skip
 _TEXT = {"type": "string", "description": "What was thought in words."}
 _IDS = {"type": "array", "items": {"type": "integer"}, "description": "With return_token_ids."}

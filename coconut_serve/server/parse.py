@@ -197,13 +197,12 @@ def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
 
 
 def sampling_fields(
-    body: GenerationBody, *, max_tokens: int | None, num_logprobs: int | None
+    body: GenerationBody, *, max_tokens: tuple[str, int | None], num_logprobs: int | None
 ) -> SamplingFields:
     """The sampling fields of a body."""
-    is_renamed = getattr(body, "max_completion_tokens", None) is not None
     return SamplingFields(
-        max_tokens=max_tokens,
-        max_tokens_field="max_completion_tokens" if is_renamed else "max_tokens",
+        max_tokens=max_tokens[1],
+        max_tokens_field=max_tokens[0],
         params={
             name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None
         },

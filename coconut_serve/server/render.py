@@ -1,12 +1,15 @@
 """Renders a generation as events of a stream or as one object."""
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 
+from coconut_serve.errors import CoconutError
+from coconut_serve.server.errors import error_body
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import Event
 from coconut_serve.server.usage import trace_json, usage
@@ -16,7 +19,7 @@ from coconut_serve.service.service import Service
 PartT = TypeVar("PartT", bound=BaseModel)  # a choice in a chunk
 
 
-class Renderer(ABC, Generic[PartT]):
+class Renderer(ABC):
     """Makes the response objects of one call; each endpoint has a subclass.
 
     Args:
@@ -32,48 +35,31 @@ class Renderer(ABC, Generic[PartT]):
         self._created = int(time.time())
         self._num_steps = [0] * len(generation.choices)
 
-    @abstractmethod
-    def whole(self, choices: Sequence[Delta]) -> BaseModel:
-        """Make the response from finished choices."""
+    has_end_mark: ClassVar[bool] = True  # streams end with [DONE]
 
     @abstractmethod
-    def part(self, delta: Delta, extra: dict[str, Any]) -> PartT:
-        """Make the choice of a chunk."""
+    def whole(self, choices: Sequence[Delta]) -> str:
+        """Make the response from finished choices, as JSON."""
 
     @abstractmethod
-    def chunk(self, parts: list[PartT], extra: dict[str, Any]) -> BaseModel:
-        """Make a chunk."""
+    def opening(self) -> Iterator[Event]:
+        """The events before the first delta."""
+
+    @abstractmethod
+    def events(self, delta: Delta) -> Iterator[Event]:
+        """The events of a delta: none if it shows nothing."""
+
+    @abstractmethod
+    def closing(self) -> Iterator[Event]:
+        """The events after the last delta."""
 
     @abstractmethod
     def logprobs(self, delta: Delta) -> Any:
         """Make the endpoint's log-probability object for the delta's tokens."""
 
-    def opening_parts(self) -> list[PartT]:
-        """Choices to send before generation starts, one chunk each."""
-        return []
-
-    def opening(self) -> Iterator[Event]:
-        """The events before the first delta."""
-        return (self._event([part], {}) for part in self.opening_parts())
-
-    def events(self, delta: Delta) -> Iterator[Event]:
-        """The events of a delta: none if it shows nothing."""
-        extra = self.extra(delta)
-        if extra or delta.content or self.thinking(delta.reasoning):
-            options = self.body.stream_options
-            has_usage = options is not None and options.continuous_usage_stats
-            so_far = {"usage": usage(self.generation)} if has_usage else {}
-            yield self._event([self.part(delta, extra)], so_far)
-
-    def closing(self) -> Iterator[Event]:
-        """The events after the last delta."""
-        options = self.body.stream_options
-        if options is not None and options.include_usage:
-            yield self._event([], self.cost())
-
-    def _event(self, parts: list[PartT], extra: dict[str, Any]) -> Event:
-        chunk = self.chunk(parts, extra)
-        return Event(chunk.model_dump_json(exclude_unset=True, warnings=False))
+    def failure(self, error: CoconutError) -> Iterator[Event]:
+        """The events of an error after the first byte."""
+        yield Event(json.dumps(error_body(error)))
 
     def common(self) -> dict[str, Any]:
         """Fields of every response and chunk."""
@@ -128,3 +114,39 @@ class Renderer(ABC, Generic[PartT]):
         if self.body.return_token_ids:
             extra.setdefault("token_ids", [])
         return extra
+
+
+class ChunkRenderer(Renderer, Generic[PartT]):
+    """Streams chunks of choices, as chat and completions do."""
+
+    @abstractmethod
+    def part(self, delta: Delta, extra: dict[str, Any]) -> PartT:
+        """Make the choice of a chunk."""
+
+    @abstractmethod
+    def chunk(self, parts: list[PartT], extra: dict[str, Any]) -> BaseModel:
+        """Make a chunk."""
+
+    def opening_parts(self) -> list[PartT]:
+        """Choices to send before generation starts, one chunk each."""
+        return []
+
+    def opening(self) -> Iterator[Event]:
+        return (self._event([part], {}) for part in self.opening_parts())
+
+    def events(self, delta: Delta) -> Iterator[Event]:
+        extra = self.extra(delta)
+        if extra or delta.content or self.thinking(delta.reasoning):
+            options = self.body.stream_options
+            has_usage = options is not None and options.continuous_usage_stats
+            so_far = {"usage": usage(self.generation)} if has_usage else {}
+            yield self._event([self.part(delta, extra)], so_far)
+
+    def closing(self) -> Iterator[Event]:
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield self._event([], self.cost())
+
+    def _event(self, parts: list[PartT], extra: dict[str, Any]) -> Event:
+        chunk = self.chunk(parts, extra)
+        return Event(chunk.model_dump_json(exclude_unset=True, warnings=False))

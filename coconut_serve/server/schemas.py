@@ -22,9 +22,15 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_PROMPTS = 128
 MAX_MESSAGES = 1024
 
-_Sampled: Any = body_of("_Sampled", "Settings of how tokens are drawn.", SAMPLED)
+_LENGTH = "max_tokens"  # answers to other names in some endpoints
+_Sampled: Any = body_of(
+    "_Sampled",
+    "Settings of how tokens are drawn.",
+    {name: own for name, own in SAMPLED.items() if name != _LENGTH},
+)
+_Length: Any = body_of("_Length", "The length of an answer.", {_LENGTH: SAMPLED[_LENGTH]})
 # Fields that go into SamplingParams under their own name when they are given.
-SAMPLING_FIELDS = tuple(name for name in SAMPLED if name not in ("max_tokens", "seed"))
+SAMPLING_FIELDS = tuple(name for name in SAMPLED if name not in (_LENGTH, "seed"))
 
 BadWord = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
@@ -38,7 +44,7 @@ class StreamOptions(Body):
 
 
 class ResponseFormat(Body):
-    """response_format; text only so far."""
+    """response_format, and text.format of /v1/responses; text only so far."""
 
     type: str = Field(description="text; others are refused.")
 
@@ -50,9 +56,8 @@ class NamedBody(Body):
 
 
 class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from params.py
-    """Fields that chat and completions share."""
+    """Fields that all endpoints share."""
 
-    n: Annotated[int, Field(ge=1)] | None = say("Choices of each prompt; default 1.")
     stream: bool | None = say("Send server-sent events.")
     stream_options: StreamOptions | None = say("Of a stream.")
     logit_bias: Values[Number] | None = say("Token id -> what to add to its logit, -100..100.")
@@ -77,7 +82,6 @@ class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from pa
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = say(
         "Keep so many of the prompt's last tokens; -1: what fits beside thinking and max_tokens."
     )
-    response_format: ResponseFormat | None = say("What the answer is; text only.")
     return_token_ids: bool = Field(False, description="Tell the ids of prompt and answer.")
     include_reasoning: bool = Field(True, description="Tell the text of thinking.")
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")] | None = say(
@@ -116,6 +120,13 @@ class GenerationBody(_Sampled, NamedBody):  # type: ignore[misc]  # made from pa
         if any(not -100 <= value <= 100 for value in given.values()):
             raise InvalidRequestError("logit_bias: values must be in -100..100", param="logit_bias")
         return {int(key): value for key, value in given.items()}
+
+
+class ChoicesBody(_Length, GenerationBody):  # type: ignore[misc]  # made from params.py
+    """Fields that chat and completions share."""
+
+    n: Annotated[int, Field(ge=1)] | None = say("Choices of each prompt; default 1.")
+    response_format: ResponseFormat | None = say("What the answer is; text only.")
 
 
 Messages = Annotated[Items[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -166,7 +177,7 @@ _FIXED_OPTIONS = frozenset({
 })  # fmt: skip
 
 
-class ChatRequest(ChatBody, GenerationBody):
+class ChatRequest(ChatBody, ChoicesBody):
     """POST /v1/chat/completions."""
 
     messages: Messages = Field(description="The chat so far: role and content of each message.")
@@ -175,7 +186,7 @@ class ChatRequest(ChatBody, GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = say("And of so many rivals.")
 
 
-class CompletionRequest(GenerationBody):
+class CompletionRequest(ChoicesBody):
     """POST /v1/completions."""
 
     prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(
@@ -185,6 +196,31 @@ class CompletionRequest(GenerationBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = say(
         "Tell log-probabilities of the answer's tokens and so many rivals."
     )
+
+
+class TextConfig(Body):
+    """The `text` object of /v1/responses."""
+
+    format: ResponseFormat | None = say("What the answer is; text only.")
+    verbosity: str | None = say("OpenAI's; accepted without effect.")
+
+
+class ResponsesRequest(GenerationBody):
+    """POST /v1/responses."""
+
+    input: str | Annotated[Items[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)] = (
+        Field(description="Text, or items: messages, and reasoning of earlier turns.")
+    )
+    instructions: str | None = say("A system message in front of the input.")
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = say(
+        "Positions of thinking and answer together, at most."
+    )
+    text: TextConfig | None = say("How the answer is written.")
+    include: Items[str] | None = say("message.output_text.logprobs; others have no effect.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = say(
+        "Tell log-probabilities of the answer's tokens, and so many rivals."
+    )
+    truncation: str | None = say("disabled; auto is refused: no part of the input is left out.")
 
 
 class TokenizeRequest(ChatBody):
@@ -203,9 +239,10 @@ class DetokenizeRequest(NamedBody):
 
 
 _CHAT, _TEXT = frozenset(ChatRequest.model_fields), frozenset(CompletionRequest.model_fields)
-OTHERS: dict[type[Body], frozenset[str]] = {  # fields of the other endpoint: refused, not ignored
+OTHERS: dict[type[Body], frozenset[str]] = {  # fields of other endpoints: refused, not ignored
     ChatRequest: _TEXT - _CHAT,
     CompletionRequest: _CHAT - _TEXT,
+    ResponsesRequest: (_CHAT | _TEXT) - frozenset(ResponsesRequest.model_fields),
 }
 
 
@@ -242,16 +279,14 @@ def check_effort(effort: str | None, param: str) -> str | None:
     return effort
 
 
-def check_text_format(body: GenerationBody) -> None:
-    """Reject structured output.
+def check_text_format(given: ResponseFormat | None, param: str) -> None:
+    """Refuse structured output.
 
     Raises:
         InvalidRequestError: With code unsupported_parameter.
     """
-    kind = body.response_format.type if body.response_format else "text"
+    kind = given.type if given else "text"
     if kind != "text":
         raise InvalidRequestError(
-            f"response_format {kind!r} is not supported",
-            param="response_format",
-            code="unsupported_parameter",
+            f"{param} {kind!r} is not supported", param=param, code="unsupported_parameter"
         )

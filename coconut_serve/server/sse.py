@@ -1,10 +1,9 @@
 """Server-sent events: frames, keep-alive comments, errors after the first byte."""
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from coconut_serve.errors import CoconutError
-from coconut_serve.server.errors import error_body
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +30,11 @@ class EventStream(StreamingResponse):
     """Streams events and always closes their source.
 
     Args:
-        events: What is sent; an error in it becomes an event, then [DONE].
+        events: What is sent.
         close: Called once when the response is over, however it ended.
         on_slow: Called when the client has read nothing for `max_send_seconds` and is dropped.
-        on_error: Called with an error that became an event.
+        failure: Called with an error in `events`; makes the events that tell it.
+        end: What is sent last; may be empty.
         keep_alive_seconds: Silence after which a comment is sent, so that proxies do not cut a
             long latent phase.
     """
@@ -46,13 +45,14 @@ class EventStream(StreamingResponse):
         *,
         close: Callable[[], Awaitable[None]],
         on_slow: Callable[[], None],
-        on_error: Callable[[CoconutError], None],
+        failure: Callable[[CoconutError], Iterable[Event]],
+        end: bytes,
         max_send_seconds: float,
         keep_alive_seconds: float,
         headers: dict[str, str],
     ) -> None:
         super().__init__(
-            _frames(events, on_error),
+            _frames(events, failure, end),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers},
         )
@@ -134,22 +134,24 @@ class _Line:
 
 
 async def _frames(
-    events: AsyncIterator[Event], on_error: Callable[[CoconutError], None]
+    events: AsyncIterator[Event], failure: Callable[[CoconutError], Iterable[Event]], end: bytes
 ) -> AsyncIterator[bytes]:
-    failure: CoconutError | None = None
     try:
         async for event in events:
-            name = f"event: {event.name}\n" if event.name else ""
-            yield f"{name}data: {_one_line(event.data)}\n\n".encode()
-    except CoconutError as error:
-        failure = error
-    except Exception:
-        logger.exception("stream failed")
-        failure = CoconutError("internal error; the server's log has the details")
-    if failure is not None:
-        on_error(failure)
-        yield f"data: {json.dumps(error_body(failure))}\n\n".encode()
-    yield DONE
+            yield _frame(event)
+    except Exception as error:
+        if not isinstance(error, CoconutError):
+            logger.exception("stream failed")
+            error = CoconutError("internal error; the server's log has the details")
+        for event in failure(error):
+            yield _frame(event)
+    if end:
+        yield end
+
+
+def _frame(event: Event) -> bytes:
+    name = f"event: {event.name}\n" if event.name else ""
+    return f"{name}data: {_one_line(event.data)}\n\n".encode()
 
 
 def _one_line(text: str) -> str:

@@ -81,7 +81,8 @@ class GenerateCall:
     @property
     def text_field(self) -> str:
         """The request field that holds the text."""
-        return "prompt" if self.messages is None else "messages"
+        fields = {"completions": "prompt", "responses": "input"}
+        return fields.get(self.endpoint, "messages")
 
     @property
     def num_characters(self) -> int:

@@ -84,7 +84,7 @@ class OtlpTracer:
         from opentelemetry.trace import SpanKind
 
         ask, sampling = prepared.ask, prepared.requests[0].sampling
-        operation = "chat" if ask.endpoint == "chat" else "text_completion"
+        operation = "text_completion" if ask.endpoint == "completions" else "chat"
         attributes: dict[str, Value] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "coconut-serve",

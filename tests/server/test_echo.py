@@ -58,6 +58,8 @@ ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
 # Has its value at OpenAI only; vectors are never repeated (tests/e2e/test_replay.py).
 NOT_ECHOED = {
     "summary",
+    "generate_summary",
+    "context",
     "explain",
     "replay.fingerprint",
     "replay.steps.vector",

@@ -62,7 +62,7 @@ BAD_CHAT: list[tuple[str, dict[str, Any], str | None]] = [
     ("seed", {"seed": 2**63}, "seed"),
     ("stop id", {"stop_token_ids": [999]}, "stop_token_ids"),
     ("stream options alone", {"stream_options": {"include_usage": True}}, "stream_options"),
-    ("tools", {"tools": []}, "tools"),
+    ("tools", {"tools": [{"type": "function"}]}, "tools"),
     ("chat_template", {"chat_template": "{{ x }}"}, "chat_template"),
     ("json", {"response_format": {"type": "json_object"}}, "response_format"),
     ("unknown mode", {"reasoning_mode": "latant"}, "reasoning_mode"),

@@ -99,7 +99,7 @@ async def test_metrics_count_by_mode(http: httpx.AsyncClient) -> None:
         (s.name, s.labels.get("reasoning_mode"), s.labels.get("outcome") or s.labels.get("code")): s
         for family in text_string_to_metric_families(text)
         for s in family.samples
-        if s.labels.get("endpoint") != "chat"
+        if s.labels.get("endpoint", "completions") == "completions"
     }
     assert values["coconut_requests_total", "latent", "length"].value == 1
     assert values["coconut_latent_steps_total", "latent", None].value == 3
