@@ -22,10 +22,11 @@ from tests.models import load_plain
 pytestmark = pytest.mark.torch
 
 PACKAGE = Path(registry.__file__).parents[1]
-# What may name a mode: what it is, published settings of it, and tools that write checkpoints.
+# What may name a mode: what it is, published settings of it, tools that write checkpoints, and
+# the client's types, which are generated.
 _MAY_NAME_MODES = (
     "reasoning/modes/", "reasoning/registry.py", "service/presets.py",
-    "convert/", "evaluation/", "training/",
+    "convert/", "evaluation/", "training/", "client/settings.py",
 )  # fmt: skip
 
 
