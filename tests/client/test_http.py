@@ -89,9 +89,11 @@ async def test_stream_helper_collects_the_same(client: AsyncOpenAI) -> None:
         **ENDING, stream_options={"include_usage": True}, reasoning_mode="latent"
     ) as stream:
         answer = await stream.get_final_completion()
-    info = reasoning_info(answer)
-    assert info is not None
-    assert info.mode == "latent"
+    parsed = await client.beta.chat.completions.parse(**ENDING, reasoning_mode="latent")
+    for each in (answer, parsed):
+        info = reasoning_info(each)
+        assert info is not None
+        assert info.mode == "latent"
 
 
 def test_vectors_of_a_trace_are_numbers() -> None:
@@ -232,6 +234,7 @@ def test_responses_have_mode_and_settings_in_reasoning() -> None:
         with latent.responses.stream(**ask, reasoning={"summary": "auto"}) as stream:
             kinds = [event.type for event in stream]
         latent.responses.create(**ask, reasoning={"mode": "cot"})
+        getattr(latent.beta, "responses", latent.responses).create(**ask)  # openai 1 has it not
         client.responses.create(**ask)
         with pytest.raises(TypeError, match=r"reasoning\.mode is given twice"):
             client.responses.create(**ask, reasoning_mode="cot", reasoning={"mode": "latent"})
@@ -241,6 +244,7 @@ def test_responses_have_mode_and_settings_in_reasoning() -> None:
         {"mode": "latent", "steps": 5},
         {"mode": "latent", "steps": 4, "summary": "auto"},
         {"mode": "cot"},
+        {"mode": "latent", "steps": 4},
         None,
     ]
     assert all("reasoning_mode" not in body for body in bodies)
