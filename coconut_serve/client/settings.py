@@ -112,6 +112,8 @@ class Reasoning(TypedDict, total=False):
     trace_top_k: int
     effort: str
     summary: str
+    generate_summary: str
+    context: str
     explain: bool
     preset: str
     start: str | int | list[int | str]
