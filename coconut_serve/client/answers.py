@@ -82,6 +82,10 @@ def reasoning_info(answer: object) -> ReasoningInfo | None:
 
 
 def reasoning_trace(choice: object) -> list[TraceStep]:
-    """The thinking steps of a choice, or those that a chunk adds to it; [] without a trace."""
-    steps = getattr(choice, "reasoning_trace", None) or []
-    return [TraceStep.construct(**step) for step in steps]
+    """The thinking steps of a choice, a response, or a chunk's choice; [] without a trace."""
+    parts = (choice, *getattr(choice, "output", ()))
+    return [
+        TraceStep.construct(**step)
+        for part in parts
+        for step in getattr(part, "reasoning_trace", None) or ()
+    ]

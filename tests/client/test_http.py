@@ -271,3 +271,18 @@ def test_extra_body_is_merged_deeply_and_wins_nothing_silently() -> None:
     assert own == {"top_k": 4, "reasoning": {"halt": {"stop_prob": 0.5}, "steps": 2}}, "untouched"
     merged = {"steps": 2, "halt": {"rule": "fixed", "stop_prob": 0.5}}
     assert bodies == [{**ask, "top_k": 4, "reasoning_mode": "latent", "reasoning": merged}, ask]
+
+
+async def test_responses_of_the_server_tell_how_they_were_thought(client: AsyncOpenAI) -> None:
+    own = client.with_reasoning_mode("latent", steps=3, trace="summary")
+    response = await own.responses.create(model="m", input="hello", max_output_tokens=9)
+    info = reasoning_info(response)
+    assert info is not None
+    assert (info.mode, info.latent_steps) == ("latent", 3)
+    assert [step.kind for step in reasoning_trace(response)] == ["latent"] * 3
+    async with client.responses.stream(
+        model="m", input="hello", reasoning={"mode": "none"}, max_output_tokens=4
+    ) as stream:
+        events = [event async for event in stream]
+    assert events[-1].type == "response.incomplete"
+    assert reasoning_info(events[-1].response) is not None
