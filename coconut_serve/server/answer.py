@@ -2,23 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coconut_serve.errors import CoconutError, InvalidRequestError
+from coconut_serve.errors import CoconutError
 from coconut_serve.server.errors import count_error
-from coconut_serve.server.parse import read_reasoning, sampling_fields
+from coconut_serve.server.parse import generate_call, read_reasoning
 from coconut_serve.server.render import Renderer
 from coconut_serve.server.schemas import GenerationBody
 from coconut_serve.server.sse import DONE, Event, EventStream
 from coconut_serve.server.state import ignored_header
 from coconut_serve.service.ask import GenerateCall
-from coconut_serve.service.collect import collect
 from coconut_serve.service.generation import Generation
-from coconut_serve.service.select import select_shown
+from coconut_serve.service.select import run_whole
 from coconut_serve.service.service import Service
 
 T = TypeVar("T")
@@ -26,13 +24,7 @@ T = TypeVar("T")
 
 async def _whole(renderer: Renderer) -> str:
     """Run to the end and return the answer in one piece."""
-    generation = renderer.generation
-    async with generation:
-        collected = await collect(generation, len(generation.choices))
-    resolved = generation.prepared.resolved
-    shown = select_shown(collected, branches=resolved.branches, select=resolved.select)
-    generation.shown = shown[0].index
-    choices = [replace(choice, index=index) for index, choice in enumerate(shown)]
+    choices = await run_whole(renderer.generation)
     return renderer.whole(choices)
 
 
@@ -48,55 +40,13 @@ async def _stream(renderer: Renderer) -> AsyncIterator[Event]:
         yield event
 
 
-def read_ask(
-    request: Request,
-    body: GenerationBody,
-    service: Service,
-    *,
-    num_logprobs: int | None,
-    max_tokens: tuple[str, int | None],
-    max_positions: int | None = None,
-    **own: Any,
-) -> GenerateCall:
-    """Build a GenerateCall.
-
-    Args:
-        request: Its headers and state.
-        body: Of any endpoint.
-        service: For its settings.
-        num_logprobs: Rivals of each answer token to tell; None: no log-probabilities.
-        max_tokens: Most answer tokens, behind the name that the endpoint has for them.
-        max_positions: Most positions of thinking and answer together.
-        own: Fields of the endpoint alone.
-    """
+def read_ask(request: Request, body: GenerationBody, service: Service, **own: Any) -> GenerateCall:
+    """Build the call of an HTTP request; `own` are the endpoint's arguments of `generate_call`."""
     if body.request_id is not None:
         request.state.request_id = body.request_id  # for the header and the log too
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
-    asked = read_reasoning(request, body, service.config)
+    asked = read_reasoning(body, service.config, request.headers.get("x-reasoning-mode"))
     request.state.reasoning_mode = asked.mode  # for the metrics, if it is rejected
-    settings = asked.settings
-    if max_positions is not None:
-        asked_for = settings.get("max_total_steps", max_positions)
-        settings = settings | {"max_total_steps": min(asked_for, max_positions)}
-    is_picked = asked.settings.get("branches", 1) > 1 and asked.settings.get("select") != "all"
-    if body.stream and is_picked:
-        raise InvalidRequestError(
-            "reasoning.select must be 'all' in a stream: a pick is known at the end alone",
-            param="reasoning.select",
-        )
-    return GenerateCall(
-        mode=asked.mode,
-        effort=asked.effort,
-        explains=asked.explains,
-        reasoning=settings,
-        replay=asked.replay,
-        arrival=request.state.arrival,
-        add_special_tokens=body.add_special_tokens,
-        truncate_prompt_tokens=body.truncate_prompt_tokens,
-        sampling=sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
-        **own,
-    )
+    return generate_call(body, asked, arrival=request.state.arrival, **own)
 
 
 async def respond(request: Request, renderer: Renderer, ignored: list[str]) -> Response:

@@ -35,26 +35,33 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, whole or streamed."""
     service = get_service(request)
     body, ignored = await read_body(request, ChatRequest, service.config)
+    own = chat_fields(body)
+    request_id = f"chatcmpl-{body.request_id or request.state.request_id}"
+    ask = read_ask(request, body, service, request_id=request_id, **own)
+    generation = await service.generate(ask)
+    return await respond(request, _ChatRenderer(service, generation, body), ignored)
+
+
+def chat_fields(body: ChatRequest) -> dict[str, Any]:
+    """What `generate_call` takes of this endpoint alone.
+
+    Raises:
+        InvalidRequestError: A message or a combination of fields is wrong.
+    """
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     check_text_format(body.response_format, "response_format")
     max_tokens = ("max_tokens", body.max_tokens)
     if body.max_completion_tokens is not None:
         max_tokens = ("max_completion_tokens", body.max_completion_tokens)
-    ask = read_ask(
-        request,
-        body,
-        service,
-        request_id=f"chatcmpl-{body.request_id or request.state.request_id}",
-        endpoint="chat",
-        messages=[clean_message(m, i) for i, m in enumerate(body.messages)],
-        chat_template_options=body.template_options(),
-        n=body.n or 1,
-        max_tokens=max_tokens,
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    generation = await service.generate(ask)
-    return await respond(request, _ChatRenderer(service, generation, body), ignored)
+    return {
+        "endpoint": "chat",
+        "messages": [clean_message(m, i) for i, m in enumerate(body.messages)],
+        "chat_template_options": body.template_options(),
+        "n": body.n or 1,
+        "max_tokens": max_tokens,
+        "num_logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+    }
 
 
 def clean_message(message: dict[str, Any], index: int) -> dict[str, Any]:

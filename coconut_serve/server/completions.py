@@ -42,21 +42,28 @@ async def create_completion(request: Request) -> Response:
         )
     if body.echo:
         require_tokenizer(service.tokenizer, "echo", "it cannot echo text")
-    check_text_format(body.response_format, "response_format")
-    ask = read_ask(
-        request,
-        body,
-        service,
-        request_id=f"cmpl-{body.request_id or request.state.request_id}",
-        endpoint="completions",
-        prompts=_prompts(body.prompt),
-        n=body.n or 1,
-        max_tokens=("max_tokens", body.max_tokens),
-        num_logprobs=body.logprobs,
-        has_default_max_tokens=True,
-    )
+    own = completion_fields(body)
+    request_id = f"cmpl-{body.request_id or request.state.request_id}"
+    ask = read_ask(request, body, service, request_id=request_id, **own)
     generation = await service.generate(ask)
     return await respond(request, _TextRenderer(service, generation, body), ignored)
+
+
+def completion_fields(body: CompletionRequest) -> dict[str, Any]:
+    """What `generate_call` takes of this endpoint alone.
+
+    Raises:
+        InvalidRequestError: The prompt or the format is wrong.
+    """
+    check_text_format(body.response_format, "response_format")
+    return {
+        "endpoint": "completions",
+        "prompts": _prompts(body.prompt),
+        "n": body.n or 1,
+        "max_tokens": ("max_tokens", body.max_tokens),
+        "num_logprobs": body.logprobs,
+        "has_default_max_tokens": True,
+    }
 
 
 def _prompts(prompt: Any) -> list[str | tuple[int, ...]]:

@@ -23,7 +23,7 @@ from coconut_serve.server.schemas import (
     check_effort,
     check_mode_name,
 )
-from coconut_serve.service.ask import SamplingFields
+from coconut_serve.service.ask import GenerateCall, SamplingFields
 from coconut_serve.service.presets import NO_EFFORT
 from coconut_serve.service.replay import ReplayInput
 
@@ -76,11 +76,19 @@ async def read_body(
             raise PayloadTooLargeError(f"the body is larger than {config.max_body_bytes} bytes")
     try:
         text = raw.decode("utf-8-sig")
+    except ValueError as error:
+        raise _not_json(error) from None
+    return parse_body(text, kind, config)
+
+
+def parse_body(text: str, kind: type[BodyT], config: ServeConfig) -> tuple[BodyT, list[str]]:
+    """Parse and check a JSON text; results and errors are those of `read_body`."""
+    try:
         data = json.loads(text, parse_constant=_refuse_constant)
         if "\\u" in text:  # a lone surrogate is not text
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json") from None
+        raise _not_json(error) from None
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     try:
@@ -94,12 +102,18 @@ async def read_body(
     return body, _check_unknown(body, config)
 
 
+def _not_json(error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(f"the body is not JSON: {error}", code="invalid_json")
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) -> ReasoningFields:
-    """Find the reasoning mode and its settings.
+def read_reasoning(
+    body: GenerationBody, config: ServeConfig, header: str | None = None
+) -> ReasoningFields:
+    """Find the reasoning mode and its settings; `header` is the value of X-Reasoning-Mode.
 
     A mode may come from the body, `reasoning.mode`, the X-Reasoning-Mode header or a suffix of the
     model name. Two that disagree are an error, never a guess.
@@ -115,7 +129,7 @@ def read_reasoning(request: Request, body: GenerationBody, config: ServeConfig) 
     places = {
         "reasoning_mode": body.reasoning_mode,
         "reasoning.mode": settings.pop("mode", None),
-        "X-Reasoning-Mode": request.headers.get("x-reasoning-mode"),
+        "X-Reasoning-Mode": header,
         "model": split_model(body.model, config)[1],
     }
     effort: str | None = None
@@ -194,6 +208,53 @@ def _check_unknown(body: NamedBody, config: ServeConfig) -> list[str]:
             f"unknown field {unknown[0]!r}", param=unknown[0], code="unknown_parameter"
         )
     return unknown
+
+
+def generate_call(
+    body: GenerationBody,
+    asked: ReasoningFields,
+    *,
+    num_logprobs: int | None,
+    max_tokens: tuple[str, int | None],
+    max_positions: int | None = None,
+    **own: Any,
+) -> GenerateCall:
+    """Build a call, of HTTP or not.
+
+    Args:
+        body: Of any endpoint.
+        asked: Its reasoning fields.
+        num_logprobs: Rivals of each answer token to tell; None: no log-probabilities.
+        max_tokens: Most answer tokens, behind the name that the endpoint has for them.
+        max_positions: Most positions of thinking and answer together.
+        own: Fields of GenerateCall that the endpoint alone has.
+
+    Raises:
+        InvalidRequestError: Fields that exclude each other.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+    settings = asked.settings
+    if max_positions is not None:
+        asked_for = settings.get("max_total_steps", max_positions)
+        settings = settings | {"max_total_steps": min(asked_for, max_positions)}
+    is_picked = settings.get("branches", 1) > 1 and settings.get("select") != "all"
+    if body.stream and is_picked:
+        raise InvalidRequestError(
+            "reasoning.select must be 'all' in a stream: a pick is known at the end alone",
+            param="reasoning.select",
+        )
+    return GenerateCall(
+        mode=asked.mode,
+        effort=asked.effort,
+        explains=asked.explains,
+        reasoning=settings,
+        replay=asked.replay,
+        add_special_tokens=body.add_special_tokens,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        sampling=sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
+        **own,
+    )
 
 
 def sampling_fields(

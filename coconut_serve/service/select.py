@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from coconut_serve.params import Select
-from coconut_serve.service.collect import Collected
-from coconut_serve.service.generation import Delta
+from coconut_serve.service.collect import Collected, collect
+from coconut_serve.service.generation import Delta, Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +65,17 @@ def select_shown(collected: Collected, *, branches: int, select: Select) -> list
         ]
         shown += [group[i] for i in choose(ended, select)]
     return shown
+
+
+async def run_whole(generation: Generation) -> list[Delta]:
+    """Run a generation to the end and return the choices that the client sees, renumbered.
+
+    Raises:
+        CoconutError: A sequence failed; the others are aborted.
+    """
+    async with generation:
+        collected = await collect(generation, len(generation.choices))
+    resolved = generation.prepared.resolved
+    shown = select_shown(collected, branches=resolved.branches, select=resolved.select)
+    generation.shown = shown[0].index
+    return [replace(choice, index=index) for index, choice in enumerate(shown)]

@@ -14,7 +14,7 @@ async def url() -> AsyncIterator[str]:
     if given := os.environ.get("COCONUT_TEST_URL"):
         yield given
         return
-    from coconut_serve.cli import stub_manifest
+    from coconut_serve.loading import stub_manifest
     from tests.fakes import listening, stub_app
 
     async with listening(stub_app(manifest=stub_manifest())) as address:

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coconut_serve import cli
+from coconut_serve import cli, loading
 
 COMMAND = [sys.executable, "-m", "coconut_serve", "serve", "demo", "--port", "0"]
 STAGES = [
@@ -95,7 +95,7 @@ def test_wrong_values_are_refused_before_an_engine_is_built(
     def build(*_: object) -> None:
         raise AssertionError("an engine is built")
 
-    monkeypatch.setattr(cli, "build_engine", build)
+    monkeypatch.setattr(loading, "build_engine", build)
     assert cli.main(["serve", "demo", "--port", "0", *flags]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert told in line
@@ -111,6 +111,6 @@ def test_device_that_is_not_there_is_refused_before_a_model_is_fetched(
         raise AssertionError("a model is fetched")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cli, "resolve_model", fetch)
+    monkeypatch.setattr(loading, "resolve_model", fetch)
     assert cli.main(["serve", "demo", "--port", "0", "--device", "cuda"]) == 2
     assert capsys.readouterr().err.endswith("--device cuda: torch sees no CUDA device\n")

@@ -8,8 +8,9 @@ import httpx
 import openai
 import pytest
 
-from coconut_serve.cli import load_service, parse_args, serve_config
+from coconut_serve.cli import parse_args
 from coconut_serve.config import Settings
+from coconut_serve.loading import load_service, serve_config
 from tests.fakes import listening, make_metrics, stub_app
 
 DEFAULTS = {"temperature": 0.6, "top_k": 20, "max_tokens": 7}

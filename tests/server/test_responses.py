@@ -10,8 +10,8 @@ from openai import AsyncOpenAI
 from openai.types.responses import Response, ResponseOutputMessage, ResponseReasoningItem
 from openai.types.responses import response_create_params as params
 
-from coconut_serve.cli import stub_manifest
 from coconut_serve.config import StubConfig
+from coconut_serve.loading import stub_manifest
 from coconut_serve.reasoning.registry import mode_names, properties_of
 from coconut_serve.server import fields, schemas
 from tests.fakes import listening, stub_app

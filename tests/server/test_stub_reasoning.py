@@ -4,7 +4,7 @@ from typing import Any
 
 import openai
 
-from coconut_serve.cli import stub_manifest
+from coconut_serve.loading import stub_manifest
 from tests.fakes import listening, stub_app
 
 

@@ -7,8 +7,9 @@ import httpx
 import openai
 import pytest
 
-from coconut_serve.cli import parse_args, serve_config
+from coconut_serve.cli import parse_args
 from coconut_serve.config import Settings
+from coconut_serve.loading import serve_config
 from tests.fakes import listening, stub_app
 
 ORIGIN = "https://chat.example.com"
