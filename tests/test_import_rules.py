@@ -31,6 +31,7 @@ def test_server_service_and_stub_import_no_torch() -> None:
     found = imported_by(
         "coconut_serve.server.app",
         "coconut_serve.engines.stub",
+        "coconut_serve.llm",
         "coconut_serve.cli",
         "coconut_serve.reasoning.registry",
         "coconut_serve.checkpoint.manifest",
@@ -38,6 +39,11 @@ def test_server_service_and_stub_import_no_torch() -> None:
     )
     for module, imported in found.items():
         assert not imported & {"torch", "transformers", "vllm"}, module
+
+
+def test_package_itself_imports_nothing_heavy() -> None:
+    [imported] = imported_by("coconut_serve").values()
+    assert not imported & {"torch", "transformers", "fastapi", "pydantic", "openai", "tqdm"}
 
 
 def test_no_module_imports_itself_through_others() -> None:
