@@ -79,6 +79,7 @@ class SamplingParams(Declared):
     seed: int = setting(0, "Makes random sampling repeatable.", _INT64, usual="random")
     stop_token_ids: frozenset[int] = internal(frozenset, "End-of-sequence ids and the client's "
         "own.")
+    num_prompt_logprobs: int | None = internal(None, "The same of the prompt's tokens.")
     num_logprobs: int | None = internal(None, "None: off, 0: of the sampled token only.")
 
     def __post_init__(self) -> None:

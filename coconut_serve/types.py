@@ -133,6 +133,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # token id, stop string or "numerical"
     counts: SequenceCounts = field(default_factory=SequenceCounts)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # first output only: of prompt tokens 1..
     queue_seconds: float = 0.0  # from arrival to the first step
 
 

@@ -145,6 +145,9 @@ class StubEngine:
             )
             progress.num_forward_passes += 1
             output = progress.advance(result, is_last=position == len(kinds) - 1)
+            if position == 0 and request.sampling.num_prompt_logprobs is not None:
+                scores = tuple(_certain(i) for i in request.prompt_token_ids[1:])
+                output = replace(output, prompt_logprobs=scores)
             yield output
             if output.finish_reason is not None:
                 return
@@ -175,6 +178,10 @@ class StubEngine:
                 num_prefix_hits=0,
             )
         )
+
+
+def _certain(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(logprob=0.0, top=((token_id, 0.0),))
 
 
 def _logprobs(request: Request, token_id: int) -> TokenLogprobs | None:

@@ -8,6 +8,7 @@ float32 represents token ids below 2**24 exactly.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from coconut_serve.reasoning import mixing
 from coconut_serve.reasoning.plan import Wanted
 from coconut_serve.reasoning.progress import RowResult
 from coconut_serve.reasoning.rows import StepRows
+from coconut_serve.reasoning.slots import upload
 from coconut_serve.types import HaltReason, ReasoningTrace, TokenLogprobs
 
 _NUM_FLAGS = 5
@@ -119,3 +121,25 @@ def _read_trace(wanted: Wanted, values: list[float]) -> ReasoningTrace:
         top=top,
         vector=tuple(values[_PAIRS_AT + 2 * MAX_LOGPROBS :]) if wanted.wants_vector else None,
     )
+
+
+def score(logits: Tensor, ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Score given tokens, such as a prompt's.
+
+    Args:
+        logits: [len(ids), vocab_size] float32.
+        ids: The token of each row.
+        num_top: Likeliest tokens to report.
+    """
+    log_probs = logits.log_softmax(-1)
+    own = log_probs.gather(1, upload(ids, logits.device).unsqueeze(1))
+    top, top_ids = log_probs.topk(min(num_top, logits.shape[1]), dim=-1)
+    rows = torch.cat([own, top_ids.float(), top], dim=1).tolist()
+    k = top.shape[1]
+    return [
+        TokenLogprobs(
+            logprob=row[0],
+            top=tuple((int(i), p) for i, p in zip(row[1 : k + 1], row[k + 1 :], strict=True)),
+        )
+        for row in rows
+    ]

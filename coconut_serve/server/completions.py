@@ -34,12 +34,8 @@ async def create_completion(request: Request) -> Response:
     """Continue prompts, whole or streamed."""
     service = get_service(request)
     body, ignored = await read_body(request, CompletionRequest, service.config)
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequestError(
-            "logprobs of the prompt (echo with logprobs) are not yet supported",
-            param="logprobs",
-            code="not_yet_supported",
-        )
+    if body.echo and body.logprobs is not None and body.stream:
+        raise InvalidRequestError("echo with logprobs needs stream: false", param="echo")
     if body.echo:
         require_tokenizer(service.tokenizer, "echo", "it cannot echo text")
     own = completion_fields(body)
@@ -62,6 +58,7 @@ def completion_fields(body: CompletionRequest) -> dict[str, Any]:
         "n": body.n or 1,
         "max_tokens": ("max_tokens", body.max_tokens),
         "num_logprobs": body.logprobs,
+        "num_prompt_logprobs": body.logprobs if body.echo else None,
         "has_default_max_tokens": True,
     }
 
@@ -97,7 +94,7 @@ class _TextRenderer(ChunkRenderer[CompletionChoice]):
             for request in firsts
             for _ in range(prepared.num_choices)
         ]
-        self._lengths = [0] * len(self._texts)
+        self._lengths = [len(self._echoed(index)) for index in range(len(self._texts))]
 
     def opening_parts(self) -> list[CompletionChoice]:
         """The prompts, if the client wants them back as text or ids."""
@@ -139,6 +136,8 @@ class _TextRenderer(ChunkRenderer[CompletionChoice]):
         parts = []
         for each in choices:
             extra = {**self.thinking(each.reasoning), **self.whole_extra(each)}
+            if self._is_echoing and self.body.logprobs is not None:
+                extra["logprobs"] = self._with_prompt(each.index, extra["logprobs"])
             if self.body.return_token_ids:
                 extra["prompt_token_ids"] = self.prompt_ids(each.index)
             parts.append(self._make(each, self._echoed(each.index) + each.content, extra))
@@ -158,4 +157,25 @@ class _TextRenderer(ChunkRenderer[CompletionChoice]):
             token_logprobs=[p.logprob for p in known],
             top_logprobs=[named_logprobs(p.top, tokenizer) for p in known],
             text_offset=offsets,
+        )
+
+    def _with_prompt(self, index: int, answer: Logprobs | None) -> Logprobs:
+        """Put the prompt's own tokens in front; the first has no score, which is null."""
+        prepared, tokenizer = self.generation.prepared, self.service.tokenizer
+        number = index // prepared.num_choices
+        scores = self.generation.prompt_logprobs.get(number * prepared.num_sequences, ())
+        num_own = len(self.prompt_ids(index)) - len(prepared.resolved.suffix_ids)
+        ids, scores = self.prompt_ids(index)[:num_own], scores[: num_own - 1]
+        text = Detokenizer(tokenizer, skip_special_tokens=False)
+        offsets, length = [], 0
+        for token_id in ids:
+            offsets.append(length)
+            length += len(text.push(token_id))
+        told = answer or Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        tops = [named_logprobs(score.top, tokenizer) for score in scores]
+        return Logprobs.model_construct(
+            tokens=[token_text(i, tokenizer) for i in ids] + (told.tokens or []),
+            token_logprobs=[None, *(s.logprob for s in scores), *(told.token_logprobs or [])],
+            top_logprobs=[None, *tops, *(told.top_logprobs or [])],
+            text_offset=offsets + (told.text_offset or []),
         )

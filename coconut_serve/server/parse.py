@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -217,6 +217,7 @@ def generate_call(
     num_logprobs: int | None,
     max_tokens: tuple[str, int | None],
     max_positions: int | None = None,
+    num_prompt_logprobs: int | None = None,
     **own: Any,
 ) -> GenerateCall:
     """Build a call, of HTTP or not.
@@ -227,6 +228,7 @@ def generate_call(
         num_logprobs: Rivals of each answer token to tell; None: no log-probabilities.
         max_tokens: Most answer tokens, behind the name that the endpoint has for them.
         max_positions: Most positions of thinking and answer together.
+        num_prompt_logprobs: Rivals of each prompt token to tell.
         own: Fields of GenerateCall that the endpoint alone has.
 
     Raises:
@@ -252,7 +254,10 @@ def generate_call(
         replay=asked.replay,
         add_special_tokens=body.add_special_tokens,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
-        sampling=sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
+        sampling=replace(
+            sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
+            num_prompt_logprobs=num_prompt_logprobs,
+        ),
         **own,
     )
 

@@ -29,6 +29,7 @@ class SamplingFields:
     include_stop: bool = False
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> "SamplingFields":
         """Fill in the model's own defaults, except max_tokens."""

@@ -106,6 +106,7 @@ class Generation:
         self._admission = admission
         self._metrics = metrics
         self.choices = [ChoiceState() for _ in prepared.requests]
+        self.prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}  # by sequence
         self.shown = 0  # the choice that `reasoning_info` describes
         self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -211,6 +212,8 @@ class Generation:
             is_thinker = counts.num_reasoning_steps > 0
             state.thinking_seconds = now - state.begun if is_thinker else 0.0
         state.counts = counts
+        if output.prompt_logprobs:
+            self.prompt_logprobs[index] = output.prompt_logprobs
         if self._places is not None:
             made = counts.num_output_tokens + counts.num_reasoning_steps + counts.num_forced_tokens
             self._places.num_done = max(self._places.num_done, made)

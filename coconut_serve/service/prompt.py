@@ -172,8 +172,13 @@ class PromptBuilder:
             )
             num_sequences = ask.n * resolved.branches
             for number in range(num_sequences):
-                answer = replace(sampling, seed=derive_seed(seed, number), **resolved.after)
-                thinking = replace(sampling, seed=derive_seed(thinking_seed, number))
+                scores = ask.sampling.num_prompt_logprobs if number == 0 else None
+                answer = replace(
+                    sampling, seed=derive_seed(seed, number), num_prompt_logprobs=scores,
+                    **resolved.after,
+                )  # fmt: skip
+                seeded = derive_seed(thinking_seed, number)
+                thinking = replace(sampling, seed=seeded, num_prompt_logprobs=scores)
                 yield Request(
                     request_id=f"{ask.request_id}-{index * num_sequences + number}.{unique}",
                     prompt_token_ids=prompt,

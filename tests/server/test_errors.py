@@ -269,7 +269,6 @@ BAD_TEXT: list[tuple[str, dict[str, Any], str | None]] = [
     ("id negative", {"prompt": [-1]}, "prompt"),
     ("too many prompts", {"prompt": ["a"] * 129}, "prompt"),
     ("prompt too long", {"prompt": "a" * 600}, "prompt"),
-    ("echo logprobs", {"echo": True, "logprobs": 1}, "logprobs"),
     ("suffix", {"suffix": "x"}, "suffix"),
     ("best_of", {"best_of": 2}, "best_of"),
 ]

@@ -13,6 +13,15 @@ from coconut_serve.engines.native.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredRows:
+    """Prompt positions whose logits score the prompt's next tokens."""
+
+    sequence: Sequence
+    first_row: int
+    next_ids: tuple[int, ...]  # one a row
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """All tensors of a step; rows are positions, decode rows first."""
 
@@ -24,6 +33,7 @@ class StepBatch:
     pending_rows: Tensor  # [num_deciding] int64, rows whose input is in a slot
     pending_slots: Tensor  # [num_deciding] int64
     deciding: list[Sequence]
+    scored: list[ScoredRows]
     is_long: Tensor | None  # [num_rows] bool, rows of long sequences; None: there are none
 
     @property
@@ -73,6 +83,7 @@ class BatchBuilder:
         write_slots: list[np.ndarray] = []
         chunks: list[Chunk] = []
         pending: list[int] = []
+        scored: list[ScoredRows] = []
         replay_rows: list[int] = []
         replay_vectors: list[Tensor] = []
         for row in schedule.rows:
@@ -80,6 +91,8 @@ class BatchBuilder:
             num_explicit = row.end - row.start - row.is_deciding
             explicit = row.sequence.inputs[row.start : row.start + num_explicit]
             vector_rows = [first_row + i for i, token in enumerate(explicit) if token is None]
+            if row.sequence.needs_prompt_logprobs:
+                scored += _scored(row, first_row)
             if vector_rows:
                 replay_rows += vector_rows
                 replay_vectors.append(_replayed(row, len(vector_rows)))
@@ -115,6 +128,7 @@ class BatchBuilder:
             pending_rows=self._tensor(np.array(pending, dtype=np.int64)),
             pending_slots=self._tensor(np.array([s.slot for s in deciding], dtype=np.int64)),
             deciding=deciding,
+            scored=scored,
             is_long=self._tensor(is_long) if is_long.any() else None,
         )
 
@@ -149,6 +163,16 @@ class BatchBuilder:
         slots = (blocks[:, :, None] * self._block_size + self._offsets).reshape(len(rows), -1)
         slots = np.where(np.arange(max_len) < lengths[:, None], slots[:, :max_len], NULL_BLOCK)
         return self._tensor(slots), self._tensor(lengths)
+
+
+def _scored(row: ScheduledRow, first_row: int) -> list[ScoredRows]:
+    """Find the rows of prompt positions that are not scored yet and have a next token."""
+    sequence = row.sequence
+    ids = sequence.request.prompt_token_ids
+    start, end = max(row.start, len(sequence.prompt_logprobs)), min(row.end, len(ids) - 1)
+    if start >= end:
+        return []
+    return [ScoredRows(sequence, first_row + start - row.start, ids[start + 1 : end + 1])]
 
 
 def _replayed(row: ScheduledRow, count: int) -> Tensor:

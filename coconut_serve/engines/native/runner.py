@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from coconut_serve.engines.native.batch import BatchBuilder, StepBatch
+from coconut_serve.engines.native.batch import BatchBuilder, ScoredRows, StepBatch
 from coconut_serve.engines.native.model import PagedModel
 from coconut_serve.engines.native.scheduler import Preemption, Schedule
 from coconut_serve.engines.native.sequence import SavedState, Sequence
+from coconut_serve.reasoning import report
 from coconut_serve.reasoning.adapters import REALIGN, AdapterBank, build_realign
 from coconut_serve.reasoning.progress import RowResult
 from coconut_serve.reasoning.settings import Admission
 from coconut_serve.reasoning.slots import Slots
 from coconut_serve.reasoning.step import ReasoningStep
+
+_SCORED_ROWS = 64  # prompt positions whose logits are in memory at once
 
 
 class Runner:
@@ -80,7 +83,18 @@ class Runner:
         inputs = self._embed(batch)
         self._inputs.index_copy_(0, batch.plan.write_slots, inputs)
         hidden = self._model.forward(inputs, batch.positions, batch.plan, batch.is_long)
+        for scored in batch.scored:
+            self._score(scored, hidden)
         return self._decide(batch, inputs, hidden)
+
+    def _score(self, scored: ScoredRows, hidden: Tensor) -> None:
+        """Add the log-probabilities of prompt tokens to their sequence: a copy of their own."""
+        num_top = scored.sequence.request.sampling.num_prompt_logprobs or 0
+        for start in range(0, len(scored.next_ids), _SCORED_ROWS):
+            ids = scored.next_ids[start : start + _SCORED_ROWS]
+            first = scored.first_row + start
+            logits = self._model.project_logits(hidden[first : first + len(ids)])
+            scored.sequence.prompt_logprobs += report.score(logits.float(), ids, num_top)
 
     def _embed(self, batch: StepBatch) -> Tensor:
         """Build the inputs of all rows: ids, replayed vectors, slots; [num_rows, hidden_size]."""

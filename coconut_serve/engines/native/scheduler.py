@@ -6,7 +6,7 @@ the gap. The scheduler never looks at a tensor.
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coconut_serve.engines.native.block_pool import BlockPool
@@ -219,7 +219,9 @@ class Scheduler:
         """
         size = self.pool.block_size
         num_shared = sequence.num_prompt_tokens - 1 if leader else 0
-        if leader is not None:
+        if sequence.needs_prompt_logprobs:
+            leader, shared, num_shared = None, [], 0
+        elif leader is not None:
             shared = leader.blocks[: num_shared // size]
         else:
             shared = self.pool.match(sequence.request.prompt_token_ids, sequence.is_long)
@@ -290,6 +292,9 @@ class Scheduler:
         is_full = sequence.num_ids > self._max_model_len
         is_full |= sequence.num_known >= sequence.request.max_num_positions
         output = sequence.progress.advance(result, is_last=is_full)
+        if sequence.prompt_logprobs and not sequence.has_output:
+            output = replace(output, prompt_logprobs=tuple(sequence.prompt_logprobs))
+        sequence.has_output = True
         if output.finish_reason is not None:
             self._retire(sequence)
         return output

@@ -11,7 +11,7 @@ from coconut_serve.params import Phase
 from coconut_serve.reasoning.mode import needs_of
 from coconut_serve.reasoning.progress import Progress, RowResult
 from coconut_serve.reasoning.settings import SlotSnapshot
-from coconut_serve.types import Request
+from coconut_serve.types import Request, TokenLogprobs
 
 
 class SequenceStatus(Enum):
@@ -50,6 +50,8 @@ class Sequence:
     replay: Tensor | None = None  # [num_vector_positions, hidden_size] while rebuilding
     gaps: list[tuple[int, int]] = field(default_factory=list)  # (position, ids skipped before it)
     progress: Progress = field(init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1..
+    has_output: bool = False
     is_long: bool = False  # computed with the model's factors for long sequences
 
     def __post_init__(self) -> None:
@@ -70,6 +72,12 @@ class Sequence:
     def num_ids(self) -> int:
         """Position ids up to that of the pending one, skipped ones included."""
         return self.num_known + sum(skipped for _, skipped in self.gaps)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether prompt positions are still to be scored, so that none may come from a cache."""
+        is_asked = self.request.sampling.num_prompt_logprobs is not None
+        return is_asked and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     def position_ids(self, start: int, end: int) -> np.ndarray:
         """Position ids that the model gets for positions [start, end); [end - start] int64."""

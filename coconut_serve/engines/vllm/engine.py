@@ -268,6 +268,8 @@ class VllmEngine:
         is_dense = not request.reasoning.pad_positions
         require(is_dense, "reasoning.pad_positions", "must be false: vLLM numbers positions itself")
         sampling = request.sampling
+        is_plain = sampling.num_prompt_logprobs is None
+        require(is_plain, "echo", "with logprobs is not supported by the vllm engine")
         num_stops = len(sampling.stop_token_ids) if sampling.min_tokens else 0
         require(num_stops <= _MAX_STOPS, "stop_token_ids", f"takes {_MAX_STOPS} with min_tokens")
         num_biases = len(_biases(request))
