@@ -3,9 +3,11 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from coconut_serve.config import format_memory
 from coconut_serve.errors import StartupError
 
 
@@ -63,3 +65,22 @@ def _free_in_cgroup() -> int:
     except (OSError, ValueError):
         return sys.maxsize
     return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+
+
+def describe() -> tuple[dict[str, str], dict[str, Any]]:
+    """Describe torch, and the defaults here: device, dtype, threads and the GPUs' names."""
+    device = resolve_device("auto")
+    gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch has no types there
+    build = {
+        "version": str(torch.__version__),
+        "cuda": torch.version.cuda or "none",
+        "cudnn": str(cudnn or "none"),
+        "cpu kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+    return build, {
+        "device": str(device),
+        "dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "threads": default_num_threads(),
+        "gpus": [f"{gpu.name}, {format_memory(gpu.total_memory)}" for gpu in gpus],
+    }
