@@ -13,7 +13,7 @@ import coconut_serve
 from coconut_serve import sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL
-from coconut_serve.commands import bench, collect_env, completion, healthcheck, models
+from coconut_serve.commands import bench, collect_env, completion, healthcheck, models, run_batch
 from coconut_serve.config import Settings
 from coconut_serve.convert import command as convert
 from coconut_serve.errors import CoconutError
@@ -34,6 +34,7 @@ _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "eval": evaluation,
     "healthcheck": healthcheck,
     "models": models,
+    "run-batch": run_batch,
     "train": train,
 }
 

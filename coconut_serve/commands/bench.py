@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from coconut_serve.commands.connect import first_key, is_url
 from coconut_serve.commands.measure import Record, Target, ask, summarise
 from coconut_serve.errors import StartupError
 from coconut_serve.evaluation.local import serving
@@ -54,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
         StartupError: The server does not start or does not answer.
     """
     with _server(args.target, args.engine) as url:
-        target = Target(
-            url=url.rstrip("/").removesuffix("/v1"),
-            api_key=os.environ.get("COCONUT_API_KEY", "").partition(",")[0].strip(),
-        )
+        target = Target(url=url.rstrip("/").removesuffix("/v1"), api_key=first_key())
         model = _model(target)
         modes = args.modes.split(",") if args.modes else model["reasoning_modes"]
         prompts = _prompts(args, model)
@@ -142,6 +140,6 @@ def _model(target: Target) -> dict[str, Any]:
 
 def _server(target: str, engine: str | None) -> contextlib.AbstractContextManager[str]:
     """Yield the URL of the given server, or of a temporary one for the given model."""
-    if target.startswith(("http://", "https://")):
+    if is_url(target):
         return contextlib.nullcontext(target)
     return serving(target, ("--engine", engine) if engine else ())

@@ -22,12 +22,13 @@ _ELSEWHERE = (
 
 
 @contextlib.contextmanager
-def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
+def serving(model: str, flags: tuple[str, ...], *, has_own_group: bool = False) -> Iterator[str]:
     """Serve a model in a child process; yields the URL of its API.
 
     Args:
         model: As for `coconut-serve serve`.
         flags: More flags of serve.
+        has_own_group: Ctrl+C in the terminal does not reach it.
 
     Raises:
         StartupError: It did not start; it wrote the reason to the stderr it shares with us.
@@ -37,7 +38,14 @@ def serving(model: str, flags: tuple[str, ...]) -> Iterator[str]:
     quiet = {"COCONUT_LOG_LEVEL": "WARNING", **os.environ}
     for name in _ELSEWHERE:  # this command reaches it over plain HTTP on the loopback
         quiet.pop(f"COCONUT_{name.upper()}", None)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=quiet) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=quiet,
+        process_group=0 if has_own_group else None,
+    ) as process:
         try:
             assert process.stdout is not None
             found = next((m for line in process.stdout if (m := _ADDRESS.search(line))), None)
