@@ -13,7 +13,15 @@ import coconut_serve
 from coconut_serve import sources
 from coconut_serve.arguments import Parser
 from coconut_serve.checkpoint.weights import BUILT_IN_MODELS, DEFAULT_MODEL
-from coconut_serve.commands import bench, collect_env, completion, healthcheck, models, run_batch
+from coconut_serve.commands import (
+    bench,
+    chat,
+    collect_env,
+    completion,
+    healthcheck,
+    models,
+    run_batch,
+)
 from coconut_serve.config import Settings
 from coconut_serve.convert import command as convert
 from coconut_serve.errors import CoconutError
@@ -29,6 +37,7 @@ from coconut_serve.training import command as train
 
 _COMMANDS: dict[str, Any] = {  # modules with add_parser and run
     "bench": bench,
+    "chat": chat,
     "collect-env": collect_env,
     "convert": convert,
     "eval": evaluation,

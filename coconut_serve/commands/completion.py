@@ -5,7 +5,14 @@ from typing import Any
 
 from coconut_serve.errors import StartupError
 
-_PATHS = ("DIR", "DST", "FILE", "MODEL", "SRC")  # metavars of arguments that may be paths
+_PATHS = (
+    "DIR",
+    "DST",
+    "FILE",
+    "MODEL",
+    "SRC",
+    "URL|MODEL",
+)  # metavars of arguments that may be paths
 
 
 def add_parser(commands: Any) -> None:

@@ -18,6 +18,9 @@ def test_bash_completes_commands_flags_and_values(
     file.write_text(capsys.readouterr().out)
     for words, found in (
         ("coconut-serve ser", "serve"),
+        ("coconut-serve run-b", "run-batch"),
+        ("coconut-serve collect-env --j", "--json"),
+        ("coconut-serve chat --mode lat", "latent"),
         ("coconut-serve serve --max-num-s", "--max-num-seqs"),
         ("coconut-serve serve --engine nat", "native"),
     ):
