@@ -193,6 +193,7 @@ class ServeConfig(SequenceFlags):
     ssl_ca_certs: str | None = flag("HTTP", None, "authorities of clients' certificates", _FILE)
     ssl_cert_reqs: Literal[0, 1, 2] = flag("HTTP", 0, "clients' certificates: 0 not asked for, 1 optional, 2 required")
     api_keys: tuple[str, ...] = flag("HTTP", (), "key that clients must send; may be repeated", {"action": "append"}, alias="api_key", repr=False)
+    disable_ui: bool = flag("HTTP", False, "serve no pages: /playground, /docs")
 
     max_queue: int = flag("Limits", 256, "sequences that may wait; more are answered 429", ge=0)
     max_n: int = flag("Limits", 8, "choices a request may ask for", ge=1)

@@ -16,7 +16,7 @@ import coconut_serve
 from coconut_serve.config import ServeConfig
 from coconut_serve.errors import CoconutError
 from coconut_serve.metrics import Metrics
-from coconut_serve.server import chat, completions, openapi, ops, responses
+from coconut_serve.server import chat, completions, openapi, ops, pages, responses
 from coconut_serve.server.errors import handle_coconut, handle_disconnect, handle_http
 from coconut_serve.server.middleware import RequestMiddleware
 from coconut_serve.server.stats import log_stats
@@ -73,7 +73,7 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
         version=coconut_serve.__version__,
         summary="OpenAI-compatible inference server for latent reasoning",
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from a CDN; /openapi.json is the reference
+        docs_url=None,  # its page loads scripts from a CDN; ours is in pages.py
         redoc_url=None,
     )
     app.openapi = lambda: openapi.build(app)  # type: ignore[method-assign]  # FastAPI's own way
@@ -83,6 +83,8 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
     metrics.set(metrics.build_info, 1, coconut_serve.__version__, config.commit, _torch_version())
     for module in (chat, completions, responses, ops):
         app.include_router(module.router)
+    if not config.disable_ui:
+        app.include_router(pages.make_router())
     app.add_exception_handler(CoconutError, handle_coconut)
     app.add_exception_handler(HTTPException, handle_http)
     app.add_exception_handler(ClientDisconnect, handle_disconnect)
@@ -92,7 +94,8 @@ def create_app(config: ServeConfig, *, load: Load, metrics: Metrics) -> FastAPI:
 
 def _add_middleware(app: FastAPI, config: ServeConfig) -> None:
     keys, root = config.api_keys, config.root_path
-    app.add_middleware(RequestMiddleware, api_keys=keys, root_path=root)
+    opened = frozenset() if config.disable_ui else pages.PATHS
+    app.add_middleware(RequestMiddleware, api_keys=keys, root_path=root, open_paths=opened)
     if config.allowed_origins:
         app.add_middleware(  # around the one above: preflights carry no key
             CORSMiddleware,

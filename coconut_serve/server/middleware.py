@@ -35,11 +35,25 @@ class RequestMiddleware:
 
     Every key is compared, as a hash and in constant time. Routes match whether or not a proxy
     has stripped `root_path`.
+
+    Args:
+        app: What the requests are for.
+        api_keys: Of which a request must carry one; none: no request must.
+        root_path: What a proxy in front puts before our paths.
+        open_paths: Which need no key, beside those of probes.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], root_path: str = "") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: tuple[str, ...],
+        root_path: str = "",
+        open_paths: frozenset[str] = frozenset(),
+    ) -> None:
         self._app = app
         self._root_path = root_path
+        self._open_paths = _OPEN_PATHS | open_paths
         self._keys = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +118,7 @@ class RequestMiddleware:
         Under overload most requests are rejected; each must cost the engine next to nothing.
         """
         path = path_of(request)
-        if self._keys and path not in _OPEN_PATHS and not self._knows(request):
+        if self._keys and path not in self._open_paths and not self._knows(request):
             return AuthenticationError("missing or wrong API key (Authorization: Bearer ...)")
         service = getattr(request.app.state, "service", None)
         if service is None or path not in ENDPOINTS or request.method != "POST":
