@@ -5,7 +5,7 @@ TORCH ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: serve test test-vllm check deploy-test lock bench bench-vllm gpu-wheels clean
+.PHONY: serve test test-vllm test-browser check deploy-test lock bench bench-vllm gpu-wheels clean
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,10 +33,18 @@ serve: .venv/serve  ## Serve MODEL (default: demo) on port 8000
 test test-vllm: export OMP_NUM_THREADS ?= 1
 
 test: .venv/dev  ## All tests that need no GPU and no vLLM
-	.venv/bin/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+	.venv/bin/python -m pytest -n 2 -m "not gpu and not vllm and not browser" $(ARGS)
 
 test-vllm: .venv/vllm  ## The vllm engine on the CPU; vLLM and what it imports warn a lot
 	.venv/bin/python -m pytest -n 2 --dist loadfile -W default -m vllm $(ARGS)
+
+# Chromium is the system's: `apt-get install chromium`, or its path in CHROMIUM.
+.venv/browser: .venv/dev
+	.venv/bin/python -m pip install -q -e '.[browser]'
+	touch $@
+
+test-browser: .venv/browser  ## The pages in headless Chromium
+	.venv/bin/python -m pytest -m browser $(ARGS)
 
 check: .venv/dev  ## Format, lint, import contracts, types
 	.venv/bin/ruff format --check .

@@ -3,7 +3,7 @@
 const KEY = "coconut-serve.key";
 const MAX_RETRIES = 5;
 
-/** An answer that is an error, or an error event of a stream. */
+/** An answer that is an error, or an error event of a stream, which has no status. */
 export class ApiError extends Error {
   constructor(status, body, retryAfterSeconds = null) {
     const error = (body && body.error) || {};
@@ -79,7 +79,7 @@ export async function* stream(path, body, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const event = JSON.parse(data);
-    if (event.error) throw new ApiError(500, event);
+    if (event.error) throw new ApiError(0, event); // the status was 200
     yield event;
   }
   throw new ApiError(0, { error: { message: "the connection ended before the answer did" } });

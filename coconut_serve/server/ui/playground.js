@@ -60,7 +60,7 @@ async function loadModel() {
 }
 
 function wantKey(error) {
-  notice(readKey() ? `${sentence(error.message)} The key given here is not accepted.` : "");
+  notice(readKey() ? `${sentence(error.message)} The key given here is not accepted.` : "", true);
   $("key-open").hidden = false;
   asksForKey(true);
 }
@@ -232,13 +232,12 @@ function settingFields() {
 }
 
 function applyHash() {
+  if (!location.hash.includes("=")) return; // no link of ours
   const names = settingFields().map((field) => field.dataset.field);
   const { question, modes, settings } = fromHash(location.hash, names);
   if (question !== null) $("question").value = question;
   for (const field of settingFields()) {
-    const value = settings[field.dataset.field];
-    if (value === undefined) continue;
-    field.value = value;
+    field.value = settings[field.dataset.field] ?? "";
     if (field.value !== "") $("settings").open = true;
   }
   if (modes === null) return;
@@ -280,6 +279,10 @@ async function copy(button, text, source) {
 // -- Events -------------------------------------------------------------------------------------
 
 function listen() {
+  $("skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the part after # holds the settings
+    $("results").focus();
+  });
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     run();

@@ -113,7 +113,7 @@ export class Trace {
     const facts = [`Step ${index + 1}`, KINDS[step.kind] || step.kind];
     facts.push(`entropy ${number(step.entropy)}`);
     if (step.norm) facts.push(`norm ${number(step.norm)}`);
-    if (step.cosine) facts.push(`cosine to the last ${number(step.cosine)}`);
+    if (step.cosine) facts.push(`cosine with previous ${number(step.cosine)}`);
     this.detail.replaceChildren(element("p", "facts", facts.join(" \u00b7 ")), this.bars(step));
   }
 
