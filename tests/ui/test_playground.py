@@ -10,6 +10,7 @@ import pytest
 
 import coconut_serve
 from coconut_serve.config import StubConfig
+from coconut_serve.service.tokenizer import ByteTokenizer
 from tests.fakes import listening, native_app, stub_app
 
 pytestmark = pytest.mark.browser
@@ -63,7 +64,8 @@ async def test_demo_answers_in_three_modes_and_shows_its_steps(page: Any) -> Non
         assert "dubai lima" in await page.inner_text("[data-mode=cot] .thought .text")
         steps = page.locator("[data-mode=latent] .step")
         assert await steps.count() == 6
-        assert await page.locator("[data-mode=latent] .curve:visible").count() == 2
+        for curve in ("entropy", "norm"):
+            await page.wait_for_selector(f"[data-mode=latent] .curve.{curve}:visible")
         await steps.nth(1).focus()
         await page.keyboard.press("ArrowLeft")
         assert (await page.inner_text("[data-mode=latent] .facts")).startswith("Step 1")
@@ -225,6 +227,19 @@ async def test_link_brings_question_modes_and_settings(page: Any) -> None:
         boxes = await page.locator("#modes input:checked").all()
         assert [await box.get_attribute("value") for box in boxes] == ["cot", "latent", "auto"]
         assert await page.locator("article").count() == 0, "a link never asks by itself"
+
+
+async def test_model_that_takes_no_chats_is_asked_for_completions(page: Any) -> None:
+    class Plain(ByteTokenizer):
+        has_chat_template = False
+
+    async with listening(stub_app(tokenizer=Plain())) as url:
+        await opened(page, url)
+        await asked(page, "abc")
+        assert {*(await states(page)).values()} == {"done"}
+        assert "abc" in await page.inner_text("[data-mode=none] .answer .text")
+        assert "/v1/completions" in await page.text_content("#curl")
+        assert "client.completions.create" in await page.text_content("#python")
 
 
 @pytest.mark.parametrize("level", ["none", "summary"])

@@ -1,6 +1,6 @@
 // One answer: how it goes, what it thinks, what it says, what it took.
 
-import { element, Trace } from "./trace.js";
+import { eachFrame, element, Trace } from "./trace.js";
 
 const STATES = {
   waiting: "waiting",
@@ -28,6 +28,9 @@ export class Column {
     this.reason = null;
     this.trace = new Trace(mode);
     this.build();
+    this.followThought = eachFrame(() => {
+      this.thought.text.scrollTop = this.thought.text.scrollHeight;
+    });
     this.setState("waiting");
     this.count(null);
   }
@@ -102,7 +105,7 @@ export class Column {
       this.setState("thinking");
       this.thought.root.hidden = false;
       this.thought.text.append(thought);
-      this.thought.text.scrollTop = this.thought.text.scrollHeight;
+      this.followThought();
     }
     if (said) {
       this.firstAnswer ??= now;

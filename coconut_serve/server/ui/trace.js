@@ -13,6 +13,19 @@ export function element(name, className = "", text = null) {
   return made;
 }
 
+/** An action that is done once a frame, however often it is called for. */
+export function eachFrame(action) {
+  let isDue = false;
+  return () => {
+    if (isDue) return;
+    isDue = true;
+    requestAnimationFrame(() => {
+      isDue = false;
+      action();
+    });
+  };
+}
+
 function svg(name, attributes) {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, String(value));
@@ -59,6 +72,7 @@ export class Trace {
     this.detail = element("div", "detail");
     this.root.append(element("h3", "", "Trace"), this.scroller, this.detail);
     this.map.addEventListener("keydown", (event) => this.move(event));
+    this.follow = eachFrame(() => this.showLast());
   }
 
   add(step) {
@@ -67,10 +81,13 @@ export class Trace {
     if (this.steps.length > MAX_STEPS) return;
     this.map.append(this.column(step, this.steps.length - 1));
     for (const curve of this.curves) curve.add(step[curve.field]);
-    if (!this.isChosen) {
-      this.show(this.steps.length - 1);
-      this.scroller.scrollLeft = this.scroller.scrollWidth;
-    }
+    this.follow();
+  }
+
+  showLast() {
+    if (this.isChosen) return;
+    this.show(this.map.children.length - 1);
+    this.scroller.scrollLeft = this.scroller.scrollWidth;
   }
 
   column(step, index) {
@@ -154,18 +171,15 @@ class Curve {
     this.picture = svg("svg", { height: CURVE_HEIGHT, role: "img" });
     this.picture.append(this.line, this.dots);
     this.root.append(this.label, this.picture);
-    this.isDue = false;
+    this.drawSoon = eachFrame(() => this.draw());
   }
 
   add(value) {
     this.values.push(Number.isFinite(value) ? value : 0);
-    if (this.isDue) return;
-    this.isDue = true;
-    requestAnimationFrame(() => this.draw());
+    this.drawSoon();
   }
 
   draw() {
-    this.isDue = false;
     const largest = Math.max(...this.values);
     this.root.hidden = largest <= 0; // steps that feed a token have no norm
     const range = `up to ${number(largest)} ${this.unit}`.trim();
