@@ -3,12 +3,17 @@
 import fcntl
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.fakes import write_golden
 from tests.vllm_cpu import prepare
+
+# A shell that starts the tests in the background makes them ignore SIGINT, and their children too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
