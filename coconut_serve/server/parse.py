@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -254,8 +254,10 @@ def generate_call(
         replay=asked.replay,
         add_special_tokens=body.add_special_tokens,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
-        sampling=replace(
-            sampling_fields(body, max_tokens=max_tokens, num_logprobs=num_logprobs),
+        sampling=sampling_fields(
+            body,
+            max_tokens=max_tokens,
+            num_logprobs=num_logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
         ),
         **own,
@@ -263,7 +265,11 @@ def generate_call(
 
 
 def sampling_fields(
-    body: GenerationBody, *, max_tokens: tuple[str, int | None], num_logprobs: int | None
+    body: GenerationBody,
+    *,
+    max_tokens: tuple[str, int | None],
+    num_logprobs: int | None,
+    num_prompt_logprobs: int | None,
 ) -> SamplingFields:
     """The sampling fields of a body."""
     return SamplingFields(
@@ -282,4 +288,5 @@ def sampling_fields(
         skip_special_tokens=body.skip_special_tokens,
         seed=body.seed,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
     )

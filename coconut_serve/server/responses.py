@@ -151,13 +151,13 @@ class ResponseRenderer(Renderer):
 
     def whole(self, choices: Sequence[Delta]) -> str:
         [choice] = choices
-        self._ending = choice
+        self._ending, extra = choice, self.extra(choice)
         if self._thinks or choice.reasoning or choice.trace:
             item = self._item("reasoning")
-            self._add_thoughts(item, choice, self.extra(choice))
+            self._add_thoughts(item, choice, extra)
         if choice.content or not self._output:
             item = self._item("message")
-            item["content"].append(_text_part(choice.content, self._logprobs(choice)))
+            item["content"].append(_text_part(choice.content, extra.get("logprobs", [])))
         for item in self._output:
             item["status"] = self._status
         return json.dumps(self._response(self._status))
@@ -176,7 +176,7 @@ class ResponseRenderer(Renderer):
             yield from self._think(text, delta, extra)
         if delta.content:
             yield from self._open("message")
-            logprobs = self._logprobs(delta)
+            logprobs = extra.get("logprobs", [])
             part = self._output[-1]["content"][0]
             part["text"] += delta.content
             part["logprobs"] += logprobs
@@ -214,11 +214,6 @@ class ResponseRenderer(Renderer):
 
     def _thought(self, delta: Delta) -> str:
         return delta.reasoning if self.body.include_reasoning else ""
-
-    def _logprobs(self, delta: Delta) -> list[Any]:
-        has_asked = self.generation.prepared.ask.sampling.num_logprobs is not None
-        known = has_asked and any(token.logprobs for token in delta.tokens)
-        return list(self.logprobs(delta)) if known else []
 
     def _item(self, kind: str) -> dict[str, Any]:
         """Begin an item of the output."""
